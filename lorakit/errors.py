@@ -1,0 +1,72 @@
+"""Every failure that lorakit reports, each with its exit code.
+
+LorakitError
+├── RecipeError        2   the recipe or the command line
+├── DataError          3   pictures, captions, chats
+├── ModelError         4   a base model, an adapter, a merge that does not verify
+├── NonFiniteError     5   NaN or infinity in a loss, a gradient or a picture
+├── ResourceError      6   disk or memory
+├── ConflictError      7   something is in the way: an existing output, another run
+├── RankError          8   a rank was lost
+└── CheckpointError    9   no checkpoint that can be trusted
+
+A run stopped by a signal exits 75 after saving (SIGTERM) or 130 (SIGINT): ``Stopped``.
+"""
+
+
+class LorakitError(Exception):
+    """A failure told in one line: where (file, line, field), what, and what to do about it.
+
+    ``hint`` is what the reader can do; ``where`` is ``FILE``, ``FILE:LINE`` or a field's name.
+    """
+
+    exit_code = 1
+
+    def __init__(self, reason: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.where = where
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" if self.where else self.reason
+
+
+class RecipeError(LorakitError):
+    exit_code = 2
+
+
+class DataError(LorakitError):
+    exit_code = 3
+
+
+class ModelError(LorakitError):
+    exit_code = 4
+
+
+class NonFiniteError(LorakitError):
+    exit_code = 5
+
+
+class ResourceError(LorakitError):
+    exit_code = 6
+
+
+class ConflictError(LorakitError):
+    exit_code = 7
+
+
+class RankError(LorakitError):
+    exit_code = 8
+
+
+class CheckpointError(LorakitError):
+    exit_code = 9
+
+
+class Stopped(LorakitError):
+    """The run was asked to stop by a signal, finished its step and saved."""
+
+    def __init__(self, reason: str, *, exit_code: int, hint: str = "") -> None:
+        super().__init__(reason, hint=hint)
+        self.exit_code = exit_code

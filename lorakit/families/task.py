@@ -1,0 +1,68 @@
+"""The contract between the training loop and a model family."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Batch(Protocol):
+    """One micro-batch of one rank."""
+
+    count: int
+    """What the loss is summed over: labelled tokens, or images."""
+    ids: tuple[str, ...]
+    """Names of its samples (file:line or picture), for error messages."""
+
+    def to(self, device: torch.device) -> Self: ...
+
+
+class Task(Protocol):
+    """A frozen base with its adapter, and the data it trains on."""
+
+    model: nn.Module
+    steps_per_epoch: float
+    """Updates in one pass over the training data: examples / batch_size."""
+    base_id: str
+    """What the adapter was made for: the base as the recipe names it, and a hash of its weights."""
+    data_hash: str
+    """SHA-256 over what the examples are made of, so that a resumed run notices changed data."""
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Trainable parameters and their peak learning rates."""
+        ...
+
+    def batches(self, split: str, start: int) -> Iterator[Batch]:
+        """Micro-batches of this rank.
+
+        ``"train"``: endless, from optimizer step ``start`` on, ``gradient_accumulation`` of them a step.
+        ``"held_out"``: each held-out example once over all ranks; every rank yields equally many (a batch may have
+        ``count`` 0, its loss is then 0); nothing when there is no held-out data.
+        """
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """float32 SUM of the loss over ``batch.count`` items; ``model`` may be a wrapper of ``self.model``."""
+        ...
+
+    def metrics(self, held_out_loss: float) -> Mapping[str, float]:
+        """What a mean held-out loss means to the family's users: perplexity, say."""
+        ...
+
+    def sample(self, out: Path) -> None:
+        """Write pictures or answers for the recipe's fixed prompts and seeds into the folder ``out``."""
+        ...
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The trainable tensors by stable name, as a checkpoint keeps them."""
+        ...
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what ``adapter_state`` gave; ModelError on a missing, unexpected or misshapen tensor."""
+        ...
+
+    def save(self, out: Path, name: str) -> None:
+        """Write the finished adapter below the run folder ``out``: ``adapter/``, and for SD ``NAME.safetensors``."""
+        ...
