@@ -1,0 +1,204 @@
+"""The command line: arguments, help, printing of errors, exit codes. Everything heavy is imported inside a command."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lorakit import __version__
+from lorakit.errors import LorakitError
+
+app = typer.Typer(
+    help="Fine-tune Stable Diffusion and LLaMA with LoRA, merge the result, and generate with it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe; lorakit init writes one.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, such as train.steps=50.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")]
+Allow = Annotated[bool, typer.Option("--allow", help="With --resume: accept safe changes of the recipe.")]
+Processes = Annotated[int, typer.Option("--num-processes", min=1, help="Ranks on this machine, one a GPU.")]
+AdapterSpecs = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="PATH[:WEIGHT]", help="An adapter and its weight; may be given again."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorakit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[  # noqa: ARG001 (read by its callback)
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["LORAKIT_DEBUG"] = "1"
+
+
+@app.command("train-sd")
+def train_sd(
+    recipe: RecipeFile,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    allow: Allow = False,
+    num_processes: Processes = 1,
+) -> None:
+    """Train a LoRA for Stable Diffusion on pictures with captions."""
+    from lorakit.commands import train
+    from lorakit.recipe.schema import SDRecipe
+
+    train.run(SDRecipe, recipe, set_ or [], train.Mode(dry_run, resume, allow, num_processes))
+
+
+@app.command("train-llama")
+def train_llama(
+    recipe: RecipeFile,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    allow: Allow = False,
+    num_processes: Processes = 1,
+) -> None:
+    """Train a LoRA for a LLaMA-type model on chats or text."""
+    from lorakit.commands import train
+    from lorakit.recipe.schema import LlamaRecipe
+
+    train.run(LlamaRecipe, recipe, set_ or [], train.Mode(dry_run, resume, allow, num_processes))
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A base model, named as in a recipe.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter, or a run folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the merged model.")],
+    scale: Annotated[float, typer.Option(help="Factor on the adapter's change.")] = 1.0,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Of the merged weights; default: the base's."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Add an adapter to its base for good: W + scale * B A, summed in float32, rounded once."""
+    from lorakit.commands.merge import run
+
+    run(base, adapter, out, scale=scale, dtype=dtype, revision=revision, overwrite=overwrite)
+
+
+@app.command()
+def generate(
+    base: Annotated[str, typer.Option("--base", help="A base model, named as in a recipe.")],
+    adapter: AdapterSpecs = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May be given again.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="SD: a folder for the pictures. LLaMA: a .jsonl file.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same output.")] = 0,
+    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option()] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    negative_prompt: Annotated[str, typer.Option(help="SD: what the picture should not show.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="SD: denoising steps.")] = 25,
+    guidance_scale: Annotated[float, typer.Option(min=0.0, help="SD: weight of the prompt.")] = 7.5,
+    width: Annotated[int | None, typer.Option(min=8, help="SD: pixels; default: the base's own size.")] = None,
+    height: Annotated[int | None, typer.Option(min=8, help="SD: pixels; default: the base's own size.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="SD: pictures a prompt.")] = 1,
+    scheduler: Annotated[str | None, typer.Option(help="SD: by name, such as ddim, euler, dpm++2m, unipc.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="LLaMA: continue the prompt, without the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="LLaMA: a system message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="LLaMA: 0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="LLaMA: nucleus.")] = 0.9,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="LLaMA: least share of the top probability.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="LLaMA: longest answer.")] = 256,
+) -> None:
+    """Draw pictures or answer prompts with a base and any number of adapters."""
+    from lorakit.commands import generate as command
+
+    request = command.Request(base, revision, tuple(adapter or ()), tuple(prompt or ()), prompts, out, device, seed)
+    command.run(
+        request,
+        sd={
+            "negative_prompt": negative_prompt,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "width": width,
+            "height": height,
+            "count": count,
+            "scheduler": scheduler,
+        },
+        llama={
+            "raw": raw,
+            "system": system,
+            "temperature": temperature,
+            "top_p": top_p,
+            "min_p": min_p,
+            "max_new_tokens": max_new_tokens,
+        },
+    )
+
+
+@app.command()
+def init(
+    family: Annotated[Literal["sd", "llama"], typer.Argument(help="Which kind of recipe.")],
+    path: Annotated[Path | None, typer.Argument(help="Default: sd.yaml or llama.yaml.")] = None,
+) -> None:
+    """Write a commented recipe to start from."""
+    from lorakit.commands.init import init as write
+
+    typer.echo(f"wrote {write(family, path or Path(f'{family}.yaml'))}")
+
+
+@app.command()
+def data(
+    recipe: RecipeFile,
+    set_: Set = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 4,
+) -> None:
+    """Show training rows as the model sees them, and how long they are."""
+    from lorakit.commands.data import run
+
+    run(recipe, set_ or [], rows)
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation: versions, devices, 8-bit optimizers, disk, memory."""
+    from lorakit.commands.doctor import run
+
+    raise typer.Exit(run())
+
+
+def _report(error: LorakitError) -> int:
+    """Print ``lorakit: error: WHERE: REASON`` and what to do about it; the exit code."""
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}lorakit: error:{plain} {error}", file=sys.stderr)
+    if error.hint:
+        print(f"  {error.hint}", file=sys.stderr)
+    return error.exit_code
+
+
+def main() -> None:
+    """Run the command line and exit with the code that `lorakit.errors` lists."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except LorakitError as error:
+        if os.environ.get("LORAKIT_DEBUG"):
+            traceback.print_exc()
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
