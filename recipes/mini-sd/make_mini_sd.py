@@ -64,7 +64,7 @@ def load_pictures(folder: Path) -> tuple[Tensor, list[list[str]], list[bool]]:
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         pixels.append(np.asarray(Image.alpha_composite(white, picture).convert("RGB")))
         captions.append(captions_of(entry, taken))
-        concrete.append(bool({entry["subcategory"], entry["short_name"]} & CONCRETE))
+        concrete.append(bool({"@" + entry["subcategory"], entry["short_name"]} & CONCRETE))
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), captions, concrete
 
 
