@@ -1,0 +1,169 @@
+"""Files and folders that are absent or complete, whatever stops the process or the machine.
+
+Everything is written beside its final place under a name that starts with ``.tmp-``, flushed to the disk, and renamed.
+A folder can carry ``manifest.json``: the SHA-256 and the size of each file, written last. ``sweep`` removes what a
+killed process left.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorakit.errors import CheckpointError, ConflictError, ResourceError
+
+MANIFEST = "manifest.json"
+TMP = ".tmp-"
+_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn a full, read-only or failing disk into ResourceError; other exceptions pass unchanged.
+
+    Libraries written in Rust put the error's number into their message only: ``... (os error 28)``.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number not in _DISK:
+            raise
+        hint = "free some space, or write elsewhere" if number != errno.EROFS else "choose a folder that can be written"
+        raise ResourceError(f"cannot write: {os.strerror(number)}", where=str(where), hint=hint) from error
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex. A symbolic link is refused (OSError)."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content`` in one step; ResourceError when the disk refuses."""
+    with disk_errors(path):
+        handle, name = tempfile.mkstemp(prefix=f"{TMP}{path.name}-", dir=path.parent)
+        try:
+            with open(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(handle)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        fsync(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """``write_bytes`` in UTF-8."""
+    write_bytes(path, content.encode())
+
+
+@contextmanager
+def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside ``final`` that takes its place, complete and flushed, when the block ends well.
+
+    An error in the block removes it. ``manifest`` adds manifest.json. A ``final`` that exists is a ConflictError
+    unless ``replace`` is set; it is then moved away and removed only after the new one is complete.
+    ResourceError when the disk refuses.
+    """
+    if not replace and os.path.lexists(final):
+        raise ConflictError("exists already", where=str(final), hint="choose another name, or remove it")
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{TMP}{final.name}-", dir=final.parent))
+        try:
+            yield folder
+            os.chmod(folder, 0o777 & ~_umask())
+            _flush(folder, manifest)
+            if replace and os.path.lexists(final):
+                discard(final)
+            os.rename(folder, final)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        fsync(final.parent)
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare each file with manifest.json; CheckpointError naming the first that is missing, changed or unlisted."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_bytes())["files"]
+        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError("the manifest is missing or cannot be read", where=str(folder / MANIFEST)) from error
+    present = {name: path for name, path in _files(folder) if name != MANIFEST}
+    for name in sorted(expected.keys() ^ present.keys()):
+        reason = "is missing" if name in expected else "is not in the manifest"
+        raise CheckpointError(f"a file {reason}", where=str(folder / name))
+    for name, (size, digest) in expected.items():
+        path = present[name]
+        if path.is_symlink() or path.stat().st_size != size or sha256(path) != digest:
+            raise CheckpointError("the file differs from its manifest", where=str(path))
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder so that no half-removed one is ever seen under its name."""
+    aside = Path(tempfile.mkdtemp(prefix=f"{TMP}old-", dir=path.parent))
+    os.rename(path, aside / path.name)
+    shutil.rmtree(aside)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the ``.tmp-*`` that a killed process left directly in ``folder``; links are removed, not followed."""
+    if not folder.is_dir():
+        return
+    for path in folder.glob(f"{TMP}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def fsync(path: Path) -> None:
+    """Flush one file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flush(folder: Path, manifest: bool) -> None:
+    """fsync every file, then the manifest, then every folder, deepest first."""
+    entries = {}
+    for name, path in _files(folder):
+        if path.is_symlink():
+            raise ConflictError("a symbolic link in a folder that should stand alone", where=name)
+        fsync(path)
+        if manifest:
+            entries[name] = {"sha256": sha256(path), "size": path.stat().st_size}
+    if manifest:
+        (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": entries}, indent=1) + "\n")
+        fsync(folder / MANIFEST)
+    for below, _, _ in os.walk(folder, topdown=False):
+        fsync(Path(below))
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    """Each file below the folder as (path relative to it with ``/``, path); linked folders count as files."""
+    found = []
+    for below, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(below) / name).is_symlink()]
+        found += [Path(below) / name for name in [*files, *links]]
+    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

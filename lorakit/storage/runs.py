@@ -1,0 +1,107 @@
+"""The layout of a run folder, and the lock that keeps a second run out of it."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Self
+
+from lorakit.errors import ConflictError, RecipeError
+from lorakit.storage import atomic
+
+
+class RunFolder:
+    """``runs/NAME`` with everything that a run leaves. Rank 0 holds its lock from opening to ``close``.
+
+    Other ranks (``rank`` > 0) only compute paths: they neither check nor lock anything.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe = root / "recipe.yaml"
+        self.adapter = root / "adapter"
+        self.checkpoints = root / "checkpoints"
+        self.metrics = root / "metrics.jsonl"
+        self.loss_png = root / "loss.png"
+        self.tracking = root / "tracking"
+        self._lock_path = root / ".lock"
+        self._lock: int | None = None
+
+    @classmethod
+    def open_new(cls, root: Path, *, rank: int = 0) -> Self:
+        """Make the folder and lock it; ConflictError when it holds anything already or another run has it."""
+        run = cls(root)
+        if rank == 0:
+            with atomic.disk_errors(root):
+                root.mkdir(parents=True, exist_ok=True)
+                run._take_lock()
+            if any(not p.name.startswith(atomic.TMP) and p != run._lock_path for p in root.iterdir()):
+                run.close()
+                hint = "continue that run with --resume, or give another output.name"
+                raise ConflictError("the run folder is not empty", where=str(root), hint=hint)
+            atomic.sweep(root)
+        return run
+
+    @classmethod
+    def open_existing(cls, root: Path, *, rank: int = 0) -> Self:
+        """Lock an earlier run's folder and sweep its ``.tmp-*``; RecipeError when there is none."""
+        run = cls(root)
+        if rank == 0:
+            if not root.is_dir():
+                raise RecipeError("there is no run to resume", where=str(root), hint="start it without --resume")
+            with atomic.disk_errors(root):
+                run._take_lock()
+                for folder in (root, run.checkpoints, root / "samples"):
+                    atomic.sweep(folder)
+        return run
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after ``step`` updates."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def samples(self, step: int) -> Path:
+        """The folder of the samples made after ``step`` updates."""
+        return self.root / "samples" / f"step-{step:06d}"
+
+    def close(self) -> None:
+        """Let the lock go; a second call does nothing."""
+        if self._lock is not None:
+            self._lock_path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take_lock(self) -> None:
+        """The kernel drops a dead process's lock, so only a living run conflicts; what a dead one wrote is overwritten.
+
+        A run that ends unlinks its lock file, perhaps between our opening and locking it: then we try the new one.
+        """
+        while True:
+            handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_current(handle):
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+                    self._lock = handle
+                    return
+            except OSError as error:
+                pid = os.pread(handle, 20, 0).decode(errors="replace").strip()
+                os.close(handle)
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                reason = f"another run (process {pid}) is using this folder"
+                hint = "wait for it, stop it, or give another output.name"
+                raise ConflictError(reason, where=str(self.root), hint=hint) from error
+            os.close(handle)
+
+    def _is_current(self, handle: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(self._lock_path, follow_symlinks=False))
+        except FileNotFoundError:
+            return False

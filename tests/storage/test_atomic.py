@@ -1,0 +1,140 @@
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit.errors import CheckpointError, ConflictError, ResourceError
+from lorakit.storage import atomic
+
+
+def make(final: Path, **options: bool) -> None:
+    with atomic.new_folder(final, manifest=True, **options) as folder:
+        (folder / "a.bin").write_bytes(b"a" * 1000)
+        (folder / "deep").mkdir()
+        (folder / "deep" / "b.txt").write_text("b")
+
+
+def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    atomic.write_text(path, "one")
+    atomic.write_text(path, "zwei ü")
+    assert path.read_bytes() == "zwei ü".encode()
+    assert os.listdir(tmp_path) == ["x.txt"]
+    assert atomic.sha256(path) == hashlib.sha256("zwei ü".encode()).hexdigest()
+
+
+def test_write_replaces_a_link_not_its_target(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("keep")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    atomic.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "target").read_text() == "keep"
+    assert not (tmp_path / "link").is_symlink()
+
+
+def test_folder_appears_complete_with_its_manifest(tmp_path: Path) -> None:
+    final = tmp_path / "out" / "step"
+    make(final)
+    files = json.loads((final / "manifest.json").read_text())["files"]
+    assert files.keys() == {"a.bin", "deep/b.txt"}
+    assert files["a.bin"] == {"sha256": hashlib.sha256(b"a" * 1000).hexdigest(), "size": 1000}
+    atomic.check_manifest(final)
+    assert os.listdir(tmp_path / "out") == ["step"]
+
+
+def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic.new_folder(tmp_path / "out", manifest=False) as folder:
+            (folder / "half").write_text("x")
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert os.listdir(tmp_path) == []
+
+
+def test_existing_folder_is_kept_unless_replaced(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    with pytest.raises(ConflictError, match="exists"):
+        make(tmp_path / "out")
+    with pytest.raises(KeyError), atomic.new_folder(tmp_path / "out", manifest=False, replace=True):
+        raise KeyError("stop")
+    atomic.check_manifest(tmp_path / "out")
+    with atomic.new_folder(tmp_path / "out", manifest=False, replace=True) as folder:
+        (folder / "c").write_text("c")
+    assert os.listdir(tmp_path / "out") == ["c"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "named"),
+    [
+        (lambda f: (f / "a.bin").write_bytes(b"a" * 999 + b"b"), "a.bin"),
+        (lambda f: (f / "a.bin").write_bytes(b"a" * 999), "a.bin"),
+        (lambda f: (f / "deep" / "b.txt").unlink(), "deep/b.txt"),
+        (lambda f: (f / "extra").write_text(""), "extra"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json"),
+        (lambda f: (f / "manifest.json").write_text('{"files": []}'), "manifest.json"),
+    ],
+)
+def test_manifest_names_the_bad_file(tmp_path: Path, harm, named: str) -> None:
+    make(tmp_path / "out")
+    harm(tmp_path / "out")
+    with pytest.raises(CheckpointError) as caught:
+        atomic.check_manifest(tmp_path / "out")
+    assert caught.value.where == str(tmp_path / "out" / named)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_bytes(b"a" * 1000)
+    make(tmp_path / "out")
+    (tmp_path / "out" / "a.bin").unlink()
+    (tmp_path / "out" / "a.bin").symlink_to(tmp_path / "outside")
+    with pytest.raises(CheckpointError, match=r"a\.bin"):
+        atomic.check_manifest(tmp_path / "out")
+    with pytest.raises(ConflictError), atomic.new_folder(tmp_path / "linked", manifest=False) as folder:
+        (folder / "link").symlink_to(tmp_path)
+    assert (tmp_path / "outside").exists()
+    assert not (tmp_path / "linked").exists()
+
+
+def test_sweep_removes_only_leftovers(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-a").mkdir()
+    (tmp_path / ".tmp-a" / "x").write_text("x")
+    (tmp_path / ".tmp-b").write_text("b")
+    (tmp_path / "keep").mkdir()
+    (tmp_path / ".tmp-link").symlink_to(tmp_path / "keep")
+    atomic.sweep(tmp_path)
+    atomic.sweep(tmp_path / "absent")
+    assert os.listdir(tmp_path) == ["keep"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG])
+def test_disk_errors_become_resource_errors(tmp_path: Path, number: int) -> None:
+    with pytest.raises(ResourceError, match="cannot write"), atomic.new_folder(tmp_path / "a", manifest=False):
+        raise OSError(number, "disk")
+    with pytest.raises(ResourceError), atomic.disk_errors(tmp_path):
+        raise RuntimeError(f"I/O error: something (os error {number})")
+    with pytest.raises(FileNotFoundError), atomic.disk_errors(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "no")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_over_the_limit_is_a_resource_error_and_leaves_the_old_one(tmp_path: Path) -> None:
+    """A real EFBIG: the kernel refuses files over RLIMIT_FSIZE."""
+    (tmp_path / "x").write_text("old")
+    program = (
+        "import resource, signal, sys; from pathlib import Path; from lorakit.storage import atomic\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: atomic.write_bytes(Path(sys.argv[1]), bytes(5000))\n"
+        "except Exception as e: print(type(e).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "x"], capture_output=True, text=True, check=True)
+    assert done.stdout == "ResourceError\n"
+    assert (tmp_path / "x").read_text() == "old"
+    assert os.listdir(tmp_path) == ["x"]

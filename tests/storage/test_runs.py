@@ -1,0 +1,67 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit.errors import ConflictError, RecipeError
+from lorakit.storage.runs import RunFolder
+
+HOLDER = (
+    "import sys, time; from pathlib import Path; from lorakit.storage.runs import RunFolder\n"
+    "run = RunFolder.open_new(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+)
+
+
+def test_layout(tmp_path: Path) -> None:
+    with RunFolder.open_new(tmp_path / "runs" / "name") as run:
+        assert run.checkpoint(200) == tmp_path / "runs" / "name" / "checkpoints" / "step-000200"
+        assert run.samples(7).parts[-2:] == ("samples", "step-000007")
+        assert (run.root / ".lock").read_text() == f"{os.getpid()}\n"
+    assert os.listdir(run.root) == []
+
+
+def test_a_used_folder_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("x")
+    with pytest.raises(ConflictError) as caught:
+        RunFolder.open_new(tmp_path)
+    assert "--resume" in caught.value.hint
+    assert os.listdir(tmp_path) == ["recipe.yaml"]
+    with RunFolder.open_existing(tmp_path) as run:
+        assert run.recipe.read_text() == "x"
+
+
+def test_resume_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no run"):
+        RunFolder.open_existing(tmp_path / "none")
+
+
+def test_leftovers_are_swept_under_the_lock(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".tmp-step").mkdir(parents=True)
+    (tmp_path / ".tmp-x").write_text("")
+    RunFolder.open_existing(tmp_path).close()
+    assert [p.name for p in tmp_path.rglob("*")] == ["checkpoints"]
+
+
+def test_other_ranks_take_no_lock(tmp_path: Path) -> None:
+    with RunFolder.open_new(tmp_path / "a"), RunFolder.open_new(tmp_path / "a", rank=1) as other:
+        assert other.metrics.name == "metrics.jsonl"
+
+
+def test_a_second_process_conflicts_and_a_dead_ones_lock_is_recovered(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for opening in (RunFolder.open_new, RunFolder.open_existing):
+            with pytest.raises(ConflictError, match=f"process {holder.pid}\\b"):
+                opening(tmp_path)
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
+    assert (tmp_path / ".lock").read_text() == f"{holder.pid}\n"
+    with RunFolder.open_new(tmp_path):
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
