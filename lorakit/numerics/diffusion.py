@@ -74,6 +74,6 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
 
 
 def stratified_timesteps(count: int, total: int, offset: float) -> Tensor:
-    """``count`` timesteps, one in each of as many equal parts of 0..``total`` - 1, at ``offset`` (0 to 1) of its part."""
+    """``count`` timesteps, one in each of as many equal parts of 0..``total``, at ``offset`` (0 to 1) of its part."""
     places = (torch.arange(count, dtype=torch.float64) + offset) * total / count
     return places.floor().to(torch.int64).clamp(max=total - 1)

@@ -10,7 +10,7 @@ T = 1000
 
 
 def schedule(**changes: object) -> DDPMScheduler:
-    settings = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=T)
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": T}
     return DDPMScheduler(**(settings | changes))
 
 
@@ -46,7 +46,7 @@ def test_targets(drawn: tuple[torch.Tensor, ...]) -> None:
 
 
 def test_min_snr_weights_put_the_same_weight_on_the_error_in_x0(drawn: tuple[torch.Tensor, ...]) -> None:
-    """A guess of x_0 implies a guess of epsilon and one of v: weighted squared errors agree, and are min(snr, g) |dx0|^2."""
+    """A guess of x_0 implies one of epsilon and one of v: the weighted squared errors are min(snr, g) |dx0|^2."""
     latents, noise, steps = (x.double() if x.is_floating_point() else x for x in drawn)
     alphas, gamma = schedule().alphas_cumprod.double(), 5.0
     noisy = diffusion.add_noise(latents, noise, alphas, steps)

@@ -1,0 +1,105 @@
+"""A content-addressed cache of tensors on disk: what was computed once from equal inputs is read again.
+
+An entry's name is a hash of everything it was computed from, so an edited picture, caption or model never meets an old
+entry. An entry is one safetensors file with a checksum of its tensors, written aside and renamed into place.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, uint8
+
+from lorakit.errors import DataError, ResourceError
+
+logger = logging.getLogger("lorakit")
+
+
+def default_folder() -> Path:
+    """``$LORAKIT_CACHE``, or ``~/.cache/lorakit``."""
+    given = os.environ.get("LORAKIT_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "lorakit"
+
+
+def content_key(*parts: str | int | float | bytes) -> str:
+    """SHA-256 over the parts, types and lengths included, so that no two lists of parts run into one another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else repr(part).encode()
+        digest.update(f"{type(part).__name__} {len(data)} ".encode() + data)
+    return digest.hexdigest()
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of CPU tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(uint8).numpy())
+    return digest.hexdigest()
+
+
+class TensorCache:
+    """Entries of one kind below ``folder``; safe for several processes at once, each writing whole files only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def holds(self, key: str) -> bool:
+        """Whether there is a sound entry; a damaged one is removed, with a warning, so that it is made anew."""
+        path = self.path(key)
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                sound = (file.metadata() or {}).get("sha256") == checksum(tensors)
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s: the cache entry cannot be read and is made anew: %s", path, error)
+            path.unlink(missing_ok=True)
+            return False
+        if not sound:
+            logger.warning("%s: the cache entry is damaged and is made anew", path)
+            path.unlink(missing_ok=True)
+        return sound
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """The tensors of an entry by memory map. Raises: DataError when the entry has gone since ``holds``."""
+        path = self.path(key)
+        try:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            hint = "start again: the cache is then filled anew"
+            raise DataError(
+                f"a cache entry vanished or changed during the run: {error}", where=str(path), hint=hint
+            ) from error
+
+    def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store an entry. Raises: ResourceError when the disk is full or the folder cannot be written."""
+        path = self.path(key)
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        partial = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                partial.write_bytes(save(plain, metadata={"sha256": checksum(plain)}))
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            hint = "free some space" if full else "set LORAKIT_CACHE to a folder that can be written"
+            reason = f"the cache cannot be written: {error.strerror}"
+            raise ResourceError(reason, where=str(path.parent), hint=hint) from error

@@ -1,0 +1,57 @@
+"""Captions: what is read, what is refused, and what a caption becomes in a step."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit.data import captions
+from lorakit.errors import DataError
+
+
+def test_reading(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff a cat,\r\n  with a  é\n".encode())
+    assert captions.read_caption(path, "a.txt") == "a cat, with a é"
+    path.write_bytes(b"")
+    assert captions.read_caption(path, "a.txt") == ""
+
+
+@pytest.mark.parametrize(("data", "reason"), [(b"a \xff cat", "not UTF-8"), (b"x" * (2**20 + 1), "1 MiB")])
+def test_bad_captions(tmp_path: Path, data: bytes, reason: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=reason) as caught:
+        captions.read_caption(path, "a.txt")
+    assert caught.value.where == "a.txt"
+
+
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="not a regular file"):
+        captions.read_caption(tmp_path / "a.txt", "a.txt")
+
+
+@pytest.mark.parametrize("value", [None, 3, ["a"], {"a": 1}])
+def test_only_texts_are_captions(value: object) -> None:
+    with pytest.raises(DataError, match="not a text"):
+        captions.clean(value, "m.jsonl:3")
+
+
+def test_trigger() -> None:
+    assert captions.with_trigger("a cat", "zwx") == "zwx, a cat"
+    assert captions.with_trigger("a cat", "") == "a cat"
+    assert captions.with_trigger("", "zwx") == "zwx"
+
+
+def test_shuffling_keeps_the_first_tags_and_loses_none() -> None:
+    tags = [f"tag{i}" for i in range(6)]
+    seen = set()
+    for seed in range(200):
+        shuffled = captions.shuffle_tags(",  ".join(tags), 2, torch.Generator().manual_seed(seed)).split(", ")
+        assert shuffled[:2] == tags[:2]
+        assert sorted(shuffled) == tags
+        seen.add(tuple(shuffled[2:]))
+    assert len(seen) == 24
+    assert captions.shuffle_tags("one", 3, torch.Generator()) == "one"
