@@ -226,8 +226,8 @@ def train_unet(
     tokenizer: CLIPTokenizer,
     work: Path,
     steps: int,
-    batch: int = 64,
-    peak: float = 1.2e-3,
+    batch: int = 32,
+    peak: float = 1e-3,
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Joint training of UNet and text model; returns their exponential moving averages (decay 0.999)."""
     torch.manual_seed(1)
@@ -247,7 +247,7 @@ def train_unet(
     while step < steps:
         generator.manual_seed(2_000_000 + step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak, 0.5)
+            group["lr"] = learning_rate(step, steps, peak, 0.4)
         chosen = torch.randint(len(latents), (batch,), generator=generator)
         texts = [pick_caption(captions[i], generator) for i in chosen.tolist()]
         tokens = tokenizer(
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="checkpoints, for going on after an interruption")
     parser.add_argument("out", type=Path, help="the finished model, a diffusers folder")
     parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--unet-steps", type=int, default=6000)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     pixels, captions, concrete = load_pictures(arguments.pictures)
