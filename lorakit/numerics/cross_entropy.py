@@ -1,0 +1,62 @@
+"""Cross-entropy of a linear head without keeping its logits.
+
+Shapes: ``N`` labelled rows, ``D`` width, ``V`` vocabulary.
+
+    loss = sum_n logsumexp(W h_n) - (W h_n)[y_n]        d loss / d h_n = W^T (softmax(W h_n) - onehot(y_n))
+
+The head W is frozen under LoRA, so the gradient of h is all the backward pass needs. It is computed in the forward
+pass, chunk by chunk, while the logits are at hand: N x V numbers are never kept.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_NUMBERS = 1 << 24
+"""Logits at once: 64 MiB in float32."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over rows of the cross-entropy of ``hidden @ weight.T`` with ``targets``.
+
+    Args:
+        hidden: [N, D], the labelled rows only; N may be 0.
+        weight: [V, D], frozen.
+        targets: int64 [N].
+
+    Returns:
+        A float32 scalar (float64 for float64 inputs), the SUM over rows.
+
+    Raises:
+        ValueError: the weight asks for a gradient.
+    """
+    if weight.requires_grad:
+        raise ValueError("linear_cross_entropy gives no gradient to the head; freeze it")
+    return _LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        chunk = max(1, CHUNK_NUMBERS // weight.shape[0])
+        for start in range(0, hidden.shape[0], chunk):
+            rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
+            logits = (rows @ weight.T).to(wide)
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            loss += (normalizer - logits.gather(1, labels)).sum()
+            if gradient is not None:
+                d_logits = logits.sub_(normalizer).exp_()
+                d_logits.scatter_add_(1, labels, torch.full_like(normalizer, -1))
+                gradient[start : start + chunk] = d_logits.to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None
