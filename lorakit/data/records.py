@@ -1,0 +1,261 @@
+"""Files to records: each a dict of fields and the place it came from, ``FILE:LINE``, for error messages.
+
+jsonl, json, csv and parquet files, folders made by ``datasets.save_to_disk``, and hub data sets. A row of a file with
+lines is named by its line; a row of parquet or a data set by its number from 1. URLs, pipes and devices are refused.
+"""
+
+import csv
+import json
+import re
+import stat
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorakit.errors import DataError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CSV_FIELD_CHARACTERS = 16 << 20
+
+
+class Record(NamedTuple):
+    row: dict[str, Any]
+    where: str
+
+
+OnBad = Callable[[DataError], None]
+"""Called for a row that cannot be read; raises it, or counts it and returns, and reading goes on."""
+
+
+def fail(error: DataError) -> None:
+    """The ``OnBad`` that stops at the first bad row."""
+    raise error
+
+
+def read_records(
+    path: str, *, split: str = "train", revision: str | None = None, on_bad: OnBad = fail
+) -> Iterator[Record]:
+    """All rows of a file, a data set folder or a hub data set, in order.
+
+    ``split`` and ``revision`` apply to data sets that have them. Raises DataError: a file of no known kind, missing,
+    not a regular file, corrupt as a whole; and whatever ``on_bad`` raises for a single row.
+    """
+    if "://" in path:
+        raise DataError("URLs are not read", where=shown(path), hint="download the file and give its path")
+    local = Path(path)
+    if local.is_dir():
+        return _dataset_folder(local, split)
+    if not local.exists():
+        return _hub(path, split, revision)
+    if not stat.S_ISREG(local.stat().st_mode):
+        raise DataError("not a regular file (a pipe or a device?)", where=shown(path))
+    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    if local.suffix.lower() not in readers:
+        raise DataError(
+            f"no reader for files ending in {local.suffix!r}", where=shown(path), hint=f"known: {', '.join(readers)}"
+        )
+    return readers[local.suffix.lower()](local, on_bad)
+
+
+def shown(name: object) -> str:
+    """A name fit for one line of a terminal: control characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+
+
+def _utf8(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 at byte {error.start}", where=where) from None
+
+
+def _object(value: object, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise DataError(f"expected an object, found {type(value).__name__}", where=where)
+    return Record(value, where)
+
+
+def _jsonl(path: Path, on_bad: OnBad) -> Iterator[Record]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{shown(path)}:{number}"
+            try:
+                record = _object(_json_line(line, where), where)
+            except DataError as error:
+                on_bad(error)
+            else:
+                yield record
+
+
+def _json_line(line: bytes, where: str) -> object:
+    text = _utf8(line.removeprefix(b"\xef\xbb\xbf"), where)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise DataError("JSON is nested too deep", where=where) from None
+    except json.JSONDecodeError as error:
+        if not line.endswith(b"\n"):
+            raise DataError("the last line is truncated", where=where, hint="write the file again") from None
+        raise DataError(f"bad JSON: {error.msg} at column {error.colno}", where=where) from None
+
+
+def _json(path: Path, on_bad: OnBad) -> Iterator[Record]:
+    name = shown(path)
+    text = _utf8(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), name)
+    line, seen = 1, 0
+    try:
+        for value, position in _items(text):
+            line, seen = line + text.count("\n", seen, position), position
+            try:
+                record = _object(value, f"{name}:{line}")
+            except DataError as error:
+                on_bad(error)
+            else:
+                yield record
+    except RecursionError:
+        raise DataError("JSON is nested too deep", where=name) from None
+    except json.JSONDecodeError as error:
+        where = f"{name}:{error.lineno}"
+        if not text[error.pos :].strip():
+            raise DataError("the file is truncated", where=where, hint="write the file again") from None
+        raise DataError(f"bad JSON: {error.msg} at column {error.colno}", where=where) from None
+
+
+def _items(text: str) -> Iterator[tuple[object, int]]:
+    """The items of a JSON list, or of the list under ``data`` in an object, each with its position in the text."""
+    decoder, position = json.JSONDecoder(), _skip(text, 0)
+    if text[position : position + 1] == "[":
+        end = yield from _list_items(text, position, decoder)
+        _end(text, end)
+        return
+    if text[position : position + 1] != "{":
+        raise json.JSONDecodeError('expected a list or {"data": [...]}', text, position)
+    position, found = _skip(text, position + 1), False
+    while text[position : position + 1] == '"':
+        key, position = decoder.raw_decode(text, position)
+        position = _skip(text, _expect(text, position, ":"))
+        if key == "data" and text[position : position + 1] == "[":
+            found, position = True, (yield from _list_items(text, position, decoder))
+        else:
+            position = decoder.raw_decode(text, position)[1]
+        position = _skip(text, position)
+        if text[position : position + 1] != ",":
+            break
+        position = _skip(text, position + 1)
+    _end(text, _expect(text, position, "}"))
+    if not found:
+        raise json.JSONDecodeError('expected a list or {"data": [...]}', text, 0)
+
+
+def _list_items(text: str, start: int, decoder: json.JSONDecoder) -> Generator[tuple[object, int], None, int]:
+    """Yields the items of the list at ``start`` with their positions; returns the position after the list."""
+    position = _skip(text, start + 1)
+    if text[position : position + 1] == "]":
+        return position + 1
+    while True:
+        value, end = decoder.raw_decode(text, position)
+        yield value, position
+        position = _skip(text, end)
+        if text[position : position + 1] != ",":
+            return _expect(text, position, "]")
+        position = _skip(text, position + 1)
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _expect(text: str, position: int, mark: str) -> int:
+    """The position after ``mark``, which must come next but for blanks."""
+    position = _skip(text, position)
+    if text[position : position + 1] != mark:
+        raise json.JSONDecodeError(f"expected {mark!r}", text, position)
+    return position + 1
+
+
+def _end(text: str, position: int) -> None:
+    if _skip(text, position) < len(text):
+        raise json.JSONDecodeError("more text after the end", text, _skip(text, position))
+
+
+def _csv(path: Path, on_bad: OnBad) -> Iterator[Record]:
+    name = shown(path)
+    csv.field_size_limit(CSV_FIELD_CHARACTERS)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            header = next(rows, None)
+            if not header or len(set(header)) < len(header):
+                raise DataError("the first line must name the columns, each once", where=f"{name}:1")
+            while True:
+                where = f"{name}:{rows.line_num + 1}"
+                fields = next(rows, None)
+                if fields is None:
+                    return
+                if fields and len(fields) != len(header):
+                    on_bad(DataError(f"{len(fields)} fields under {len(header)} columns", where=where))
+                elif fields:
+                    yield Record(dict(zip(header, fields, strict=True)), where)
+        except csv.Error as error:
+            raise DataError(f"bad CSV: {error}", where=f"{name}:{rows.line_num}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8 after line {rows.line_num}: {error.reason}", where=name) from None
+
+
+def _parquet(path: Path, _on_bad: OnBad) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
+    name, number = shown(path), 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Record(row, f"{name}:{number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"corrupt parquet after row {number}: {reason}", where=name) from None
+
+
+def _dataset_folder(path: Path, split: str) -> Iterator[Record]:
+    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        raise DataError(
+            "this folder was not made by datasets.save_to_disk", where=shown(path), hint="give a file inside it"
+        )
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(f"the data set cannot be read: {_first_line(error)}", where=shown(path)) from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise DataError(f"no split {split!r}", where=shown(path), hint=f"it has {', '.join(map(str, loaded))}")
+        loaded = loaded[split]
+    return _numbered(loaded, shown(path))
+
+
+def _hub(path: str, split: str, revision: str | None) -> Iterator[Record]:
+    if not HUB_ID.fullmatch(path) or Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        raise DataError("no such file or folder", where=shown(path))
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(path, split=split, revision=revision)
+    except Exception as error:
+        reason = f"neither a local file nor a data set of the hub that can be loaded: {_first_line(error)}"
+        raise DataError(reason, where=shown(path)) from error
+    return _numbered(loaded, path)
+
+
+def _numbered(rows: Any, name: str) -> Iterator[Record]:
+    return (Record(row, f"{name}:{number}") for number, row in enumerate(rows, 1))
+
+
+def _first_line(error: Exception) -> str:
+    return shown((str(error) or type(error).__name__).splitlines()[0])
