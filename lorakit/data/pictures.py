@@ -1,0 +1,217 @@
+"""Finding the pictures of a data set and their captions: folders, metadata.jsonl, parquet, datasets folders, hub ids.
+
+A picture is found with its caption checked; its bytes are read when asked for. Nothing outside the data's own folder is
+ever opened, and only regular files are.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from lorakit.data.captions import clean, read_caption
+from lorakit.data.tables import ParquetTable, load_datasets_folder, load_hub
+from lorakit.errors import DataError
+from lorakit.recipe.schema import PictureData
+
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".psd", ".avif", ".heic")
+)
+"""Names that claim to be a picture; the content decides whether it is one that can be used."""
+FILE_CAP = 2**28
+"""Largest picture file, in bytes (256 MiB)."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a data set: its name for messages, its caption, and a way to its bytes (which may fail)."""
+
+    id: str
+    caption: str
+    read: Callable[[], bytes]
+
+
+class Rejects:
+    """Keeps the rule for pictures that cannot be used: stop at the first, or list them and go on."""
+
+    def __init__(self, policy: Literal["fail", "skip"]) -> None:
+        self.policy = policy
+        self.errors: list[DataError] = []
+
+    def report(self, error: DataError) -> None:
+        """Raise ``error``, or list it."""
+        if self.policy == "fail":
+            raise error
+        self.errors.append(error)
+
+
+class Table(Protocol):
+    """Rows that hold a picture and a caption each."""
+
+    name: str
+    roots: Sequence[Path]
+
+    def captions(self) -> Iterator[object]: ...
+
+    def image(self, row: int) -> object:
+        """Bytes, or a mapping with ``bytes`` or ``path``."""
+        ...
+
+
+def find_pictures(data: PictureData, rejects: Rejects) -> list[Picture]:
+    """All pictures of ``data.path``, in an order that depends on their names only.
+
+    Raises: DataError when there is nothing at the path, nothing in it, or (by ``rejects``) at the first bad picture.
+    """
+    path = Path(data.path).expanduser()
+    if (path.is_dir() and (path / "state.json").is_file()) or (path / "dataset_dict.json").is_file():
+        found = list(_from_table(load_datasets_folder(path, data), rejects))
+    elif path.is_dir() and (path / "metadata.jsonl").is_file():
+        found = list(_from_metadata(path / "metadata.jsonl", data, rejects))
+    elif path.is_dir():
+        found = list(_from_folder(path, rejects))
+    elif path.is_file() and path.suffix == ".parquet":
+        found = list(_from_table(ParquetTable(path, data.image_column, data.caption_column), rejects))
+    elif path.is_file() and path.suffix == ".jsonl":
+        found = list(_from_metadata(path, data, rejects))
+    elif not path.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", data.path):
+        found = list(_from_table(load_hub(data), rejects))
+    else:
+        raise DataError("no such folder, .parquet or .jsonl file", where=printable(data.path))
+    if not found:
+        hint = "; ".join(str(error) for error in rejects.errors[:3])
+        raise DataError("no picture with a caption was found", where=printable(data.path), hint=hint)
+    return found
+
+
+def printable(name: str) -> str:
+    """A file name with its control characters and broken bytes written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
+def read_inside(root: Path, name: str, where: str) -> bytes:
+    """The bytes of a regular file ``name`` below ``root``.
+
+    Raises: DataError for a URL, an absolute path, a path or link that leads outside, a pipe, a device, a missing file,
+    or one of more than 256 MiB.
+    """
+    shown = printable(name)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name) or name.startswith("data:"):
+        raise DataError(f"a URL, not a file of the data set: {shown}", where=where)
+    try:
+        base = root.resolve(strict=True)
+        path = (base / name).resolve(strict=True)
+        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_relative_to(base):
+            raise DataError(f"outside the data set's folder: {shown}", where=where)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"not a regular file: {shown}", where=where)
+            if status.st_size > FILE_CAP:
+                raise DataError(f"larger than {FILE_CAP >> 20} MiB: {shown}", where=where)
+            return file.read(FILE_CAP)
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the name; RuntimeError: a loop of links
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(f"cannot be read: {shown}: {reason}", where=where) from error
+
+
+def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
+    """Every file named like a picture, or with a .txt of the same name next to it; hidden ones left out."""
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir())
+    known = set(names)
+    for name in names:
+        path = Path(name)
+        caption = path.with_suffix(".txt").as_posix()
+        if any(part.startswith(".") for part in path.parts) or path.suffix.lower() in (".txt", ".json", ".jsonl"):
+            continue
+        if path.suffix.lower() not in SUFFIXES and caption not in known:
+            continue
+        shown = printable(name)
+        try:
+            if caption not in known:
+                raise DataError(f"no caption: there is no {printable(caption)}", where=shown)
+            if not (root / caption).resolve().is_relative_to(root.resolve()):
+                raise DataError("the caption lies outside the data set's folder", where=printable(caption))
+            text = read_caption(root / caption, printable(caption))
+        except DataError as error:
+            rejects.report(error)
+            continue
+        yield Picture(shown, text, _FileReader(root, name, shown))
+
+
+def _from_metadata(path: Path, data: PictureData, rejects: Rejects) -> Iterator[Picture]:
+    """Rows {"file_name": ..., caption column: ...}, one a line, files relative to the .jsonl."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{printable(path.name)}:{number}"
+            if not line.strip():
+                continue
+            try:
+                name, caption = _metadata_row(line, data.caption_column, where)
+            except DataError as error:
+                rejects.report(error)
+                continue
+            yield Picture(printable(name), caption, _FileReader(path.parent, name, where))
+
+
+def _metadata_row(line: bytes, column: str, where: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"not a line of JSON: {error}", where=where) from error
+    if not isinstance(row, dict):
+        raise DataError(f"a {type(row).__name__}, not an object with file_name and {column}", where=where)
+    for field in ("file_name", column):
+        if field not in row:
+            raise DataError(f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}", where=where)
+    if not isinstance(row["file_name"], str) or not row["file_name"]:
+        raise DataError("file_name is not a name", where=where)
+    return row["file_name"], clean(row[column], where)
+
+
+def _from_table(table: Table, rejects: Rejects) -> Iterator[Picture]:
+    for row, caption in enumerate(table.captions()):
+        where = f"{printable(table.name)}:{row}"
+        try:
+            text = clean(caption, where)
+        except DataError as error:
+            rejects.report(error)
+            continue
+        yield Picture(where, text, _RowReader(table, row, where))
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    root: Path
+    name: str
+    where: str
+
+    def __call__(self) -> bytes:
+        return read_inside(self.root, self.name, self.where)
+
+
+@dataclass(frozen=True)
+class _RowReader:
+    table: Table
+    row: int
+    where: str
+
+    def __call__(self) -> bytes:
+        value = self.table.image(self.row)
+        if isinstance(value, dict):
+            if isinstance(value.get("bytes"), bytes):
+                return bytes(value["bytes"])
+            value = value.get("path")
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str):
+            raise DataError("the row holds neither a picture's bytes nor a file's name", where=self.where)
+        for root in self.table.roots:
+            if Path(value).is_absolute() and Path(value).resolve().is_relative_to(root.resolve()):
+                return read_inside(root, str(Path(value).resolve().relative_to(root.resolve())), self.where)
+        return read_inside(self.table.roots[0], value, self.where)
