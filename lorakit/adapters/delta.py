@@ -1,0 +1,65 @@
+"""What an adapter is in memory, whatever file it came from: low-rank changes of a model's weights, by module path.
+
+Shapes: ``r`` rank, ``in`` and ``out`` the module's features or channels, ``kh, kw`` a convolution's kernel.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The change of one weight: W + scale * B A (Hu et al. 2021, arXiv:2106.09685)."""
+
+    A: Tensor
+    """[r, in], or [r, in, kh, kw] for a convolution."""
+    B: Tensor
+    """[out, r], or [out, r, 1, 1]."""
+    scale: float
+    """alpha / r, or alpha / sqrt(r) with rslora."""
+    magnitude: Tensor | None = None
+    """DoRA's row norms [out] (Liu et al. 2024, arXiv:2402.09353)."""
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape: [out, in] or [out, in, kh, kw]."""
+        return (self.B.shape[0], *self.A.shape[1:])
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as read from a file, or about to be written to one."""
+
+    family: Literal["sd", "llama"]
+    components: dict[str, dict[str, Delta]]
+    """``model`` for LLaMA; ``unet`` and, if trained, ``text_encoder`` for SD: module path -> change."""
+    format: Literal["peft", "kohya", "diffusers"]
+    metadata: dict[str, str]
+    """The file's own strings; for PEFT those of its safetensors header and ``base_model_name_or_path``."""
+
+
+def product(delta: Delta) -> Tensor:
+    """scale * B A, float32, in the weight's shape."""
+    flat = delta.B.float().flatten(1) @ delta.A.float().flatten(1)
+    return (flat * delta.scale).reshape(delta.shape)
+
+
+def merged(weight: Tensor, delta: Delta, strength: float = 1.0) -> Tensor:
+    """``weight`` with the change added ``strength`` times, float32, ``weight`` itself untouched.
+
+    LoRA: W + strength * scale * B A. DoRA: V = that same sum, then each row of V scaled to the norm ``magnitude``.
+    """
+    total = weight.float() + strength * product(delta).to(weight.device)
+    if delta.magnitude is None:
+        return total
+    rows = (-1, *[1] * (total.dim() - 1))
+    norm: Tensor = torch.linalg.vector_norm(total.flatten(1), dim=1)
+    ratio = delta.magnitude.float().to(weight.device) / norm
+    return total * ratio.view(rows)

@@ -1,0 +1,136 @@
+"""Which layers get LoRA, and with which rank and alpha: names and patterns against a model, on any device or none."""
+
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from torch import nn
+
+from lorakit.errors import RecipeError
+from lorakit.recipe.schema import Adapter
+
+
+class Target(NamedTuple):
+    """A layer that gets LoRA: its module path, features in and out (channels of a convolution), and rank."""
+
+    name: str
+    inputs: int
+    outputs: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What was put where: the recipe's section, the targets in the model's order, and their alphas by name."""
+
+    adapter: Adapter
+    targets: tuple[Target, ...]
+    alphas: dict[str, float]
+
+    def scale(self, target: Target) -> float:
+        """alpha / r, or alpha / sqrt(r) with rslora."""
+        return self.alphas[target.name] / (math.sqrt(target.rank) if self.adapter.rslora else target.rank)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module path, or the end of it after a dot, is what the shell-style pattern says."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def adaptable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Every layer that can have LoRA; a wrapped one under its own path."""
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
+    for name, module in model.named_modules():
+        inside_lora = not {"lora_A", "lora_B"}.isdisjoint(name.split("."))
+        if not inside_lora and (
+            isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        ):
+            found[name.removesuffix(".base_layer")] = module
+    return found
+
+
+def sizes(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
+    """Features in and out, or channels."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels, layer.out_channels
+    return layer.in_features, layer.out_features
+
+
+def near(pattern: str, names: Sequence[str]) -> str:
+    """A hint: the names most like ``pattern``, by their last one and two parts."""
+    ends = sorted({".".join(name.split(".")[-count:]) for name in names for count in (1, 2)})
+    near = get_close_matches(pattern, ends, n=4, cutoff=0.5) or sorted({name.split(".")[-1] for name in names})[:8]
+    return f"near names: {', '.join(near)}"
+
+
+def _none(field: str, pattern: str, names: Sequence[str]) -> RecipeError:
+    return RecipeError(f"{pattern!r} matches no layer of the model", where=field, hint=near(pattern, names))
+
+
+def _select(model: nn.Module, adapter: Adapter, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    layers = adaptable(model)
+    if adapter.targets == "all-linear":
+        find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+        head = find_head()
+        chosen = [n for n, layer in layers.items() if isinstance(layer, nn.Linear) and layer is not head]
+    else:
+        if isinstance(adapter.targets, str) and adapter.targets not in groups:
+            raise RecipeError(f"{adapter.targets!r} is not known for this model", where="adapter.targets")
+        patterns = groups[adapter.targets] if isinstance(adapter.targets, str) else adapter.targets
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in layers):
+                raise _none("adapter.targets", pattern, list(layers))
+        chosen = [name for name in layers if any(matches(name, pattern) for pattern in patterns)]
+    return chosen if adapter.layers is None else _in_layers(chosen, adapter.layers)
+
+
+def _in_layers(names: Sequence[str], layers: Sequence[int]) -> list[str]:
+    numbers = {name: int(m[1]) for name in names if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
+    for wanted in layers:
+        if wanted not in numbers.values():
+            there = f"has {max(numbers.values()) + 1}" if numbers else "does not number its layers"
+            raise RecipeError(f"layer {wanted}: the model {there}", where="adapter.layers", hint="counted from 0")
+    return [name for name in names if name in numbers and numbers[name] in layers]
+
+
+def _by_pattern(field: str, table: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The first matching pattern's value by name; RecipeError for a pattern that matches none of ``names``."""
+    for pattern in table:
+        if not any(matches(name, pattern) for name in names):
+            raise _none(field, pattern, names)
+    return {
+        name: next(value for pattern, value in table.items() if matches(name, pattern))
+        for name in names
+        if any(matches(name, pattern) for pattern in table)
+    }
+
+
+def injection(model: nn.Module, adapter: Adapter, groups: Mapping[str, Sequence[str]]) -> Injection:
+    """The recipe's section worked out against a model. RecipeError as ``inject`` says."""
+    names, layers = _select(model, adapter, groups), adaptable(model)
+    ranks = _by_pattern("adapter.rank_pattern", adapter.rank_pattern, names)
+    alphas = _by_pattern("adapter.alpha_pattern", adapter.alpha_pattern, names)
+    owners: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    targets = []
+    for name in names:
+        target = Target(name, *sizes(layers[name]), rank=int(ranks.get(name, adapter.rank)))
+        if target.rank > min(target.inputs, target.outputs):
+            raise RecipeError(
+                f"rank {target.rank} is more than {name} has: {target.inputs} in, {target.outputs} out",
+                where="adapter.rank",
+            )
+        if owners[id(layers[name].weight)] > 1:
+            raise RecipeError(f"{name} shares its weight with another layer", where="adapter.targets")
+        targets.append(target)
+    return Injection(adapter, tuple(targets), {name: alphas.get(name, adapter.alpha) for name in names})
+
+
+def plan(model: nn.Module, adapter: Adapter, groups: Mapping[str, Sequence[str]]) -> list[Target]:
+    """The layers that ``inject`` would give LoRA to; ``model`` may be on the meta device. RecipeError as there."""
+    return list(injection(model, adapter, groups).targets)
