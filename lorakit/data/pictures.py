@@ -4,7 +4,6 @@ A picture is found with its caption checked; its bytes are read when asked for. 
 ever opened, and only regular files are.
 """
 
-import json
 import os
 import re
 import stat
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from lorakit.data.captions import clean, read_caption
+from lorakit.data.records import HUB_ID, read_records, shown
 from lorakit.data.tables import ParquetTable, load_datasets_folder, load_hub
 from lorakit.errors import DataError
 from lorakit.recipe.schema import PictureData
@@ -71,26 +71,21 @@ def find_pictures(data: PictureData, rejects: Rejects) -> list[Picture]:
     if (path.is_dir() and (path / "state.json").is_file()) or (path / "dataset_dict.json").is_file():
         found = list(_from_table(load_datasets_folder(path, data), rejects))
     elif path.is_dir() and (path / "metadata.jsonl").is_file():
-        found = list(_from_metadata(path / "metadata.jsonl", data, rejects))
+        found = list(_from_metadata(path / "metadata.jsonl", data.caption_column, rejects))
     elif path.is_dir():
         found = list(_from_folder(path, rejects))
     elif path.is_file() and path.suffix == ".parquet":
         found = list(_from_table(ParquetTable(path, data.image_column, data.caption_column), rejects))
     elif path.is_file() and path.suffix == ".jsonl":
-        found = list(_from_metadata(path, data, rejects))
-    elif not path.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", data.path):
+        found = list(_from_metadata(path, data.caption_column, rejects))
+    elif not path.exists() and HUB_ID.fullmatch(data.path):
         found = list(_from_table(load_hub(data), rejects))
     else:
-        raise DataError("no such folder, .parquet or .jsonl file", where=printable(data.path))
+        raise DataError("neither a folder nor a .parquet or .jsonl file", where=shown(data.path))
     if not found:
         hint = "; ".join(str(error) for error in rejects.errors[:3])
-        raise DataError("no picture with a caption was found", where=printable(data.path), hint=hint)
+        raise DataError("no picture with a caption was found", where=shown(data.path), hint=hint)
     return found
-
-
-def printable(name: str) -> str:
-    """A file name with its control characters and broken bytes written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 def read_inside(root: Path, name: str, where: str) -> bytes:
@@ -99,25 +94,25 @@ def read_inside(root: Path, name: str, where: str) -> bytes:
     Raises: DataError for a URL, an absolute path, a path or link that leads outside, a pipe, a device, a missing file,
     or one of more than 256 MiB.
     """
-    shown = printable(name)
+    label = shown(name)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name) or name.startswith("data:"):
-        raise DataError(f"a URL, not a file of the data set: {shown}", where=where)
+        raise DataError(f"a URL, not a file of the data set: {label}", where=where)
     try:
         base = root.resolve(strict=True)
         path = (base / name).resolve(strict=True)
         if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_relative_to(base):
-            raise DataError(f"outside the data set's folder: {shown}", where=where)
+            raise DataError(f"outside the data set's folder: {label}", where=where)
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise DataError(f"not a regular file: {shown}", where=where)
+                raise DataError(f"not a regular file: {label}", where=where)
             if status.st_size > FILE_CAP:
-                raise DataError(f"larger than {FILE_CAP >> 20} MiB: {shown}", where=where)
+                raise DataError(f"larger than {FILE_CAP >> 20} MiB: {label}", where=where)
             return file.read(FILE_CAP)
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the name; RuntimeError: a loop of links
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DataError(f"cannot be read: {shown}: {reason}", where=where) from error
+        raise DataError(f"cannot be read: {label}: {reason}", where=where) from error
 
 
 def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
@@ -131,52 +126,39 @@ def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
             continue
         if path.suffix.lower() not in SUFFIXES and caption not in known:
             continue
-        shown = printable(name)
+        label = shown(name)
         try:
             if caption not in known:
-                raise DataError(f"no caption: there is no {printable(caption)}", where=shown)
+                raise DataError(f"no caption: there is no {shown(caption)}", where=label)
             if not (root / caption).resolve().is_relative_to(root.resolve()):
-                raise DataError("the caption lies outside the data set's folder", where=printable(caption))
-            text = read_caption(root / caption, printable(caption))
+                raise DataError("the caption lies outside the data set's folder", where=shown(caption))
+            text = read_caption(root / caption, shown(caption))
         except DataError as error:
             rejects.report(error)
             continue
-        yield Picture(shown, text, _FileReader(root, name, shown))
+        yield Picture(label, text, _FileReader(root, name, label))
 
 
-def _from_metadata(path: Path, data: PictureData, rejects: Rejects) -> Iterator[Picture]:
+def _from_metadata(path: Path, column: str, rejects: Rejects) -> Iterator[Picture]:
     """Rows {"file_name": ..., caption column: ...}, one a line, files relative to the .jsonl."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{printable(path.name)}:{number}"
-            if not line.strip():
-                continue
-            try:
-                name, caption = _metadata_row(line, data.caption_column, where)
-            except DataError as error:
-                rejects.report(error)
-                continue
-            yield Picture(printable(name), caption, _FileReader(path.parent, name, where))
-
-
-def _metadata_row(line: bytes, column: str, where: str) -> tuple[str, str]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"not a line of JSON: {error}", where=where) from error
-    if not isinstance(row, dict):
-        raise DataError(f"a {type(row).__name__}, not an object with file_name and {column}", where=where)
-    for field in ("file_name", column):
-        if field not in row:
-            raise DataError(f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}", where=where)
-    if not isinstance(row["file_name"], str) or not row["file_name"]:
-        raise DataError("file_name is not a name", where=where)
-    return row["file_name"], clean(row[column], where)
+    for row, where in read_records(str(path), on_bad=rejects.report):
+        try:
+            for field in ("file_name", column):
+                if field not in row:
+                    raise DataError(f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}", where=where)
+            name = row["file_name"]
+            if not isinstance(name, str) or not name:
+                raise DataError("file_name is not a name", where=where)
+            caption = clean(row[column], where)
+        except DataError as error:
+            rejects.report(error)
+            continue
+        yield Picture(shown(name), caption, _FileReader(path.parent, name, where))
 
 
 def _from_table(table: Table, rejects: Rejects) -> Iterator[Picture]:
     for row, caption in enumerate(table.captions()):
-        where = f"{printable(table.name)}:{row}"
+        where = f"{shown(table.name)}:{row}"
         try:
             text = clean(caption, where)
         except DataError as error:
