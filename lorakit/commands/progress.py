@@ -1,0 +1,84 @@
+"""What a run shows on the terminal: a bar with step, loss, rate and time left; plain lines where there is none."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Terminal:
+    """The training loop's Progress, by rich on a terminal; else a line now and then, fit for a log file."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._begun = self._spoken = time.monotonic()
+        self._done = self._total = 0
+        self._average: float | None = None
+
+    def __enter__(self) -> "Terminal":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def start(self, total: int, done: int) -> None:
+        """Training begins at update ``done`` of ``total``."""
+        self._begun, self._done, self._total = time.monotonic(), done, total
+        self._task = self._bar.add_task("training", total=total, completed=done, loss="-", rate="")
+
+    def step(self, step: int, loss: float, learning_rate: float) -> None:  # noqa: ARG002 (the protocol's)
+        """Update ``step`` was made; the loss shown is a moving average."""
+        self._average = loss if self._average is None else 0.9 * self._average + 0.1 * loss
+        now = time.monotonic()
+        rate = (step - self._done) / max(now - self._begun, 1e-9)
+        shown = f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s/step"
+        self._bar.update(self._task, completed=step, loss=f"{self._average:.4f}", rate=shown)
+        if not self.console.is_terminal and (now - self._spoken > SECONDS_BETWEEN_LINES or step == self._total):
+            left = (self._total - step) / max(rate, 1e-9)
+            self.console.print(
+                f"step {step}/{self._total}  loss {self._average:.4f}  {shown}  {left / 60:.1f} min left", highlight=False
+            )
+            self._spoken = now
+
+    def held_out(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+        """Print the held-out loss and what the family makes of it."""
+        more = "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
+        self.console.print(f"held-out loss after {step} steps: {loss:.4f}{more}", highlight=False)
+
+    def stage(self, text: str) -> None:
+        """Print what is done beside the steps."""
+        self.console.print(f"[dim]{text}[/dim]", highlight=False)
+
+
+@contextmanager
+def warnings_to(console: Console) -> Iterator[None]:
+    """Print what ``logging.getLogger("lorakit")`` is told, a line each."""
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.print(f"lorakit: {record.levelname.lower()}: {record.getMessage()}", markup=False, highlight=False)
+
+    log, handler = logging.getLogger("lorakit"), Lines(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
