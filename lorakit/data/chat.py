@@ -1,0 +1,205 @@
+"""Rows to chats: six layouts of training rows read into one form.
+
+``messages``    {"messages": [{"role": "user", "content": "..."}, ...]}, OpenAI's
+``sharegpt``    {"conversations": [{"from": "human", "value": "..."}, ...]}
+``alpaca``      {"instruction": "...", "input": "...", "output": "..."}
+``completion``  {"prompt": "...", "completion": "..."}, raw text without a template, or two lists of messages
+``text``        {"text": "..."}
+``squad``       {"context", "question", "answers"}, or SQuAD's and KorQuAD's nested {"paragraphs": [{"qas": ...}]}
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorakit.data.records import Record
+from lorakit.errors import DataError
+
+Role = Literal["system", "user", "assistant"]
+ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+SPEAKERS: dict[str, Role] = {
+    "system": "system", "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    content: str
+    learned: bool = True
+    """Whether an assistant's message is trained on (OpenAI's ``weight: 0`` says no)."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation for the chat template: at least one assistant message is learned."""
+
+    messages: tuple[Message, ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Raw text: ``completion`` is learned, ``prompt`` is not. Plain text is a completion of nothing."""
+
+    prompt: str
+    completion: str
+    where: str
+
+    @property
+    def plain(self) -> bool:
+        """Plain text may be cut into pieces anywhere."""
+        return not self.prompt
+
+
+Example = Chat | Completion
+Parser = Callable[[Mapping[str, Any], str], Example]
+
+
+def parse(record: Record, layout: str) -> Example:
+    """The example in a row (of ``unfold``'s).
+
+    ``layout`` is a key of ``PARSERS`` (``tell`` finds it). Raises DataError with the row's place: a field missing,
+    empty or of the wrong type, an unknown role, nothing to learn.
+    """
+    return PARSERS[layout](record.row, record.where)
+
+
+def unfold(record: Record) -> Iterator[Record]:
+    """A nested SQuAD row as one row a question, named by its id too; any other row as it is."""
+    row, where = record
+    if not isinstance(row.get("paragraphs"), list):
+        yield record
+        return
+    for paragraph in _list(row, "paragraphs", where):
+        context = _text(paragraph, "context", where)
+        for question in _list(paragraph, "qas", where):
+            place = f"{where} ({question['id']})" if question.get("id") else where
+            yield Record({**question, "context": context}, place)
+
+
+def tell(record: Record) -> str:
+    """The layout of a row, from its fields. Raises DataError when none fits."""
+    fields = {key for key, value in record.row.items() if value is not None}
+    for layout, needed in SIGNS:
+        if needed <= fields:
+            return layout
+    raise DataError(
+        f"no known layout has the fields {', '.join(sorted(map(str, fields))) or '(none)'}",
+        where=record.where,
+        hint="known: " + "; ".join(f"{layout} ({', '.join(sorted(needed))})" for layout, needed in SIGNS),
+    )
+
+
+def _text(row: Mapping[str, Any], field: str, where: str, *, empty: bool = False) -> str:
+    if field not in row or row[field] is None:
+        raise DataError(f"the field {field!r} is missing", where=where)
+    value = row[field]
+    if not isinstance(value, str):
+        raise DataError(f"{field!r} should be text, is {type(value).__name__}", where=where)
+    if not empty and not value.strip():
+        raise DataError(f"{field!r} is empty", where=where)
+    return value
+
+
+def _list(row: Mapping[str, Any], field: str, where: str) -> list[Mapping[str, Any]]:
+    """A list of objects; an array of a data set counts."""
+    value = row.get(field)
+    if value is None:
+        raise DataError(f"the field {field!r} is missing", where=where)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise DataError(f"{field!r} should be a list of objects", where=where)
+    return value
+
+
+def _chat(messages: list[Message], where: str) -> Chat:
+    if not any(message.role == "assistant" and message.learned for message in messages):
+        raise DataError("no assistant message to learn from: every label would be masked", where=where)
+    return Chat(tuple(messages), where)
+
+
+def _message(item: Mapping[str, Any], where: str, *, learned: bool = True) -> Message:
+    name = _text(item, "role", where)
+    if name not in ROLES:
+        raise DataError(f"unknown role {name!r}", where=where, hint=f"known: {', '.join(ROLES)}")
+    if item.get("tool_calls"):
+        raise DataError("tool calls are not supported", where=where)
+    if isinstance(item.get("content"), list):
+        parts = [_text(part, "text", where) for part in _list(item, "content", where)]
+        item = {**item, "content": "".join(parts)}
+    weight = item["weight"] if item.get("weight") is not None else 1
+    if weight not in (0, 1):
+        raise DataError(f"a message's weight is 0 or 1, not {weight!r}", where=where)
+    role = ROLES[name]
+    answer = role == "assistant"
+    return Message(role, _text(item, "content", where, empty=not answer), not answer or (learned and weight == 1))
+
+
+def _messages(row: Mapping[str, Any], where: str) -> Example:
+    return _chat([_message(item, where) for item in _list(row, "messages", where)], where)
+
+
+def _sharegpt(row: Mapping[str, Any], where: str) -> Example:
+    messages = _system(row, where)
+    for item in _list(row, "conversations", where):
+        speaker = _text(item, "from", where)
+        if speaker not in SPEAKERS:
+            raise DataError(f"unknown speaker {speaker!r}", where=where, hint=f"known: {', '.join(SPEAKERS)}")
+        role = SPEAKERS[speaker]
+        messages.append(Message(role, _text(item, "value", where, empty=role != "assistant")))
+    return _chat(messages, where)
+
+
+def _system(row: Mapping[str, Any], where: str) -> list[Message]:
+    """A row's own system prompt, if it has one."""
+    return [Message("system", _text(row, "system", where))] if row.get("system") else []
+
+
+def _alpaca(row: Mapping[str, Any], where: str) -> Example:
+    question = _text(row, "instruction", where)
+    if row.get("input"):
+        question += "\n\n" + _text(row, "input", where)
+    answer = _text(row, "output", where)
+    return _chat([*_system(row, where), Message("user", question), Message("assistant", answer)], where)
+
+
+def _completion(row: Mapping[str, Any], where: str) -> Example:
+    if isinstance(row.get("prompt"), list):
+        prompt = [_message(item, where, learned=False) for item in _list(row, "prompt", where)]
+        return _chat([*prompt, *(_message(item, where) for item in _list(row, "completion", where))], where)
+    return Completion(_text(row, "prompt", where, empty=True), _text(row, "completion", where), where)
+
+
+def _plain(row: Mapping[str, Any], where: str) -> Example:
+    return Completion("", _text(row, "text", where), where)
+
+
+def _squad(row: Mapping[str, Any], where: str) -> Example:
+    """Answers are [{"text": ...}] in the files, {"text": [...]} in the hub's data sets; the first one counts."""
+    question = f"{_text(row, 'context', where)}\n\n{_text(row, 'question', where)}"
+    answers = row.get("answers")
+    if isinstance(answers, dict):
+        answers = [{"text": answer} for answer in answers.get("text") or []]
+    if not answers:
+        raise DataError("the question has no answer", where=where, hint="on_bad: skip leaves such questions out")
+    answer = _text(_list({"answers": answers}, "answers", where)[0], "text", where)
+    return _chat([Message("user", question), Message("assistant", answer)], where)
+
+
+PARSERS: dict[str, Parser] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "completion": _completion,
+    "text": _plain,
+    "squad": _squad,
+}
+SIGNS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("messages", frozenset({"messages"})),
+    ("sharegpt", frozenset({"conversations"})),
+    ("squad", frozenset({"context", "question", "answers"})),
+    ("alpaca", frozenset({"instruction", "output"})),
+    ("completion", frozenset({"prompt", "completion"})),
+    ("text", frozenset({"text"})),
+)

@@ -1,0 +1,108 @@
+"""Sources to the training and held-out examples: formats told, bad rows counted, split and weights by the seed."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lorakit.data.chat import Chat, Example, parse, tell, unfold
+from lorakit.data.records import OnBad, Record, fail, read_records
+from lorakit.errors import DataError
+from lorakit.numerics.order import mix
+from lorakit.recipe.schema import ChatData, ChatSource
+
+
+@dataclass
+class Skipped:
+    """Bad rows, counted and listed; an ``OnBad`` that goes on."""
+
+    errors: list[DataError] = field(default_factory=list)
+
+    def __call__(self, error: DataError) -> None:
+        self.errors.append(error)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples by split; a training example comes as often as ``train`` has it, weights applied."""
+
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    skipped: Skipped
+    repeated: int
+    """Training rows that also stand in held-out sources of their own: they flatter the held-out loss."""
+
+
+def read_split(data: ChatData, seed: int) -> Split:
+    """Read every source of a recipe. Raises DataError for a bad row (``on_bad: fail``), or when nothing is left."""
+    skipped = Skipped()
+    on_bad: OnBad = skipped if data.on_bad == "skip" else fail
+    sources = [(source, list(examples(source, on_bad))) for source in data.train]
+    if isinstance(data.held_out, list):
+        held_out = [example for source in data.held_out for example in examples(source, on_bad)]
+        keys = {content_key(example) for example in held_out}
+        repeated = sum(content_key(example) in keys for _, rows in sources for example in rows)
+    else:
+        apart = held_out_keys((row for _, rows in sources for row in rows), data.held_out, seed)
+        held_out = [row for _, rows in sources for row in rows if content_key(row) in apart]
+        sources = [(source, [row for row in rows if content_key(row) not in apart]) for source, rows in sources]
+        repeated = 0
+    train = [row for n, (source, rows) in enumerate(sources) for row in weighted(rows, source.weight, mix(seed, 5, n))]
+    if not train:
+        raise DataError("no training example is left", where="data.train", hint="see the bad rows that were skipped")
+    return Split(tuple(train), tuple(held_out), skipped, repeated)
+
+
+def examples(source: ChatSource, on_bad: OnBad) -> Iterator[Example]:
+    """A source's examples in order. ``format: auto`` is told from the first row that has a known layout."""
+    layout: str | None = None if source.format == "auto" else source.format
+    for record in read_records(source.path, split=source.split, revision=source.revision, on_bad=on_bad):
+        for row in _unfolded(record, on_bad):
+            try:
+                layout = layout or tell(row)
+                found = parse(row, layout)
+            except DataError as error:
+                on_bad(error)
+            else:
+                yield found
+
+
+def _unfolded(record: Record, on_bad: OnBad) -> Iterator[Record]:
+    try:
+        yield from unfold(record)
+    except DataError as error:
+        on_bad(error)
+
+
+def content_key(example: Example) -> bytes:
+    """SHA-256 of what an example says, wherever it stands."""
+    if isinstance(example, Chat):
+        parts = [part for message in example.messages for part in (message.role, message.content)]
+    else:
+        parts = ["", example.prompt, example.completion]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
+
+
+def held_out_keys(rows: Iterable[Example], share: float, seed: int) -> set[bytes]:
+    """The contents set aside: the ``share`` of all different ones (at least one) that a keyed hash ranks first.
+
+    Equal rows go to the same side. Raises DataError when that leaves nothing to train on.
+    """
+    keys = {content_key(row) for row in rows}
+    if share == 0:
+        return set()
+    count = max(1, round(share * len(keys)))
+    if count >= len(keys):
+        raise DataError(
+            f"{len(keys)} different rows are too few to set some aside", where="data.held_out", hint="held_out: 0"
+        )
+    salt = seed.to_bytes(8, "little")
+    return set(sorted(keys, key=lambda key: hashlib.sha256(salt + key).digest())[:count])
+
+
+def weighted(rows: Sequence[Example], weight: float, seed: int) -> list[Example]:
+    """``rows`` taken ``weight`` times: all of them for each whole part, and for the rest a fixed share by the seed."""
+    whole, rest = divmod(weight, 1)
+    chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))[: round(rest * len(rows))]
+    return [*rows] * int(whole) + [rows[i] for i in sorted(chosen)]

@@ -1,0 +1,239 @@
+"""Examples to tokens with labels: the one render path of training, evaluation and generation.
+
+A chat is rendered whole and tokenized once. What an assistant's turn adds to the text before it is its span; a token
+that touches a span is labelled, up to and with the stop token. The spans come from rendering prefixes of the chat, so
+that any template will do, marked for generation or not.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorakit.data.chat import Chat, Completion, Example, Message
+from lorakit.data.templates import find_template, render
+from lorakit.errors import DataError, ModelError
+
+QUESTION_SHARE = 4
+"""A question is cut down to max_tokens / 4 characters at least before the answer's end is cut."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training row."""
+
+    tokens: np.ndarray
+    """int32 [T]"""
+    labels: np.ndarray
+    """bool [T]: whether the token is learned, predicted from those before it."""
+    where: str
+    cut: int = 0
+    """Tokens that max_tokens took away."""
+    unlearned_turns: int = 0
+    """Earlier assistant turns without labels, because the template rewrites them later in the chat."""
+
+    @property
+    def count(self) -> int:
+        """Labelled tokens that have one before them."""
+        return int(self.labels[1:].sum())
+
+
+class Span(NamedTuple):
+    """Characters of one assistant turn in the rendered text."""
+
+    start: int
+    end: int
+
+
+class Renderer:
+    """A tokenizer with its template: ``encode`` for training, ``prompt`` for generation.
+
+    Raises ModelError for a tokenizer without character offsets, or a template that does not fit it.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None, max_tokens: int) -> None:
+        if not tokenizer.is_fast:
+            raise ModelError("the tokenizer gives no character offsets", hint="one with tokenizer.json does")
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end-of-text token")
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self._template_name = template
+        self._template: str | None = None
+        self._marks = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        empty = tokenizer("", add_special_tokens=True)["input_ids"]
+        self._adds_bos = bool(empty) and empty[0] == tokenizer.bos_token_id
+        self._stops: frozenset[int] | None = None
+
+    @property
+    def template(self) -> str:
+        """Jinja source; looked for at the first chat, since plain text needs none."""
+        if self._template is None:
+            self._template = find_template(self.tokenizer, self._template_name)
+        return self._template
+
+    def stops(self, *, chat: bool) -> frozenset[int]:
+        """Tokens that end an answer: the end of text, and in a chat the mark that the template puts after a turn."""
+        ends = frozenset({int(self.tokenizer.eos_token_id)})
+        if not chat:
+            return ends
+        if self._stops is None:
+            probe = [Message("user", "question"), Message("assistant", "answer")]
+            text = render(self.tokenizer, self.template, probe, answer_next=False)
+            tail, _ = self._tokenize(text[text.rindex("answer") + len("answer") :])
+            marks = [token for token in tail if token in self._marks.values()]
+            self._stops = ends | frozenset(marks[:1])
+        return self._stops
+
+    def prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Tokens to generate from: raw text, or messages with an assistant's turn opened."""
+        if isinstance(prompt, str):
+            return self._with_bos(self._tokenize(prompt)[0])
+        self._refuse_marks(prompt)
+        return self._with_bos(self._tokenize(render(self.tokenizer, self.template, prompt, answer_next=True))[0])
+
+    def encode(self, example: Example) -> list[Encoded]:
+        """The rows of an example, each of at most ``max_tokens``: one, but for long plain text, which is cut in pieces.
+
+        Raises DataError, with the example's place, for a row without any label, a template that refuses it or does
+        not keep to its own prefix, and a message that contains the tokenizer's special tokens.
+        """
+        try:
+            if isinstance(example, Chat):
+                rows = [self._chat(example)]
+            elif example.plain:
+                rows = self._pieces(example)
+            else:
+                rows = [self._completion(example)]
+        except DataError as error:
+            raise DataError(error.reason, where=error.where or example.where, hint=error.hint) from error
+        if not any(row.count for row in rows):
+            raise DataError("no label is left: all its tokens are masked", where=example.where)
+        return [row for row in rows if row.count]
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return found["input_ids"], found["offset_mapping"]
+
+    def _with_bos(self, tokens: list[int]) -> list[int]:
+        """Exactly one BOS where the tokenizer wants one, whether or not the template wrote it."""
+        bos = self.tokenizer.bos_token_id
+        return [bos, *tokens] if self._adds_bos and tokens[:1] != [bos] else tokens
+
+    def _refuse_marks(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            for mark in self._marks:
+                if mark in message.content:
+                    raise DataError(f"the {message.role}'s message contains the special token {mark!r}")
+
+    def _labelled(self, text: str, spans: Sequence[Span], *, add_end: bool, where: str) -> Encoded:
+        """Tokenize once and label what touches a span."""
+        tokens, offsets = self._tokenize(text)
+        labels = np.zeros(len(tokens), bool)
+        for span in spans:
+            inside = [i for i, (start, end) in enumerate(offsets) if end > span.start and start < span.end]
+            labels[inside] = True
+        if add_end:
+            tokens, labels = [*tokens, self.tokenizer.eos_token_id], np.append(labels, True)
+        whole = self._with_bos(tokens)
+        labels = np.concatenate([np.zeros(len(whole) - len(tokens), bool), labels])
+        return Encoded(np.array(whole, np.int32), labels, where)
+
+    def _whole_chat(self, messages: Sequence[Message], where: str) -> Encoded:
+        spans, unlearned = self._spans(messages)
+        text = render(self.tokenizer, self.template, messages, answer_next=False)
+        row = self._labelled(text, spans, add_end=False, where=where)
+        stops, tokens, labels = self.stops(chat=True), row.tokens, row.labels
+        starts = np.flatnonzero(labels & ~np.concatenate([[False], labels[:-1]]))
+        for start in starts:
+            end = start + (int(np.argmin(labels[start:])) if not labels[start:].all() else len(labels) - start)
+            ends = [i for i in range(start, end) if int(tokens[i]) in stops]
+            if ends:
+                labels[ends[-1] + 1 : end] = False
+            elif end == len(labels):
+                tokens, labels = np.append(tokens, np.int32(self.tokenizer.eos_token_id)), np.append(labels, True)
+        return replace(row, tokens=tokens, labels=labels, unlearned_turns=unlearned)
+
+    def _spans(self, messages: Sequence[Message]) -> tuple[list[Span], int]:
+        """The learned assistant turns' characters, and how many earlier turns the template rewrites."""
+        whole = render(self.tokenizer, self.template, messages, answer_next=False)
+        turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        spans, unlearned = [], 0
+        for turn in (i for i in turns if messages[i].learned):
+            before = render(self.tokenizer, self.template, messages[:turn], answer_next=True) if turn else ""
+            after = render(self.tokenizer, self.template, messages[: turn + 1], answer_next=False)
+            if whole.startswith(before) and whole.startswith(after):
+                spans.append(Span(len(before), len(after)))
+            elif turn == turns[-1]:
+                raise DataError("the chat template changes the text before the last answer once the answer is there")
+            else:
+                unlearned += 1
+        return spans, unlearned
+
+    def _chat(self, chat: Chat) -> Encoded:
+        """Too long: the oldest turns go, then the end of the last question, at last the end of the answer."""
+        self._refuse_marks(chat.messages)
+        row = self._whole_chat(chat.messages, chat.where)
+        full = len(row.tokens)
+        if full <= self.max_tokens:
+            return row
+        messages = self._drop_turns(chat)
+        row = self._whole_chat(messages, chat.where)
+        if len(row.tokens) > self.max_tokens:
+            row = self._whole_chat(self._shorten_question(messages, chat.where), chat.where)
+        size = min(len(row.tokens), self.max_tokens)
+        return replace(row, tokens=row.tokens[:size], labels=row.labels[:size], cut=full - size)
+
+    def _drop_turns(self, chat: Chat) -> list[Message]:
+        """The system message and the most turns, from a user's on, that fit; the last exchange at least."""
+        system = [message for message in chat.messages[:1] if message.role == "system"]
+        rest = list(chat.messages[len(system) :])
+        last = max(i for i, m in enumerate(rest) if m.role == "assistant" and m.learned)
+        starts = [i for i, message in enumerate(rest[: last + 1]) if message.role == "user"] or [0]
+        fits = bisect_left(
+            starts, True, key=lambda i: len(self._whole_chat(system + rest[i:], chat.where).tokens) <= self.max_tokens
+        )
+        return system + rest[starts[min(fits, len(starts) - 1)] :]
+
+    def _shorten_question(self, messages: list[Message], where: str) -> list[Message]:
+        asked = [i for i, message in enumerate(messages) if message.role == "user"]
+        if not asked:
+            return messages
+        place, question = asked[0], messages[asked[0]].content
+
+        def shortened(size: int) -> list[Message]:
+            return [*messages[:place], replace(messages[place], content=question[:size]), *messages[place + 1 :]]
+
+        floor = min(len(question), self.max_tokens // QUESTION_SHARE)
+        gone = bisect_left(
+            range(len(question) - floor),
+            True,
+            key=lambda cut: len(self._whole_chat(shortened(len(question) - cut), where).tokens) <= self.max_tokens,
+        )
+        return shortened(len(question) - gone)
+
+    def _completion(self, row: Completion) -> Encoded:
+        """Too long: the prompt's beginning goes, at last the completion's end."""
+        text = row.prompt + row.completion
+        found = self._labelled(text, [Span(len(row.prompt), len(text))], add_end=True, where=row.where)
+        over = len(found.tokens) - self.max_tokens
+        if over <= 0:
+            return found
+        head = 1 if self._adds_bos else 0
+        prompt = int(np.argmax(found.labels)) - head
+        gone = min(over, max(0, prompt - self.max_tokens // QUESTION_SHARE))
+        keep = np.r_[0:head, head + gone : self.max_tokens + gone]
+        return replace(found, tokens=found.tokens[keep], labels=found.labels[keep], cut=over)
+
+    def _pieces(self, row: Completion) -> list[Encoded]:
+        """Plain text in consecutive pieces; each has the last token of the one before, so that none goes unlearned."""
+        text = row.completion
+        found = self._labelled(text, [Span(0, len(text))], add_end=True, where=row.where)
+        pieces, start = [], 0
+        while start == 0 or start + 1 < len(found.tokens):
+            part = slice(start, start + self.max_tokens)
+            pieces.append(replace(found, tokens=found.tokens[part], labels=found.labels[part]))
+            start += self.max_tokens - 1
+        return pieces

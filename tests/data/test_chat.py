@@ -1,0 +1,157 @@
+import json
+
+import pytest
+
+from lorakit.data.chat import Chat, Completion, Message, parse, tell, unfold
+from lorakit.data.chat_sources import content_key, read_split, weighted
+from lorakit.data.records import Record
+from lorakit.errors import DataError
+from lorakit.recipe.schema import ChatData
+
+ASSISTANT = {"role": "assistant", "content": "a"}
+ANSWER = (Message("user", "q"), Message("assistant", "a"))
+
+
+def read(row, layout=None):
+    record = Record(row, "f:1")
+    return parse(record, layout or tell(record))
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": [{"role": "user", "content": "q"}, ASSISTANT]}, ANSWER),
+        (
+            {"messages": [{"role": "developer", "content": "s"}, ASSISTANT]},
+            (Message("system", "s"), Message("assistant", "a")),
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ASSISTANT]},
+            ANSWER,
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "content": "x", "weight": 0},
+                    {"role": "assistant", "content": "a", "weight": 1},
+                ]
+            },
+            (Message("assistant", "x", learned=False), Message("assistant", "a")),
+        ),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ANSWER),
+        ({"instruction": "q", "input": "", "output": "a"}, ANSWER),
+        ({"instruction": "q", "input": "i", "output": "a"}, (Message("user", "q\n\ni"), Message("assistant", "a"))),
+        (
+            {"prompt": [{"role": "user", "content": "q"}], "completion": [ASSISTANT]},
+            ANSWER,
+        ),
+        (
+            {"context": "c", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
+            (Message("user", "c\n\nq"), Message("assistant", "a")),
+        ),
+    ],
+)  # fmt: skip
+def test_layouts_are_told_from_the_fields(row, messages):
+    assert read(row) == Chat(messages, "f:1")
+
+
+def test_raw_layouts():
+    assert read({"prompt": "p", "completion": "c"}) == Completion("p", "c", "f:1")
+    assert read({"text": "t"}).plain
+
+
+def test_nested_squad_gives_one_row_a_question():
+    row = {"title": "t", "paragraphs": [{"context": "c", "qas": [
+        {"id": "7", "question": "q", "answers": [{"text": "a"}]}, {"id": "8", "question": "r", "answers": []},
+    ]}]}  # fmt: skip
+    first, second = unfold(Record(row, "f:3"))
+    assert parse(first, tell(first)) == Chat((Message("user", "c\n\nq"), Message("assistant", "a")), "f:3 (7)")
+    with pytest.raises(DataError, match="no answer") as caught:
+        parse(second, "squad")
+    assert caught.value.where == "f:3 (8)"
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "reason"),
+    [
+        ({"messages": "hello"}, "messages", "list of objects"),
+        ({"messages": [{"role": "user"}]}, "messages", "'content' is missing"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "unknown role 'tool'"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages", "no assistant message"),
+        ({"messages": [{"role": "assistant", "content": " "}]}, "messages", "'content' is empty"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "messages", "0 or 1"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "sharegpt", "unknown speaker"),
+        ({"instruction": "x"}, "alpaca", "'output' is missing"),
+        ({"instruction": 3, "output": "x"}, "alpaca", "should be text, is int"),
+        ({"text": ""}, "text", "empty"),
+    ],
+)
+def test_bad_rows_say_what_and_where(row, layout, reason):
+    with pytest.raises(DataError, match=reason) as caught:
+        read(row, layout)
+    assert caught.value.where == "f:1"
+
+
+def test_unknown_fields_list_the_known_layouts():
+    with pytest.raises(DataError, match="body, head") as caught:
+        tell(Record({"head": 1, "body": 2}, "f:1"))
+    assert "alpaca (instruction, output)" in caught.value.hint
+
+
+def source(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def texts(rows):
+    return [row.completion for row in rows]
+
+
+def test_held_out_share_never_splits_equal_rows(tmp_path):
+    path = source(tmp_path / "a.jsonl", [{"text": f"row {n % 40}"} for n in range(120)])
+    data = ChatData(train=[{"path": path}], held_out=0.25)
+    split = read_split(data, seed=1)
+    assert len(set(texts(split.held_out))) == 10
+    assert len(split.held_out) == 30
+    assert not set(texts(split.held_out)) & set(texts(split.train))
+    assert len(split.train) == 90
+    assert texts(read_split(data, seed=1).held_out) == texts(split.held_out)
+    assert texts(read_split(data, seed=2).held_out) != texts(split.held_out)
+
+
+def test_weights_repeat_rows_or_take_a_fixed_part():
+    rows = [Completion("", str(n), "") for n in range(10)]
+    assert texts(weighted(rows, 2, 0)) == texts(rows) * 2
+    half = texts(weighted(rows, 0.5, 3))
+    assert len(half) == 5
+    assert half == texts(weighted(rows, 0.5, 3)) == sorted(half)
+    assert half != texts(weighted(rows, 0.5, 4))
+    assert len(weighted(rows, 1.2, 0)) == 12
+
+
+def test_sources_of_their_own_are_held_out_and_repeats_counted(tmp_path):
+    train = source(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    held = source(tmp_path / "b.jsonl", [{"text": "two"}])
+    split = read_split(ChatData(train=[{"path": train}], held_out=[{"path": held}]), seed=0)
+    assert (texts(split.train), texts(split.held_out), split.repeated) == (["one", "two"], ["two"], 1)
+
+
+def test_bad_rows_stop_the_run_or_are_listed(tmp_path):
+    path = source(tmp_path / "a.jsonl", [{"text": "one"}, {"text": ""}, {"other": 1}, {"text": "two"}])
+    with pytest.raises(DataError, match="empty") as caught:
+        read_split(ChatData(train=[{"path": path}], held_out=0), seed=0)
+    assert caught.value.where == f"{path}:2"
+    split = read_split(ChatData(train=[{"path": path}], held_out=0, on_bad="skip"), seed=0)
+    assert texts(split.train) == ["one", "two"]
+    assert [error.where for error in split.skipped.errors] == [f"{path}:2", f"{path}:3"]
+
+
+def test_too_few_rows_to_set_some_aside(tmp_path):
+    path = source(tmp_path / "a.jsonl", [{"text": "one"}])
+    with pytest.raises(DataError, match="too few"):
+        read_split(ChatData(train=[{"path": path}]), seed=0)
+
+
+def test_content_keys_tell_prompt_from_completion():
+    assert content_key(Completion("a", "b", "x")) == content_key(Completion("a", "b", "y"))
+    assert content_key(Completion("a", "b", "")) != content_key(Completion("b", "a", ""))
