@@ -80,7 +80,9 @@ class Optimizer(Section):
     warmup: Amount = 0.03
     """Rising from 0: a share of all steps below 1, a number of steps from 1 on."""
     weight_decay: Amount = 0.01
+    """Decoupled from the gradient (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
     betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
     clip: Amount = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
 
@@ -107,6 +109,7 @@ class Compute(Section):
     compile: bool = False
     """torch.compile the model's blocks; pays back in long runs."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: cuda where there is one, else cpu."""
 
 
 class LlamaBase(Section):
@@ -126,12 +129,14 @@ class ChatSource(Section):
     split: str = "train"
     """Split of a hub data set."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     weight: Rate = 1.0
     """How often its rows come: 2 shows each twice an epoch, 0.5 shows half of them (the same half each epoch)."""
 
 
 class ChatData(Section):
     train: Annotated[list[ChatSource], Field(min_length=1)]
+    """Where the chats come from, one source an item."""
     held_out: Annotated[float, Field(ge=0, lt=1)] | list[ChatSource] = 0.05
     """A share of the training rows set aside (by seed), or sources of their own."""
     max_tokens: Annotated[int, Field(ge=16)] = 1024
@@ -148,12 +153,17 @@ class LlamaSample(Section):
     every: NonNegative = 0
     """Sample answers every so many steps, and before the first and after the last; 0: only those two."""
     prompts: list[str] = []
+    """What to answer each time."""
     system: str | None = None
+    """A system message before each prompt."""
     max_new_tokens: Positive = 96
+    """Longest answer."""
     temperature: Amount = 0.0
     """0: the likeliest token each time."""
     top_p: Share = 1.0
+    """Draw from the likeliest tokens that together have this probability; used when temperature is above 0."""
     seed: NonNegative = 0
+    """Same seed, same answers."""
 
 
 class SDBase(Section):
@@ -180,9 +190,13 @@ class PictureData(Section):
     path: str
     """A folder of pictures with .txt captions or metadata.jsonl, a parquet file, a datasets folder, or a hub id."""
     split: str = "train"
+    """Split of a hub data set."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     image_column: str = "image"
+    """Where a parquet file or data set has its pictures."""
     caption_column: str = "text"
+    """Where a parquet file, data set or metadata.jsonl has its captions."""
     resolution: Annotated[int, Field(ge=8)] = 512
     """Side of the square that a bucket's area stays within, in pixels."""
     buckets: bool = True
@@ -206,6 +220,7 @@ class PictureData(Section):
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the pictures set aside for the held-out loss."""
     on_bad: Literal["fail", "skip"] = "fail"
+    """A picture that cannot be used stops the run, or is counted, listed and left out."""
 
 
 class Diffusion(Section):
@@ -223,13 +238,19 @@ class SDSample(Section):
     every: NonNegative = 0
     """A grid of sample pictures every so many steps, and before the first and after the last; 0: only those two."""
     prompts: list[str] = []
+    """What to draw each time."""
     negative_prompt: str = ""
+    """What the pictures should not show."""
     steps: Positive = 25
+    """Denoising steps."""
     guidance_scale: Amount = 7.5
+    """Weight of the prompt (Ho and Salimans 2022, arXiv:2207.12598)."""
     width: Positive | None = None
     """Pixels; the base's own size when absent."""
     height: Positive | None = None
+    """Pixels; the base's own size when absent."""
     seed: NonNegative = 0
+    """Same seed, same pictures."""
 
 
 class LlamaRecipe(Section):
