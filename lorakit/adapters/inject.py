@@ -16,12 +16,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta, merged
-from lorakit.adapters.targets import Injection, adaptable, injection, near, plan, sizes
+from lorakit.adapters.targets import Injection, fit, injection, plan
 from lorakit.errors import ModelError
 from lorakit.recipe.schema import Adapter
 
 __all__ = [
-    "NAME", "adapter_parameters", "adapter_state", "apply", "fit", "fold", "inject", "load_adapter_state",
+    "NAME", "adapter_parameters", "adapter_state", "apply", "fold", "inject", "load_adapter_state",
     "lora_layers", "plan", "set_scale", "without_adapter",
 ]  # fmt: skip
 
@@ -180,27 +180,6 @@ def apply(model: nn.Module, deltas: Mapping[str, Delta], *, weight: float, name:
         layer.set_adapter(list(layer.lora_A), inference_mode=True)
     model.requires_grad_(False)
     set_scale(model, weight, name)
-
-
-def fit(model: nn.Module, deltas: Mapping[str, Delta]) -> dict[str, str]:
-    """The model's own path for each of an adapter's, which may have CLIP's old ``text_model.`` in front or lack it.
-
-    Raises ModelError naming the module that is missing, or whose shape differs. ``model`` may be on meta.
-    """
-    layers = adaptable(model)
-    bare = {name.removeprefix("text_model."): name for name in layers}
-    paths = {}
-    for key, delta in deltas.items():
-        path = bare.get(key.removeprefix("text_model."))
-        if path is None:
-            raise ModelError("the base has no such module", where=key, hint=near(key, list(layers)))
-        layer = layers[path]
-        kernel = layer.kernel_size if isinstance(layer, nn.Conv2d) else ()
-        shape = (*reversed(sizes(layer)), *kernel)
-        if delta.shape != shape:
-            raise ModelError(f"the adapter is for a weight {delta.shape}, the base has {shape}", where=key)
-        paths[key] = path
-    return paths
 
 
 def set_scale(model: nn.Module, weight: float, name: str = NAME) -> None:

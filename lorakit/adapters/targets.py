@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lorakit.errors import RecipeError
+from lorakit.adapters.delta import Delta
+from lorakit.errors import ModelError, RecipeError
 from lorakit.recipe.schema import Adapter
 
 
@@ -30,6 +31,8 @@ class Injection:
     adapter: Adapter
     targets: tuple[Target, ...]
     alphas: dict[str, float]
+    suffixes: tuple[str, ...]
+    """Ends of module paths that pick out exactly the targets; their full paths where no ends do."""
 
     def scale(self, target: Target) -> float:
         """alpha / r, or alpha / sqrt(r) with rslora."""
@@ -128,9 +131,37 @@ def injection(model: nn.Module, adapter: Adapter, groups: Mapping[str, Sequence[
         if owners[id(layers[name].weight)] > 1:
             raise RecipeError(f"{name} shares its weight with another layer", where="adapter.targets")
         targets.append(target)
-    return Injection(adapter, tuple(targets), {name: alphas.get(name, adapter.alpha) for name in names})
+    alphas = {name: alphas.get(name, adapter.alpha) for name in names}
+    return Injection(adapter, tuple(targets), alphas, _suffixes(model, names))
+
+
+def _suffixes(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    ends = {m[0] for name in names if (m := re.search(r"[^.]+(\.\d+)*$", name))}
+    picked = {n for n, _ in model.named_modules() if n in ends or n.endswith(tuple(f".{end}" for end in ends))}
+    return tuple(sorted(ends)) if picked == set(names) else tuple(names)
 
 
 def plan(model: nn.Module, adapter: Adapter, groups: Mapping[str, Sequence[str]]) -> list[Target]:
     """The layers that ``inject`` would give LoRA to; ``model`` may be on the meta device. RecipeError as there."""
     return list(injection(model, adapter, groups).targets)
+
+
+def fit(model: nn.Module, deltas: Mapping[str, Delta]) -> dict[str, str]:
+    """The model's own path for each of an adapter's, which may have CLIP's old ``text_model.`` in front or lack it.
+
+    Raises ModelError naming the module that is missing, or whose shape differs. ``model`` may be on meta.
+    """
+    layers = adaptable(model)
+    bare = {name.removeprefix("text_model."): name for name in layers}
+    paths = {}
+    for key, delta in deltas.items():
+        path = bare.get(key.removeprefix("text_model."))
+        if path is None:
+            raise ModelError("the base has no such module", where=key, hint=near(key, list(layers)))
+        layer = layers[path]
+        kernel = layer.kernel_size if isinstance(layer, nn.Conv2d) else ()
+        shape = (*reversed(sizes(layer)), *kernel)
+        if delta.shape != shape:
+            raise ModelError(f"the adapter is for a weight {delta.shape}, the base has {shape}", where=key)
+        paths[key] = path
+    return paths

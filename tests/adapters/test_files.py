@@ -1,0 +1,310 @@
+"""Adapters written by lorakit and read by PEFT and diffusers, and the other way round; broken ones refused by name."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, LlamaForCausalLM
+
+from lorakit.adapters.delta import Delta, product
+from lorakit.adapters.files import read_adapter
+from lorakit.adapters.formats import kohya_name, kohya_table
+from lorakit.adapters.inject import adapter_state, apply, inject, load_adapter_state
+from lorakit.adapters.targets import Injection, adaptable
+from lorakit.adapters.write import deltas, write_kohya, write_peft
+from lorakit.errors import ModelError
+from lorakit.recipe.schema import Adapter
+from tests.tiny import tiny_llama, tiny_sd
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+ATTENTION = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj")}
+UNET = {"attention": ("to_q", "to_k", "to_v", "to_out.0")}
+CLIP = {"attention": ("q_proj", "k_proj", "v_proj", "out_proj")}
+TOKENS = torch.arange(24).reshape(2, 12)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sd(tmp_path_factory.mktemp("sd"))
+
+
+def disturbed(model: nn.Module, adapter: Adapter, groups: dict[str, tuple[str, ...]]) -> Injection:
+    """LoRA with random tensors in the model."""
+    injection = inject(model, adapter, groups, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    state = {key: t + 0.3 * torch.randn(t.shape, generator=generator) for key, t in adapter_state(model).items()}
+    load_adapter_state(model, state)
+    return injection
+
+
+def parts(sd: Path) -> dict[str, nn.Module]:
+    return {
+        "unet": UNet2DConditionModel.from_pretrained(sd / "unet"),
+        "text_encoder": CLIPTextModel.from_pretrained(sd / "text_encoder"),
+    }
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+ADAPTERS = {
+    "plain": Adapter(rank=4, alpha=8),
+    "dora": Adapter(rank=4, alpha=6, dora=True),
+    "rslora": Adapter(rank=4, alpha=6, rslora=True, alpha_pattern={"k_proj": 2.5}),
+    "patterns": Adapter(rank=4, alpha=3, rank_pattern={"v_proj": 2, "layers.1.*": 3}, layers=[1]),
+    "linear": Adapter(rank=2, targets="all-linear"),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_peft_loads_what_we_write(llama: Path, tmp_path: Path, kind: str) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama)
+    injection = disturbed(model, ADAPTERS[kind], ATTENTION)
+    write_peft(tmp_path, adapter_state(model), injection, base_name="builtin:x", task="CAUSAL_LM", metadata={"a": "b"})
+    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llama), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=0)
+    ours = LlamaForCausalLM.from_pretrained(llama)
+    saved = read_adapter(tmp_path, {"model": ours})
+    assert (saved.family, saved.format) == ("llama", "peft")
+    assert saved.metadata == {"format": "pt", "a": "b", "base_model_name_or_path": "builtin:x"}
+    apply(ours, saved.components["model"], weight=1, name="a")
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-6, atol=1e-6)
+
+
+def test_we_read_what_peft_writes(llama: Path, tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=4,
+        lora_alpha=7,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"v_proj": 3},
+        alpha_pattern={r"layers\.0\.self_attn\.q_proj": 2},
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(0)
+    theirs = get_peft_model(LlamaForCausalLM.from_pretrained(llama), config)
+    theirs.save_pretrained(tmp_path)
+    saved = read_adapter(tmp_path)
+    assert saved.components["model"]["model.layers.0.self_attn.q_proj"].scale == 2 / 4
+    assert saved.components["model"]["model.layers.1.self_attn.v_proj"].scale == 7 / 3
+    ours = LlamaForCausalLM.from_pretrained(llama)
+    apply(ours, read_adapter(tmp_path, {"model": ours}).components["model"], weight=1, name="a")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-6, atol=1e-6)
+
+
+def test_sd_peft_folder(sd: Path, tmp_path: Path) -> None:
+    models = parts(sd)
+    injections = {
+        "unet": disturbed(models["unet"], Adapter(rank=4), UNET),
+        "text_encoder": disturbed(models["text_encoder"], Adapter(rank=4), CLIP),
+    }
+    for name, injection in injections.items():
+        write_peft(tmp_path / "adapter" / name, adapter_state(models[name]), injection, base_name=str(sd))
+    theirs = PeftModel.from_pretrained(parts(sd)["unet"], tmp_path / "adapter" / "unet")
+    latents, states = torch.randn(1, 4, 16, 16), torch.randn(1, 7, 32)
+    with torch.no_grad():
+        assert torch.equal(theirs(latents, 5, states).sample, models["unet"](latents, 5, states).sample)
+    saved = read_adapter(tmp_path, parts(sd))
+    assert saved.family == "sd"
+    for name, injection in injections.items():
+        expected = deltas(adapter_state(models[name]), injection)
+        assert saved.components[name].keys() == expected.keys()
+        assert all(torch.equal(product(saved.components[name][k]), product(d)) for k, d in expected.items())
+
+
+@pytest.mark.parametrize("adapter", [Adapter(rank=4, alpha=6), Adapter(rank=4, rank_pattern={"to_q": 2}, rslora=True)])
+def test_kohya_file_is_read_by_diffusers(sd: Path, tmp_path: Path, adapter: Adapter) -> None:
+    models = parts(sd)
+    injections = {
+        "unet": disturbed(models["unet"], adapter, UNET),
+        "text_encoder": disturbed(models["text_encoder"], Adapter(rank=3, alpha=2), CLIP),
+    }
+    changes = {name: deltas(adapter_state(models[name]), injection) for name, injection in injections.items()}
+    path = tmp_path / "style.safetensors"
+    write_kohya(path, changes, version="sd_v1", prediction_type="epsilon", resolution=64)
+
+    pipeline = StableDiffusionPipeline.from_pretrained(sd)
+    pipeline.load_lora_weights(path)
+    fresh = parts(sd)
+    for name, theirs in (("unet", pipeline.unet), ("text_encoder", pipeline.text_encoder)):
+        for module, delta in changes[name].items():
+            layer = theirs.get_submodule(module)
+            torch.testing.assert_close(layer.get_delta_weight("default_0"), product(delta), rtol=1e-5, atol=1e-6)
+        wrapped = [m for m, layer in theirs.named_modules() if hasattr(layer, "get_delta_weight")]
+        assert sorted(wrapped) == sorted(changes[name])
+    saved = read_adapter(path, fresh)
+    assert saved.format == "kohya"
+    for name in changes:
+        assert saved.components[name].keys() == changes[name].keys()
+        for key, delta in changes[name].items():
+            torch.testing.assert_close(product(saved.components[name][key]), product(delta), rtol=1e-5, atol=1e-6)
+
+
+def test_kohya_metadata_and_names(sd: Path, tmp_path: Path) -> None:
+    models = parts(sd)
+    injection = disturbed(models["unet"], Adapter(rank=4, alpha=2), UNET)
+    path = tmp_path / "style.safetensors"
+    changes = {"unet": deltas(adapter_state(models["unet"]), injection)}
+    write_kohya(path, changes, version="sd_v1", prediction_type="epsilon", resolution=64)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    content = path.read_bytes()
+    body = content[8 + int.from_bytes(content[:8], "little") :]
+    assert metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+    assert metadata["ss_network_dim"] == "4"
+    assert metadata["ss_network_alpha"] == "2.0"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert metadata["modelspec.title"] == "style"
+    tensors = load_file(path)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert tensors[f"{name}.lora_down.weight"].shape == (4, 32)
+    assert tensors[f"{name}.alpha"].shape == ()
+    assert tensors[f"{name}.alpha"].dtype == torch.float32
+    assert len(tensors) == 3 * len(injection.targets)
+
+
+def test_names_of_stable_diffusion_1_5() -> None:
+    """Module counts and names that kohya's own SD 1.5 adapters have."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+        text = CLIPTextModel(CLIPTextConfig(hidden_size=768, num_hidden_layers=12))
+    table = kohya_table({"unet": adaptable(unet), "text_encoder": adaptable(text)})
+    attention = [n for n, (c, p) in table.items() if c == "unet" and p.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
+    assert len(attention) == 128
+    assert len([n for n in table if n.startswith("lora_te_text_model_encoder_layers_")]) == 72
+    assert kohya_name("text_encoder", "text_model.encoder.layers.3.mlp.fc1") in table
+    assert table["lora_unet_mid_block_attentions_0_proj_in"] == ("unet", "mid_block.attentions.0.proj_in")
+
+
+def test_kohya_linear_for_a_convolution_and_dora(sd: Path, tmp_path: Path) -> None:
+    path, name = tmp_path / "x.safetensors", "lora_unet_down_blocks_0_attentions_0_proj_in"
+    down, up, scale = torch.randn(2, 32), torch.randn(32, 2), torch.rand(32, 1, 1, 1)
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.dora_scale": scale}
+    save_file(tensors, path)
+    (delta,) = read_adapter(path, parts(sd)).components["unet"].values()
+    assert delta.A.shape == (2, 32, 1, 1)
+    assert delta.scale == 1
+    assert delta.magnitude is not None
+    assert torch.equal(delta.magnitude, scale.flatten())
+    save_file(tensors | {f"{name}.dora_scale": torch.rand(1, 32)}, path)
+    with pytest.raises(ModelError, match="on the output"):
+        read_adapter(path, parts(sd))
+
+
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_diffusers_file(sd: Path, tmp_path: Path, with_metadata: bool, caplog: pytest.LogCaptureFixture) -> None:
+    unet = parts(sd)["unet"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+    unet.add_adapter(config)
+    metadata = {"unet_lora_adapter_metadata": config.to_dict()} if with_metadata else {}
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(unet), **metadata)
+    with caplog.at_level(logging.WARNING, "lorakit"):
+        saved = read_adapter(tmp_path / "pytorch_lora_weights.safetensors", parts(sd))
+    assert saved.format == "diffusers"
+    assert bool(caplog.records) != with_metadata
+    path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
+    expected = unet.get_submodule(path).get_delta_weight("default") / (1 if with_metadata else 2)
+    torch.testing.assert_close(product(saved.components["unet"][path]), expected)
+
+
+def test_old_diffusers_names(sd: Path, tmp_path: Path) -> None:
+    path, block = tmp_path / "x.safetensors", "mid_block.attentions.0.transformer_blocks.0.attn1"
+    tensors = {
+        f"unet.{block}.processor.to_out_lora.down.weight": torch.randn(2, 64),
+        f"unet.{block}.processor.to_out_lora.up.weight": torch.randn(64, 2),
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight": torch.randn(2, 32),
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight": torch.randn(32, 2),
+    }
+    save_file(tensors, path)
+    saved = read_adapter(path, parts(sd))
+    assert list(saved.components["unet"]) == [f"{block}.to_out.0"]
+    assert list(saved.components["text_encoder"]) == ["encoder.layers.0.self_attn.q_proj"]
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def written(llama: Path, tmp_path: Path) -> Path:
+    model = LlamaForCausalLM.from_pretrained(llama)
+    injection = disturbed(model, Adapter(rank=4), ATTENTION)
+    write_peft(tmp_path / "a", adapter_state(model), injection, base_name="x", task="CAUSAL_LM")
+    return tmp_path / "a"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({f"{Q}.lora_A.weight": None}, rf"{Q}.lora_B.weight: its A is missing"),
+        ({f"{Q}.lora_A.weight": torch.zeros(4, 16)}, "model.layers.0.self_attn.q_proj: the adapter is for a weight"),
+        ({f"{Q}.lora_A.weight": torch.zeros(5, 32)}, f"{Q}.lora_A.weight: .*do not multiply"),
+        ({f"{Q}.lora_B.weight": torch.full((32, 4), torch.inf)}, rf"{Q}.lora_B.weight: NaN or infinity"),
+        ({f"{Q}.lora_C.weight": torch.zeros(1)}, f"{Q}.lora_C.weight: not a part of LoRA"),
+        ({f"{Q}.lora_A.weight": None, f"{Q}.lora_B.weight": None}, "the configuration targets it"),
+        ({"lora_unet_x.lora_down.weight": torch.zeros(1)}, "several formats"),
+        ({"x": torch.zeros(1)}, "no known adapter format"),
+        ({f"{Q}9.lora_A.weight": torch.ones(4, 32), f"{Q}9.lora_B.weight": torch.ones(32, 4)}, "no such module"),
+        ({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}, "not a float"),
+    ],
+)
+def test_broken_weights(written: Path, llama: Path, change: dict[str, torch.Tensor | None], message: str) -> None:
+    file = written / "adapter_model.safetensors"
+    tensors = load_file(file) | change
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, file)
+    with pytest.raises(ModelError, match=message):
+        read_adapter(written, {"model": LlamaForCausalLM.from_pretrained(llama)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"r": 8}, "the configuration says otherwise"),
+        ({"lora_alpha": 0}, "lora_alpha"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "biases"),
+        ({"use_dora": True}, "magnitude is missing"),
+    ],
+)
+def test_broken_configuration(written: Path, change: dict[str, object], message: str) -> None:
+    file = written / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ModelError, match=message):
+        read_adapter(written)
+
+
+def test_not_adapters(tmp_path: Path, written: Path, sd: Path) -> None:
+    (written / "adapter_model.safetensors").rename(written / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickle"):
+        read_adapter(written)
+    with pytest.raises(ModelError, match="pickle"):
+        read_adapter(written / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"no adapter_config.json"):
+        read_adapter(sd)
+    with pytest.raises(ModelError, match="no such file"):
+        read_adapter(tmp_path / "none.safetensors")
+    path = tmp_path / "x.safetensors"
+    for key, message in (
+        ("lora_te1_text_model_x.alpha", "XL"),
+        ("lora_unet_input_blocks_1_1_proj_in.alpha", "XL"),
+        ("lora_unet_x.hada_w1_a", "LyCORIS"),
+        ("lora_unet_nothing.alpha", "no such module"),
+    ):
+        save_file({key: torch.ones(1)}, path)
+        with pytest.raises(ModelError, match=message):
+            read_adapter(path, parts(sd))
