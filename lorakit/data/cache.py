@@ -38,12 +38,12 @@ def content_key(*parts: str | int | float | bytes) -> str:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of CPU tensors."""
+    """SHA-256 over names, dtypes, shapes and bytes of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.flatten().view(uint8).numpy())
+        digest.update(tensor.cpu().flatten().view(uint8).numpy().data)
     return digest.hexdigest()
 
 

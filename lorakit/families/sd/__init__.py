@@ -1,0 +1,5 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+from lorakit.families.sd.task import Learning, SDTask, load
+
+__all__ = ["Learning", "SDTask", "load"]

@@ -1,0 +1,136 @@
+"""A Stable Diffusion base in memory: tokenizer, text encoder, UNet, VAE, and the noise schedule it was trained with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lorakit.errors import ModelError
+from lorakit.families.place import Place
+from lorakit.families.sd.single_file import load_single_file
+from lorakit.numerics.diffusion import PredictionType, has_zero_terminal_snr
+from lorakit.storage.bases import BaseLocation
+from lorakit.storage.checks import read_json
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The pieces of one base. UNet and text encoder in the place's dtype, the VAE always in float32.
+
+    (Some VAEs overflow in float16, and bf16 has too few digits for a picture.)
+    """
+
+    tokenizer: CLIPTokenizer
+    text_encoder: nn.Module
+    unet: nn.Module
+    vae: Any
+    schedule: Mapping[str, Any]
+    """scheduler_config.json."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a picture's side for one of its latents' side."""
+        return vae_factor(self.vae.config)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels that the base was trained at."""
+        return native_size(cast(Any, self.unet).config, self.vae.config)
+
+
+def vae_factor(config: Any) -> int:
+    """2 to the number of halvings in a VAE's encoder."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def native_size(unet: Any, vae: Any) -> tuple[int, int]:
+    """Width and height in pixels, from the configs of a UNet and a VAE."""
+    side = unet["sample_size"]
+    height, width = (side, side) if isinstance(side, int) else side
+    return width * vae_factor(vae), height * vae_factor(vae)
+
+
+def load_parts(location: BaseLocation, place: Place) -> Parts:
+    """Load a base on ``place``, frozen. Raises: ModelError when a part does not load or does not fit the others."""
+    if location.layout == "single-file":
+        loaded = load_single_file(location.path, place.dtype)
+        parts = Parts(loaded.tokenizer, loaded.text_encoder, loaded.unet, loaded.vae, loaded.schedule)
+    else:
+        parts = _load_folder(location.path, place.dtype)
+    width = cast(Any, parts.text_encoder).config.hidden_size
+    expected = cast(Any, parts.unet).config.cross_attention_dim
+    if width != expected:
+        raise ModelError(f"the text encoder is {width} wide, the UNet expects {expected}", where=location.name)
+    vocabulary = cast(Any, parts.text_encoder).config.vocab_size
+    if len(parts.tokenizer) > vocabulary:
+        reason = f"the tokenizer has {len(parts.tokenizer)} tokens, the text encoder {vocabulary}"
+        raise ModelError(reason, where=location.name)
+    for module in (parts.text_encoder, parts.unet, parts.vae):
+        module.requires_grad_(False).eval().to(place.device)
+    return parts
+
+
+def _load_folder(path: Path, dtype: torch.dtype) -> Parts:
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
+        text_encoder = CLIPTextModel.from_pretrained(
+            path / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        unet = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=dtype, **options)
+        vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = f"the base does not load: {str(error).strip().splitlines()[0]}"
+        raise ModelError(reason, where=str(path)) from error
+    return Parts(tokenizer, text_encoder, unet, vae, read_schedule(path))
+
+
+def read_schedule(path: Path) -> dict[str, Any]:
+    """scheduler_config.json of a diffusers folder."""
+    return read_json(path / "scheduler" / "scheduler_config.json")
+
+
+def noise_schedule(config: Mapping[str, Any], where: str) -> tuple[Tensor, PredictionType]:
+    """alphas_cumprod, float32 [T], and what the UNet predicts.
+
+    Raises: ModelError for another prediction type, or for epsilon on a schedule that ends without any signal
+    (Lin et al. 2023, arXiv:2305.08891).
+    """
+    scheduler: Any = DDPMScheduler.from_config(config)
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ModelError(f"the base predicts {kind!r}, not epsilon or v_prediction", where=where)
+    alphas = cast(Tensor, scheduler.alphas_cumprod)
+    if kind == "epsilon" and has_zero_terminal_snr(alphas):
+        reason = "epsilon prediction on a schedule with zero terminal SNR, where epsilon says nothing about the picture"
+        raise ModelError(reason, where=where, hint="such a schedule needs a base with v_prediction")
+    return alphas, kind
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """int64 [B, L], every caption padded or cut to the tokenizer's length L."""
+    length = tokenizer.model_max_length
+    ids = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return cast(Tensor, ids.input_ids)
+
+
+def text_states(text_encoder: nn.Module, ids: Tensor) -> Tensor:
+    """What the UNet attends to: the text encoder's last layer, [B, L, width], for token ids [B, L]."""
+    return cast(Tensor, text_encoder(ids)[0])
+
+
+def to_latents(vae: Any, drawn: Tensor) -> Tensor:
+    """A draw from the VAE's posterior in the UNet's units: (z - shift) * scale."""
+    shift = vae.config.shift_factor or 0.0
+    return cast(Tensor, (drawn - shift) * vae.config.scaling_factor)
+
+
+def from_latents(vae: Any, latents: Tensor) -> Tensor:
+    """The inverse of ``to_latents``."""
+    shift = vae.config.shift_factor or 0.0
+    return cast(Tensor, latents / vae.config.scaling_factor + shift)

@@ -1,0 +1,231 @@
+"""Pictures from prompts: a base, any number of adapters, a scheduler by name.
+
+Legend: B prompts at once, C latent channels, H and W latent height and width.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lorakit.adapters.files import read_adapter
+from lorakit.adapters.inject import apply
+from lorakit.errors import NonFiniteError, RecipeError
+from lorakit.families.place import Place
+from lorakit.families.sd.base import Parts, from_latents, load_parts, text_states, token_ids
+from lorakit.families.sd.pictures import grid, save_picture
+from lorakit.numerics.diffusion import guide
+from lorakit.recipe.schema import SDSample
+from lorakit.storage.bases import BaseLocation
+
+__all__ = ["SCHEDULERS", "DrawSettings", "Painter", "grid", "open_painter", "save_picture"]
+
+logger = logging.getLogger("lorakit")
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+"""Scheduler names: diffusers' class, and what is set beside the base's own schedule."""
+
+SIDE_CAP = 2048
+STEPS_CAP = 1000
+COUNT_CAP = 1000
+PIXELS_AT_ONCE = 2**19
+"""Pictures are drawn together up to so many pixels, at least one and at most 16."""
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """How pictures are drawn. Sizes in pixels; None takes the base's own."""
+
+    negative_prompt: str = ""
+    steps: int = 25
+    guidance_scale: float = 7.5
+    """u + scale (c - u); 1 draws from the prompt alone."""
+    width: int | None = None
+    height: int | None = None
+    seed: int = 0
+    """Of the first picture; each further picture of a prompt takes the next one."""
+    count: int = 1
+    """Pictures a prompt."""
+    scheduler: str | None = None
+    """A name from SCHEDULERS; None takes the base's own."""
+
+    @classmethod
+    def from_recipe(cls, sample: SDSample) -> "DrawSettings":
+        return cls(
+            negative_prompt=sample.negative_prompt,
+            steps=sample.steps,
+            guidance_scale=sample.guidance_scale,
+            width=sample.width,
+            height=sample.height,
+            seed=sample.seed,
+        )
+
+    def size(self, parts: Parts) -> tuple[int, int]:
+        """Width and height, the base's own where not given."""
+        native = parts.size
+        return self.width or native[0], self.height or native[1]
+
+    def check(self, parts: Parts) -> None:
+        """Raises: RecipeError for what the base cannot draw or what is over a cap."""
+        for name, side in zip(("width", "height"), self.size(parts), strict=True):
+            if side % parts.factor or not 0 < side <= SIDE_CAP:
+                reason = f"{side} is not a multiple of {parts.factor} up to {SIDE_CAP} pixels"
+                raise RecipeError(reason, where=name, hint=f"try {max(1, side // parts.factor) * parts.factor}")
+        for name, value, cap in (("steps", self.steps, STEPS_CAP), ("count", self.count, COUNT_CAP)):
+            if not 1 <= value <= cap:
+                raise RecipeError(f"{value} is not within 1 to {cap}", where=name)
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise RecipeError(f"{self.guidance_scale} is not a finite number from 0 on", where="guidance_scale")
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            raise RecipeError(
+                f"no scheduler {self.scheduler!r}", where="scheduler", hint=f"one of {', '.join(SCHEDULERS)}"
+            )
+
+
+def open_painter(
+    location: BaseLocation, adapters: Sequence[tuple[Path, float]], device: torch.device, dtype: torch.dtype
+) -> "Painter":
+    """Load a base and put adapters into it, each with its weight.
+
+    Raises: ModelError when the base does not load, or an adapter does not fit it.
+    """
+    parts = load_parts(location, Place(device, dtype))
+    modules: dict[str, nn.Module] = {"unet": parts.unet, "text_encoder": parts.text_encoder}
+    saved = [(read_adapter(path, modules), weight) for path, weight in adapters]
+    for number, (adapter, weight) in enumerate(saved):
+        for component, deltas in adapter.components.items():
+            apply(modules[component], deltas, weight=weight, name=f"adapter{number}")
+            modules[component].to(device)
+    return Painter(parts, location.name, [(path.name, weight) for path, weight in adapters])
+
+
+class Painter:
+    """Draws with the modules it is given, adapters and all, as they are when it draws."""
+
+    def __init__(self, parts: Parts, base: str, adapters: Sequence[tuple[str, float]]) -> None:
+        self.parts = parts
+        self.base = base
+        self.adapters = list(adapters)
+        parameter = next(parts.unet.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        settings: DrawSettings,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[tuple[Image.Image, dict[str, Any]]]:
+        """``settings.count`` pictures for each prompt, each with the settings that draw it again.
+
+        A picture's noise follows from its seed alone. ``progress`` is told (pictures done, pictures in all).
+        A prompt longer than the text encoder reads gives a warning with the part that is lost.
+        Raises: RecipeError for settings out of bounds, NonFiniteError when latents are not finite.
+        """
+        settings.check(self.parts)
+        self._warn_of_cut([*prompts, settings.negative_prompt])
+        width, height = settings.size(self.parts)
+        jobs = [(prompt, settings.seed + i) for prompt in prompts for i in range(settings.count)]
+        at_once = max(1, min(16, PIXELS_AT_ONCE // (width * height)))
+        drawn: list[tuple[Image.Image, dict[str, Any]]] = []
+        training = [module for module in (self.parts.unet, self.parts.text_encoder) if module.training]
+        for module in training:
+            module.eval()
+        try:
+            for start in range(0, len(jobs), at_once):
+                chosen = jobs[start : start + at_once]
+                latents = self._denoise([p for p, _ in chosen], [s for _, s in chosen], settings)
+                for (prompt, seed), latent in zip(chosen, latents, strict=True):
+                    drawn.append((self._decode(latent, seed), self._metadata(prompt, seed, settings)))
+                if progress:
+                    progress(len(drawn), len(jobs))
+        finally:
+            for module in training:
+                module.train()
+        return drawn
+
+    @torch.no_grad()
+    def _denoise(self, prompts: Sequence[str], seeds: Sequence[int], settings: DrawSettings) -> Tensor:
+        """Latents, float32 [B, C, H, W], from each seed's noise."""
+        scheduler = self._scheduler(settings.scheduler)
+        scheduler.set_timesteps(settings.steps, device=self.device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        width, height = settings.size(self.parts)
+        channels = cast(Any, self.parts.unet).config.in_channels
+        shape = (1, channels, height // self.parts.factor, width // self.parts.factor)
+        noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+        latents: Tensor = noise.to(self.device) * scheduler.init_noise_sigma
+        guided = settings.guidance_scale != 1
+        texts = [*([settings.negative_prompt] * len(prompts) if guided else []), *prompts]
+        states = text_states(self.parts.text_encoder, token_ids(self.parts.tokenizer, texts).to(self.device))
+        step = scheduler.step
+        if "generator" in inspect.signature(step).parameters:
+            step = partial(step, generator=generators)
+        for t in scheduler.timesteps:
+            doubled = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+            predicted = self.parts.unet(doubled.to(self.dtype), t, states.to(self.dtype), return_dict=False)[0].float()
+            if guided:
+                unconditional, conditional = predicted.chunk(2)
+                predicted = guide(unconditional, conditional, settings.guidance_scale)
+            latents = step(predicted, t, latents, return_dict=False)[0]
+        return latents
+
+    @torch.no_grad()
+    def _decode(self, latent: Tensor, seed: int) -> Image.Image:
+        if not torch.isfinite(latent).all():
+            hint = "lower the guidance scale or an adapter's weight, or use fp32"
+            raise NonFiniteError(f"the latents of seed {seed} are not finite", hint=hint)
+        vae = self.parts.vae
+        decoded = vae.decode(from_latents(vae, latent[None].float()), return_dict=False)[0][0]
+        scaled = (decoded / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+        return Image.fromarray((scaled * 255).round().astype(np.uint8))
+
+    def _scheduler(self, name: str | None) -> Any:
+        """The named scheduler over the base's own noise schedule and prediction type."""
+        schedule = dict(self.parts.schedule)
+        kind, options = (schedule["_class_name"], {}) if name is None else SCHEDULERS[name]
+        return getattr(diffusers, kind).from_config(schedule, **options)
+
+    def _metadata(self, prompt: str, seed: int, settings: DrawSettings) -> dict[str, Any]:
+        width, height = settings.size(self.parts)
+        return {
+            "prompt": prompt,
+            "negative_prompt": settings.negative_prompt,
+            "steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            "width": width,
+            "height": height,
+            "seed": seed,
+            "scheduler": settings.scheduler or self.parts.schedule["_class_name"],
+            "base": self.base,
+            "adapters": [{"name": name, "weight": weight} for name, weight in self.adapters],
+        }
+
+    def _warn_of_cut(self, prompts: Sequence[str]) -> None:
+        tokenizer = self.parts.tokenizer
+        room = tokenizer.model_max_length - 2
+        for prompt in dict.fromkeys(prompts):
+            ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+            if len(ids) > room:
+                lost = str(tokenizer.decode(ids[room:])).strip()
+                logger.warning("the prompt is longer than %d tokens; its end is not read: %r", room, lost)

@@ -1,0 +1,50 @@
+"""Which layers of UNet and text encoder the groups and patterns of a recipe mean."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from lorakit.adapters.targets import adaptable, matches
+from lorakit.recipe.schema import Adapter, SDAdapter
+
+Groups = Mapping[str, Sequence[str]]
+
+_UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+UNET_GROUPS: Groups = {
+    "attention": _UNET_ATTENTION,
+    "attention+mlp": (*_UNET_ATTENTION, "ff.net.0.proj", "ff.net.2"),
+}
+TEXT_GROUPS: Groups = {"attention": _TEXT_ATTENTION, "attention+mlp": (*_TEXT_ATTENTION, "fc1", "fc2")}
+
+
+def split_adapter(adapter: SDAdapter, unet: nn.Module, text_encoder: nn.Module) -> dict[str, tuple[Adapter, Groups]]:
+    """The adapter section and groups for ``unet`` and, where it is trained, ``text_encoder``.
+
+    With both trained, a pattern goes to the component that has such a layer, and to both if both have; one that fits
+    neither stays with the UNet, where it is refused.
+    """
+    if not adapter.text_encoder:
+        return {"unet": (adapter, UNET_GROUPS)}
+    unet_names, text_names = list(adaptable(unet)), list(adaptable(text_encoder))
+
+    def fits(pattern: str, names: Sequence[str]) -> bool:
+        return any(matches(name, pattern) for name in names)
+
+    def section(names: Sequence[str], others: Sequence[str], refuses: bool) -> Adapter:
+        def ours(pattern: str) -> bool:
+            return fits(pattern, names) or (refuses and not fits(pattern, others))
+
+        targets = adapter.targets
+        return adapter.model_copy(
+            update={
+                "targets": targets if isinstance(targets, str) else [p for p in targets if ours(p)],
+                "rank_pattern": {p: rank for p, rank in adapter.rank_pattern.items() if ours(p)},
+                "alpha_pattern": {p: alpha for p, alpha in adapter.alpha_pattern.items() if ours(p)},
+            }
+        )
+
+    return {
+        "unet": (section(unet_names, text_names, refuses=True), UNET_GROUPS),
+        "text_encoder": (section(text_names, unet_names, refuses=False), TEXT_GROUPS),
+    }

@@ -1,0 +1,206 @@
+"""Stable Diffusion as a task of the training loop: load, loss, held-out loss, sample pictures, save."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.inject import adapter_parameters, adapter_state, inject, load_adapter_state
+from lorakit.adapters.targets import Injection
+from lorakit.adapters.write import deltas, write_kohya, write_peft
+from lorakit.errors import ModelError
+from lorakit.families.place import Place
+from lorakit.families.sd.base import Parts, load_parts, noise_schedule, text_states, token_ids
+from lorakit.families.sd.batches import BatchMaker, SDBatch
+from lorakit.families.sd.generate import DrawSettings, Painter
+from lorakit.families.sd.pictures import grid, save_picture
+from lorakit.families.sd.prepare import Examples, TextStates, prepare_examples
+from lorakit.families.sd.targets import split_adapter
+from lorakit.families.task import Batch
+from lorakit.numerics.order import Layout, mix
+from lorakit.recipe.schema import Diffusion, PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
+from lorakit.storage.bases import BaseLocation, digest, resolve
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What is learned from: the loss's settings, and the peak rates of UNet and text encoder."""
+
+    diffusion: Diffusion
+    learning_rate: float
+    text_encoder_learning_rate: float
+
+    @classmethod
+    def of(cls, train: SDTrain, optimizer: SDOptimizer) -> "Learning":
+        """From the recipe's sections; the text encoder's rate is half the UNet's when not given."""
+        rate = optimizer.text_encoder_learning_rate
+        return cls(train, optimizer.learning_rate, optimizer.learning_rate / 2 if rate is None else rate)
+
+
+class Denoiser(nn.Module):
+    """UNet, with the text encoder where it is trained too."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+        self.dtype = dtype
+
+    def forward(self, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        """Predictions, float32 [n, C, H, W], for each (noisy latents, timesteps [n], text states or token ids)."""
+        predictions = []
+        for noisy, timesteps, text in inputs:
+            states = text if self.text_encoder is None else text_states(self.text_encoder, text)
+            predicted = self.unet(noisy.to(self.dtype), timesteps, states.to(self.dtype), return_dict=False)[0]
+            predictions.append(predicted.float())
+        return predictions
+
+
+class SDTask:
+    """A Stable Diffusion with LoRA, and the pictures it trains on (``families.task.Task``)."""
+
+    def __init__(self, parts: Parts, learning: Learning, sampling: SDSample, layout: Layout, loaded: "_Loaded") -> None:
+        trained = parts.text_encoder if "text_encoder" in loaded.injections else None
+        self.model: nn.Module = Denoiser(parts.unet, trained, loaded.dtype)
+        self.steps_per_epoch = len(loaded.examples.train) / layout.batch_size
+        self.base_id = loaded.base_id
+        self.data_hash = loaded.examples.digest
+        self.examples = loaded.examples
+        self.parts = parts
+        self._loaded = loaded
+        self._learning = learning
+        self._sampling = sampling
+        self._layout = layout
+
+    @property
+    def _components(self) -> dict[str, nn.Module]:
+        modules = {"unet": self.parts.unet, "text_encoder": self.parts.text_encoder}
+        return {name: modules[name] for name in self._loaded.injections}
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        rates = {"unet": self._learning.learning_rate, "text_encoder": self._learning.text_encoder_learning_rate}
+        return [(list(adapter_parameters(m).values()), rates[name]) for name, m in self._components.items()]
+
+    def batches(self, split: str, start: int) -> Iterator[Batch]:
+        maker = self._loaded.maker
+        return maker.train(self._layout, start) if split == "train" else maker.held_out(self._layout)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sum over pictures of weight times the mean squared error of a picture's latents."""
+        groups = cast(SDBatch, batch).groups
+        predictions = model([(g.noisy, g.timesteps, g.text) for g in groups])
+        sums = [
+            (g.weight * (predicted - g.target).square().mean((1, 2, 3))).sum()
+            for g, predicted in zip(groups, predictions, strict=True)
+        ]
+        return torch.stack(sums).sum()
+
+    def metrics(self, held_out_loss: float) -> Mapping[str, float]:  # noqa: ARG002 (the loss says it all)
+        return {}
+
+    def sample(self, out: Path) -> None:
+        """A picture a prompt, 000.png and so on, and all of them in grid.png."""
+        prompts = self._sampling.prompts
+        if not prompts:
+            return
+        painter = Painter(self.parts, self._loaded.location.name, ())
+        drawn = painter.draw(prompts, self._loaded.drawing)
+        for number, (picture, settings) in enumerate(drawn):
+            save_picture(picture, settings, out / f"{number:03d}.png")
+        save_picture(grid([picture for picture, _ in drawn], prompts), {}, out / "grid.png")
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return {f"{name}.{k}": v for name, m in self._components.items() for k, v in adapter_state(m).items()}
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        known = tuple(f"{name}." for name in self._components)
+        for key in state:
+            if not key.startswith(known):
+                raise ModelError("the adapter has a tensor that this recipe does not train", where=key)
+        for name, module in self._components.items():
+            prefix = f"{name}."
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            load_adapter_state(module, own)
+
+    def save(self, out: Path, name: str) -> None:
+        """Write ``adapter/unet`` (and ``adapter/text_encoder``) as PEFT, and NAME.safetensors as kohya."""
+        changes = {}
+        for component, module in self._components.items():
+            state, injection = adapter_state(module), self._loaded.injections[component]
+            write_peft(out / "adapter" / component, state, injection, base_name=self._loaded.location.name)
+            changes[component] = deltas(state, injection)
+        width = cast(Any, self.parts.text_encoder).config.hidden_size
+        write_kohya(
+            out / f"{name}.safetensors",
+            changes,
+            version="sd_v2" if width == 1024 else "sd_v1",
+            prediction_type=self._loaded.maker.kind,
+            resolution=self._loaded.maker.data.resolution,
+        )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What ``load`` made beside the parts."""
+
+    location: BaseLocation
+    base_id: str
+    dtype: torch.dtype
+    examples: Examples
+    maker: BatchMaker
+    injections: Mapping[str, Injection]
+    drawing: DrawSettings
+
+
+def load(
+    base: SDBase,
+    adapter: SDAdapter,
+    data: PictureData,
+    learning: Learning,
+    sample: SDSample,
+    layout: Layout,
+    place: Place,
+) -> SDTask:
+    """Load the base on ``place``, prepare the pictures, inject LoRA: a task ready to train.
+
+    Raises: ModelError for the base, DataError for the pictures, RecipeError for settings that do not fit the base.
+    """
+    location = resolve(base.model, base.revision)
+    parts = load_parts(location, place)
+    schedule = noise_schedule(parts.schedule, location.name)
+    drawing = DrawSettings.from_recipe(sample)
+    drawing.check(parts)
+    injections = _inject(parts, adapter, layout.seed)
+    examples = prepare_examples(data, parts.vae, layout)
+    text = _text_source(parts, data, adapter, examples)
+    maker = BatchMaker(examples, schedule, parts.vae, (data, learning.diffusion), text)
+    if place.gradient_checkpointing:  # the text encoder's activations are few beside the UNet's
+        cast(Any, parts.unet).enable_gradient_checkpointing()
+    identity = f"{location.name} sha256:{digest(location)}"
+    loaded = _Loaded(location, identity, place.dtype, examples, maker, injections, drawing)
+    return SDTask(parts, learning, sample, layout, loaded)
+
+
+def _inject(parts: Parts, adapter: SDAdapter, seed: int) -> dict[str, Injection]:
+    sections = split_adapter(adapter, parts.unet, parts.text_encoder)
+    modules = {"unet": parts.unet, "text_encoder": parts.text_encoder}
+    return {
+        name: inject(modules[name], section, groups, seed=mix(seed, 6, number))
+        for number, (name, (section, groups)) in enumerate(sections.items())
+    }
+
+
+def _text_source(parts: Parts, data: PictureData, adapter: SDAdapter, examples: Examples) -> Any:
+    """Captions to what a batch carries: token ids where the text encoder is trained, else its states.
+
+    Shuffled captions hardly come twice, so their states are computed on the fly.
+    """
+    if adapter.text_encoder:
+        return lambda captions: token_ids(parts.tokenizer, captions)
+    store = TextStates(parts, cached=not data.shuffle_tags)
+    if store.cached:
+        store.fill(["", *(example.caption for example in (*examples.train, *examples.held_out))])
+    return store.states
