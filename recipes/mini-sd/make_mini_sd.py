@@ -64,7 +64,7 @@ def load_pictures(folder: Path) -> tuple[Tensor, list[list[str]], list[bool]]:
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         pixels.append(np.asarray(Image.alpha_composite(white, picture).convert("RGB")))
         captions.append(captions_of(entry, taken))
-        concrete.append(bool({"@" + entry["subcategory"], entry["short_name"]} & CONCRETE))
+        concrete.append(entry["short_name"] in CONCRETE)
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), captions, concrete
 
 
@@ -234,6 +234,8 @@ def train_unet(
     trained = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(len(tokenizer))})
     average = nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(len(tokenizer))}).requires_grad_(False)
     average.load_state_dict(trained.state_dict())
+    trained.to(memory_format=torch.channels_last)  # a quarter faster on the CPU
+    average.to(memory_format=torch.channels_last)
     schedule = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
     )
@@ -308,7 +310,7 @@ def main() -> None:
     tokenizer = train_tokenizer(captions)
     vae = train_vae(pixels, arguments.work, arguments.vae_steps)
     chosen = [i for i, wanted in enumerate(concrete) if wanted]
-    latents = encode(vae, pixels[chosen])
+    latents = encode(vae, pixels[chosen]).contiguous(memory_format=torch.channels_last)
     unet, text = train_unet(latents, [captions[i] for i in chosen], tokenizer, arguments.work, arguments.unet_steps)
     export(arguments.out, tokenizer, vae, unet, text)
 
