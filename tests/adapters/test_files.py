@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaForCausalLM
 
-from lorakit.adapters.delta import Delta, product
+from lorakit.adapters.delta import product
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.formats import kohya_name, kohya_table
 from lorakit.adapters.inject import adapter_state, apply, inject, load_adapter_state
