@@ -10,6 +10,7 @@ large entry would set the scale of the whole tensor.
 import json
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,23 @@ def _build(groups: list[dict[str, Any]], optimizer: Optimizer) -> torch.optim.Op
     # PagedAdamW8bit is AdamW8bit with this flag.
     built: torch.optim.Optimizer = quantized.AdamW8bit(groups, **common, min_8bit_size=MIN_8BIT_SIZE, is_paged=paged)
     return built
+
+
+def step(optimizer: torch.optim.Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler | None) -> None:
+    """One update and one step of the schedule.
+
+    With a scaler (fp16) the update is left out where the gradient overflowed. The schedule goes on, since the rate is a
+    function of the step; PyTorch warns of that when it happens at the first update.
+    """
+    if scaler is None:
+        optimizer.step()
+        scheduler.step()
+        return
+    scaler.step(optimizer)
+    scaler.update()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        scheduler.step()
 
 
 def state_to_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], str]:

@@ -1,0 +1,186 @@
+"""Checkpoints: all that a run needs to go on exactly where it stopped.
+
+A folder ``step-000200`` holds ``adapter.safetensors``, ``optimizer.safetensors``, ``state.json`` and ``manifest.json``.
+There are no files of random-number state: data order, noise and dropout are functions of (seed, step, rank), so the
+step says it all.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorakit.errors import CheckpointError, ConflictError, DataError, ModelError, RecipeError
+from lorakit.storage import atomic
+from lorakit.storage.runs import RunFolder
+from lorakit.training import optim
+
+SAFE = (
+    "sample.*",
+    "output.*",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.evaluate_every",
+    "compute.device",
+    "compute.compile",
+    "compute.gradient_checkpointing",
+)
+"""Fields that do not change what is learned, beyond float32 rounding."""
+SAFE_WITHOUT_DROPOUT = ("compute.gradient_accumulation",)
+"""Dropout's masks are drawn a micro-batch, so they depend on how a batch is divided."""
+
+log = logging.getLogger("lorakit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """``state.json``: where the run stands, and what it was started with."""
+
+    base_id: str
+    data_hash: str
+    recipe: Mapping[str, Any]
+    """The resolved recipe as plain JSON."""
+    world: int
+    """Ranks that trained it."""
+    total_steps: int
+    step: int = 0
+    """Finished updates."""
+    examples: int = 0
+    """Examples seen so far."""
+    count: int = 0
+    """Labelled tokens or images summed over so far."""
+    seconds: float = 0.0
+    """Training time so far, over all resumes."""
+    first_held_out: float | None = None
+    last_held_out: float | None = None
+    evaluated: int = -1
+    """Step of the last held-out loss; -1: none yet."""
+    sampled: int = -1
+    """Step of the last samples; -1: none yet."""
+    scaler: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """fp16's loss scale; empty in other precisions."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back from ``folder``."""
+
+    folder: Path
+    state: State
+    adapter: Mapping[str, Tensor]
+
+
+def save(
+    run: RunFolder, state: State, adapter: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, *, keep: int
+) -> None:
+    """Write the checkpoint of ``state.step``, read it back, and only then remove all but the ``keep`` newest.
+
+    A folder of this step can only be one that failed its manifest; it is replaced. ResourceError on a full disk.
+    """
+    final = run.checkpoint(state.step)
+    tensors, meta = optim.state_to_tensors(optimizer)
+    with atomic.new_folder(final, manifest=True, replace=True) as folder:
+        save_file({k: v.detach().cpu().contiguous() for k, v in adapter.items()}, folder / "adapter.safetensors")
+        save_file(tensors, folder / "optimizer.safetensors", metadata={"optimizer": meta})
+        (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n", encoding="utf-8")
+    atomic.check_manifest(final)
+    earlier = [folder for step, folder in _folders(run) if step <= state.step]
+    for folder in earlier[:-keep]:
+        atomic.discard(folder)
+
+
+def newest(run: RunFolder) -> Checkpoint:
+    """The newest checkpoint whose manifest holds, with a warning for each newer one that fails.
+
+    CheckpointError when there is none.
+    """
+    folders = _folders(run)
+    for _, folder in reversed(folders):
+        try:
+            atomic.check_manifest(folder)
+            return _read(folder)
+        except CheckpointError as error:
+            log.warning("%s; using the checkpoint before it", error)
+    reason = "no checkpoint is intact" if folders else "there is no checkpoint to resume from"
+    raise CheckpointError(reason, where=str(run.checkpoints), hint="start a new run under another output.name")
+
+
+def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+    """Put the checkpoint's optimizer state into ``optimizer``; CheckpointError when it does not fit."""
+    path = checkpoint.folder / "optimizer.safetensors"
+    with _readable(path), safe_open(path, "pt") as file:
+        meta = file.metadata()["optimizer"]
+        optim.load_state_tensors(optimizer, {key: file.get_tensor(key) for key in file.keys()}, meta)  # noqa: SIM118
+
+
+def check_resumable(old: State, new: State, *, allow: bool) -> None:
+    """Refuse to go on with anything but the run that was started.
+
+    RecipeError for changed fields: those that change what is learned never pass, others with ``allow``. ModelError for
+    another base, DataError for other data, ConflictError for another number of ranks with dropout.
+    """
+    dropout = bool(old.recipe["adapter"]["dropout"] or new.recipe["adapter"]["dropout"])
+    changed = changed_fields(old.recipe, new.recipe)
+    safe = SAFE if dropout else SAFE + SAFE_WITHOUT_DROPOUT
+    unsafe = [field for field in changed if not any(fnmatchcase(field, pattern) for pattern in safe)]
+    if unsafe:
+        hint = "put them back, or start a new run under another output.name"
+        raise RecipeError(f"changed since the run was started: {', '.join(unsafe)}", hint=hint)
+    if changed and not allow:
+        hint = "these do not change what is learned: go on with --allow"
+        raise RecipeError(f"changed since the run was started: {', '.join(changed)}", hint=hint)
+    if old.base_id != new.base_id:
+        raise ModelError(f"the base is {new.base_id}, but the run was started with {old.base_id}")
+    if old.data_hash != new.data_hash:
+        hint = "put the data back, or start a new run under another output.name"
+        raise DataError("the training data changed since the run was started", hint=hint)
+    if old.world != new.world and dropout:
+        reason = f"{new.world} ranks, but the run was started with {old.world}, and dropout's masks depend on that"
+        raise ConflictError(reason, where="--num-processes", hint=f"resume with {old.world}")
+
+
+def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Dotted names of the fields that differ between two plain recipes, in order; lists are compared whole."""
+    changed = []
+    for key in dict.fromkeys([*old, *new]):
+        if key not in old or key not in new:
+            changed.append(key)
+        elif isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
+            changed += [f"{key}.{below}" for below in changed_fields(old[key], new[key])]
+        elif old[key] != new[key]:
+            changed.append(key)
+    return changed
+
+
+def _folders(run: RunFolder) -> list[tuple[int, Path]]:
+    found = run.checkpoints.iterdir() if run.checkpoints.is_dir() else []
+    named = [(re.fullmatch(r"step-(\d{6,})", path.name), path) for path in found if path.is_dir()]
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
+def _read(folder: Path) -> Checkpoint:
+    with _readable(folder / "state.json"):
+        state = State(**json.loads((folder / "state.json").read_bytes()))
+    with _readable(folder / "adapter.safetensors"):
+        return Checkpoint(folder, state, load_file(folder / "adapter.safetensors"))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A file that cannot be understood is a CheckpointError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error

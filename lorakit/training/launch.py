@@ -1,0 +1,220 @@
+"""One process or many: ranks, devices and precision by Accelerate, and the start of N ranks by its launcher.
+
+A rank fails either with all the others (an error that ``Session`` shares, so that every rank raises the same one), or
+alone; then the launcher ends the rest, and ``relaunch`` returns RankError's exit code.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+from accelerate.tracking import filter_trackers, get_available_trackers
+from torch import Tensor, distributed
+
+from lorakit.errors import ConflictError, LorakitError, RankError, RecipeError
+from lorakit.recipe.schema import Compute
+
+OWN_EXIT_CODES = frozenset({0, 2, 3, 4, 5, 6, 7, 8, 9, 75, 130})
+_PATIENCE = timedelta(minutes=60)
+_REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+log = logging.getLogger("lorakit")
+
+
+@dataclass(frozen=True)
+class Session:
+    """This process among ``world`` equal ones, each with a whole copy of the model.
+
+    ``dtype`` is that of the base's weights and the matmuls. Collectives must be called by all ranks alike; they raise
+    RankError when another rank is gone.
+    """
+
+    accelerator: Accelerator
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place; returns ``tensor``."""
+        if self.world > 1:
+            with _lost_rank():
+                distributed.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.all_sum(torch.zeros(1, device=self.device))
+
+    def gather(self, item: object) -> list[Any]:
+        """Every rank's item, by rank, on every rank."""
+        items: list[Any] = [item]
+        if self.world > 1:
+            items = [None] * self.world
+            with _lost_rank():
+                distributed.all_gather_object(items, item)
+        return items
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Do ``work`` on rank 0 while the others wait. Its error is raised on every rank.
+
+        On the others it carries a note (``__notes__``), so that it need be told only once.
+        """
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                work()
+            except Exception as error:
+                failure = error
+        if self.world > 1:
+            told = _portable(failure) if failure is not None else None
+            with _lost_rank():
+                shared = [told]
+                distributed.broadcast_object_list(shared, src=0, device=self.device)
+            if not self.is_main and shared[0] is not None:
+                failure = shared[0]
+                failure.add_note("raised by rank 0")
+        if failure is not None:
+            raise failure
+
+    def track(self, names: Sequence[str], folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        """Start Accelerate's trackers; RecipeError when a tracker's package is not installed."""
+        available = {str(tracker) for tracker in get_available_trackers()}
+        for missing in [tracker for tracker in names if tracker not in available]:
+            raise RecipeError(f"{missing} is not installed", where="output.track", hint=f"pip install {missing}")
+        if names:
+            self.accelerator.project_configuration.set_directories(str(folder))
+            self.accelerator.log_with = filter_trackers(list(names), folder)
+            online = {"name": name, "config": dict(config)}
+            self.accelerator.init_trackers("lorakit", init_kwargs={"wandb": online, "trackio": online})
+
+    def close(self) -> None:
+        """End trackers and the process group; another session may be opened afterwards."""
+        self.accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def open_session(compute: Compute) -> Session:
+    """Join the ranks that the launcher started, or be the only one; RecipeError when ``compute`` cannot be had here."""
+    on_cpu = compute.device == "cpu" or not torch.cuda.is_available()
+    if compute.device == "cuda" and on_cpu:
+        raise RecipeError("there is no CUDA device", where="compute.device", hint="set it to auto or cpu")
+    dtype = _dtype(compute.precision, on_cpu)
+    _die_with_launcher()
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="fp16" if dtype == torch.float16 else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+    )
+    if accelerator.distributed_type not in _REPLICATED:
+        reason = f"{accelerator.distributed_type.value} would split the model, which lorakit does not do"
+        raise RecipeError(reason, hint="use plain data-parallel ranks: accelerate launch --multi_gpu")
+    return Session(accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device, dtype)
+
+
+def _dtype(precision: str, on_cpu: bool) -> torch.dtype:
+    fast = _multiplies_bf16(on_cpu)
+    if precision == "auto":
+        return torch.bfloat16 if fast else torch.float32
+    if precision == "fp16" and on_cpu:
+        raise RecipeError("fp16 needs a GPU", where="compute.precision", hint="set it to auto, bf16 or fp32")
+    if precision == "bf16" and not fast:
+        log.warning("this device has no bf16 instructions: bf16 will be much slower than fp32")
+    return _DTYPES[precision]
+
+
+def _multiplies_bf16(on_cpu: bool) -> bool:
+    if not on_cpu:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    can = torch.cpu.get_capabilities()
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))
+
+
+def relaunch(argv: Sequence[str], processes: int, *, device: str = "auto", module: str = "lorakit") -> int:
+    """Run ``python -m lorakit ARGV`` as ``processes`` ranks of this machine and return their exit code.
+
+    SIGTERM and SIGINT go to every rank; a second one ends them at once (130). RankError's code when a rank ended by
+    anything but one of lorakit's own exit codes; no rank is left behind. For several machines use ``accelerate launch``
+    itself.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    options = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--monitor_interval", "0.2"]
+    options += ["--num_cpu_threads_per_process", str(max(1, cores // processes))]
+    if not on_cpu and processes > torch.cuda.device_count():
+        reason = f"{processes} processes on {torch.cuda.device_count()} CUDA devices"
+        raise ConflictError(reason, where="--num-processes", hint="start at most one process a device")
+    arguments = launch_command_parser().parse_args([*options, "-m", module, *argv])
+    # The launcher would allow the ranks 30 seconds after a signal; they may take as long as their step and checkpoint.
+    arguments.signals_to_handle = "SIGQUIT"
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with _forwarded_signals() as received:
+        try:
+            launch_command(arguments)
+        except ChildFailedError as failed:
+            if len(received) > 1:
+                return 130
+            code = failed.get_first_failure()[1].exitcode
+            return code if code in OWN_EXIT_CODES else RankError.exit_code
+    return 0
+
+
+@contextmanager
+def _forwarded_signals() -> Iterator[list[int]]:
+    """Pass SIGTERM and SIGINT on to all children, which have process groups of their own; yields those received."""
+    import psutil
+
+    received: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    earlier = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _die_with_launcher() -> None:
+    """Have Linux send SIGTERM to this rank when its launcher is killed, so that no orphan trains on."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+@contextmanager
+def _lost_rank() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError("another rank is gone or does not answer", hint="its own message is above") from error
+
+
+def _portable(error: Exception) -> LorakitError:
+    """The error as it goes to the other ranks: lorakit's own as they are, others by their text."""
+    return error if isinstance(error, LorakitError) else RankError(f"rank 0: {type(error).__name__}: {error}")

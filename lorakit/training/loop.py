@@ -1,0 +1,300 @@
+"""The one training loop, for every family, on one process or many."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import DataError, NonFiniteError, RecipeError, ResourceError
+from lorakit.families.task import Batch, Task
+from lorakit.numerics.order import mix
+from lorakit.recipe.schema import Compute, Optimizer, Train
+from lorakit.storage.runs import RunFolder
+from lorakit.training import checkpoint, measure, optim
+from lorakit.training.bucket import Bucket
+from lorakit.training.checkpoint import State
+from lorakit.training.launch import Session
+from lorakit.training.metrics import Metrics, Progress, Silent
+from lorakit.training.prefetch import Prefetch
+from lorakit.training.stop import StopSignals, stopped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the loop needs to know beside the task: the recipe's sections, and how it was called."""
+
+    train: Train
+    optimizer: Optimizer
+    compute: Compute
+    sample_every: int
+    """Samples every so many steps, and before the first and after the last; 0: only those two."""
+    track: Sequence[str]
+    recipe: Mapping[str, Any]
+    """The whole resolved recipe as plain JSON, for checkpoints; the loop itself takes nothing from it."""
+    resume: bool = False
+    allow: bool = False
+    """Resume though fields changed that do not change what is learned."""
+    resume_command: str = ""
+    """What the user types to go on after a stop."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run. Held-out losses are None when there is no held-out data."""
+
+    steps: int
+    first_held_out: float | None
+    last_held_out: float | None
+    examples: int
+    count: int
+    """Labelled tokens or images that the loss was summed over."""
+    seconds: float
+    """Time in updates, over all resumes."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update: its mean loss, the gradient's norm before clipping (infinite when fp16 overflowed and the update was
+    left out), the items summed over on all ranks, and what the ranks were asked for meanwhile."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    count: int
+    sigterm: bool
+    sigint: bool
+    save_is_due: bool
+
+
+def total_steps(train: Train, steps_per_epoch: float) -> int:
+    """Updates in the whole run: ``train.steps``, or as many as the epochs (1 when neither is given) take."""
+    epochs = 1.0 if train.epochs is None else train.epochs
+    return train.steps if train.steps is not None else max(1, math.ceil(epochs * steps_per_epoch - 1e-9))
+
+
+def train(task: Task, session: Session, plan: Plan, run: RunFolder, progress: Progress) -> Outcome:
+    """Train ``task`` to its last step, from the newest checkpoint of ``run`` when ``plan.resume`` is set, and save it.
+
+    Stopped after a signal, with a checkpoint; NonFiniteError at the first loss or gradient that is not finite, with
+    nothing saved; ResourceError when memory or disk is short; CheckpointError, RecipeError, DataError, ModelError or
+    ConflictError when the run cannot be resumed; RankError when another rank is lost.
+    """
+    told = progress if session.is_main else Silent()
+    with _memory_errors(), StopSignals(told.stage, world=session.world) as signals:
+        loop = _Loop(task, session, plan, run)
+        with loop.prefetching():
+            return loop.run(told, signals)
+
+
+class _Loop:
+    progress: Progress
+    signals: StopSignals
+
+    def __init__(self, task: Task, session: Session, plan: Plan, run: RunFolder) -> None:
+        self.task, self.session, self.plan, self.folder = task, session, plan, run
+        self.total = total_steps(plan.train, task.steps_per_epoch)
+        _check_division(plan, session)
+        self.state = State(
+            base_id=task.base_id,
+            data_hash=task.data_hash,
+            recipe=plan.recipe,
+            world=session.world,
+            total_steps=self.total,
+        )
+        found = checkpoint.newest(run) if plan.resume else None
+        if found is not None:
+            checkpoint.check_resumable(found.state, self.state, allow=plan.allow)
+            self.state = dataclasses.replace(found.state, world=session.world, recipe=plan.recipe)
+            task.load_adapter_state(found.adapter)
+        groups = task.parameter_groups()
+        self.bucket = Bucket([parameter for parameters, _ in groups for parameter in parameters], numbers=5)
+        self.optimizer, self.scheduler = optim.build(groups, plan.optimizer, self.total, self.state.step)
+        self.scaler = session.accelerator.scaler
+        if found is not None:
+            checkpoint.load_optimizer(found, self.optimizer)
+            if self.scaler is not None:
+                self.scaler.load_state_dict(dict(found.state.scaler))
+        if plan.compute.compile:
+            task.model.compile()
+        session.track(plan.track, run.tracking, run.root.name, plan.recipe)
+        self.metrics = Metrics(run, session, step=self.state.step, evaluated=self.state.evaluated)
+        self.saved_step = self.state.step if found else -1
+        self.saved_time = time.monotonic()
+
+    @contextmanager
+    def prefetching(self) -> Iterator[None]:
+        self.batches = Prefetch(self.task.batches("train", self.state.step))
+        try:
+            yield
+        finally:
+            self.batches.close()
+
+    def run(self, progress: Progress, signals: StopSignals) -> Outcome:
+        self.progress, self.signals = progress, signals
+        progress.start(self.total, self.state.step)
+        self.task.model.train()
+        self.measure()
+        while self.state.step < self.total:
+            began = time.monotonic()
+            update = self.update()
+            self.record(update, time.monotonic() - began)
+            stopping = update.sigterm or update.sigint
+            if update.save_is_due or stopping or self.is_due(self.plan.train.checkpoint_every):
+                self.save()
+            if stopping:
+                self.stop(update.sigterm)
+            self.measure()
+        progress.stage("saving the adapter")
+        self.session.on_main(lambda: self.task.save(self.folder.root, self.folder.root.name))
+        self.metrics.draw()
+        state = self.state
+        held_out = state.first_held_out, state.last_held_out
+        return Outcome(state.step, *held_out, state.examples, state.count, state.seconds)
+
+    def update(self) -> Update:
+        """One update from ``batch_size`` examples: the gradient of their summed loss, divided by their total count."""
+        task, session, bucket, step = self.task, self.session, self.bucket, self.state.step
+        parts: list[tuple[Batch, Tensor]] = []
+        bucket.flat.zero_()
+        for micro in range(self.plan.compute.gradient_accumulation):
+            batch = next(self.batches).to(session.device)
+            # Dropout's masks follow from the step, so that a resumed run draws the same ones.
+            torch.manual_seed(mix(self.plan.train.seed, 4, step, micro, session.rank))
+            loss = task.loss(task.model, batch)
+            if batch.count:
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            parts.append((batch, loss.detach()))
+
+        asked = (self.signals.sigterm, self.signals.sigint, self.save_is_due())
+        bucket.put(torch.stack([loss for _, loss in parts]).sum(), [sum(batch.count for batch, _ in parts), *asked])
+        finite_here = bucket.gradient.isfinite().all()
+        session.all_sum(bucket.flat)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        loss_sum, count, sigterm, sigint, due, norm = bucket.read()
+
+        if not math.isfinite(loss_sum) or (not math.isfinite(norm) and not self.may_overflow()):
+            raise self.not_finite(parts, bool(finite_here))
+        if not count:
+            raise DataError(f"step {step + 1} has nothing to learn from: no item of its examples is labelled")
+        norm, clip = norm / count, self.plan.optimizer.clip
+        bucket.gradient.mul_((min(1.0, clip / (norm + 1e-6)) if clip else 1.0) / count)
+        rate = self.optimizer.param_groups[0]["lr"]
+        optim.step(self.optimizer, self.scheduler, self.scaler)
+        return Update(loss_sum / count, norm, rate, int(count), bool(sigterm), bool(sigint), bool(due))
+
+    def may_overflow(self) -> bool:
+        """Whether an infinite gradient is fp16's loss scale trying how far it can go: the update is then left out."""
+        return self.scaler is not None and self.scaler.get_scale() > 1
+
+    def not_finite(self, parts: list[tuple[Batch, Tensor]], finite_here: bool) -> NonFiniteError:
+        """The error that all ranks raise alike, naming those whose loss, or else whose gradient, is not finite."""
+        bad = [name for batch, loss in parts if not loss.isfinite() for name in batch.ids]
+        everything = [name for batch, _ in parts for name in batch.ids]
+        told = self.session.gather((bad, [] if finite_here else everything))
+        what = "loss" if any(loss for loss, _ in told) else "gradient"
+        places = []
+        for rank, found in enumerate(told):
+            if names := found[0 if what == "loss" else 1]:
+                places.append(f"rank {rank}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
+        hint = "lower optimizer.learning_rate, look at these samples, or use compute.precision bf16 or fp32"
+        reason = f"the {what} of step {self.state.step + 1} is not finite ({'; '.join(places) or 'the sum overflowed'})"
+        return NonFiniteError(reason, hint=hint)
+
+    def record(self, update: Update, seconds: float) -> None:
+        state, size = self.state, self.plan.train.batch_size
+        self.state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            examples=state.examples + size,
+            count=state.count + update.count,
+            seconds=state.seconds + seconds,
+        )
+        values = {"loss": update.loss, "learning_rate": update.learning_rate, "grad_norm": update.gradient_norm}
+        values |= {"examples_per_second": size / seconds, "count_per_second": update.count / seconds}
+        values |= {"seconds": self.state.seconds}
+        self.metrics.write(self.state.step, {k: v for k, v in values.items() if math.isfinite(v)})
+        self.progress.step(self.state.step, update.loss, update.learning_rate)
+
+    def is_due(self, every: int) -> bool:
+        return self.state.step in (0, self.total) or (every > 0 and self.state.step % every == 0)
+
+    def measure(self) -> None:
+        """Held-out loss and samples, where they are due and not yet made; a signal meanwhile stops the run here."""
+        step = self.state.step
+        evaluating = self.is_due(self.plan.train.evaluate_every) and self.state.evaluated < step
+        sampling = self.is_due(self.plan.sample_every) and self.state.sampled < step
+        if evaluating:
+            self.progress.stage("measuring the held-out loss")
+            self.evaluate()
+        if sampling:
+            self.progress.stage("making samples")
+            measure.sample(self.task, self.session, self.folder.samples(step))
+            self.state = dataclasses.replace(self.state, sampled=step)
+        if evaluating or sampling:
+            asked = torch.tensor([self.signals.sigterm, self.signals.sigint], device=self.session.device).int()
+            sigterm, sigint = self.session.all_sum(asked).tolist()
+            if sigterm or sigint:
+                self.save()
+                self.stop(bool(sigterm))
+            if 0 < step < self.total:
+                self.metrics.draw()
+
+    def evaluate(self) -> None:
+        step, loss = self.state.step, measure.held_out_loss(self.task, self.session)
+        if loss is not None:
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"the held-out loss after step {step} is not finite")
+            more = self.task.metrics(loss)
+            self.metrics.write(step, {"held_out_loss": loss, **more})
+            self.progress.held_out(step, loss, more)
+        first = loss if self.state.first_held_out is None else self.state.first_held_out
+        self.state = dataclasses.replace(self.state, evaluated=step, first_held_out=first, last_held_out=loss)
+
+    def save_is_due(self) -> bool:
+        minutes = self.plan.train.checkpoint_minutes
+        return self.session.is_main and 0 < minutes <= (time.monotonic() - self.saved_time) / 60
+
+    def save(self) -> None:
+        """Write a checkpoint on rank 0, unless this step has one."""
+        if self.saved_step == self.state.step:
+            return
+        self.progress.stage("saving a checkpoint")
+        scale = {} if self.scaler is None else self.scaler.state_dict()
+        state, keep = dataclasses.replace(self.state, scaler=scale), self.plan.train.keep_checkpoints
+
+        def write() -> None:
+            checkpoint.save(self.folder, state, self.task.adapter_state(), self.optimizer, keep=keep)
+
+        self.session.on_main(write)
+        self.saved_step, self.saved_time = self.state.step, time.monotonic()
+
+    def stop(self, by_sigterm: bool) -> None:
+        self.metrics.draw()
+        raise stopped(by_sigterm=by_sigterm, step=self.state.step, resume_command=self.plan.resume_command)
+
+
+def _check_division(plan: Plan, session: Session) -> None:
+    parts = session.world * plan.compute.gradient_accumulation
+    if plan.train.batch_size % parts:
+        reason = f"{plan.train.batch_size} examples do not divide into {parts} micro-batches"
+        hint = "make it a multiple of ranks x compute.gradient_accumulation"
+        raise RecipeError(reason, where="train.batch_size", hint=hint)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        short = ("not enough memory", "can't allocate memory", "out of memory")
+        if not isinstance(error, MemoryError) and not any(text in str(error) for text in short):
+            raise
+        hint = "raise compute.gradient_accumulation, set compute.gradient_checkpointing, or make the examples smaller"
+        raise ResourceError("out of memory in training", hint=hint) from error

@@ -1,0 +1,57 @@
+"""SIGTERM and SIGINT as a wish that the loop fulfils after its step."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+from lorakit.errors import Stopped
+
+INTERRUPTED = 130
+
+
+class StopSignals:
+    """While entered, the first SIGTERM or SIGINT is noted in ``received``; a second one ends the process at once.
+
+    ``tell`` is called with a line for the user. In a run of many ranks the launcher sends SIGTERM to the others as soon
+    as one of them has ended; a rank that is leaving with the same error must not be cut off while it reports, so there
+    SIGTERM stays ignored after an error. Outside the main thread, where Python allows no handlers, nothing is caught.
+    """
+
+    def __init__(self, tell: Callable[[str], None], *, world: int) -> None:
+        self.received = 0
+        self._tell = tell
+        self._world = world
+        self._earlier: dict[int, object] = {}
+
+    @property
+    def sigterm(self) -> bool:
+        return self.received == signal.SIGTERM
+
+    @property
+    def sigint(self) -> bool:
+        return self.received == signal.SIGINT
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            failed_with_others = kind is not None and self._world > 1 and number == signal.SIGTERM
+            signal.signal(number, signal.SIG_IGN if failed_with_others else handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received:
+            os._exit(INTERRUPTED)
+        self.received = number
+        self._tell("stopping after this step; a second signal stops at once, without saving")
+
+
+def stopped(*, by_sigterm: bool, step: int, resume_command: str) -> Stopped:
+    """The error of a run that was stopped and has saved: exit code 75 for SIGTERM, 130 for SIGINT."""
+    name, code = ("SIGTERM", 75) if by_sigterm else ("SIGINT", INTERRUPTED)
+    return Stopped(f"{name}: stopped after step {step} and saved", exit_code=code, hint=f"go on with: {resume_command}")
