@@ -94,9 +94,9 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Add an adapter to its base for good: W + scale * B A, summed in float32, rounded once."""
-    from lorakit.commands.merge import run
+    from lorakit.commands import merge as command
 
-    run(base, adapter, out, scale=scale, dtype=dtype, revision=revision, overwrite=overwrite)
+    command.run(base, adapter, out, command.Options(scale, dtype, revision, overwrite))
 
 
 @app.command()
@@ -104,7 +104,9 @@ def generate(
     base: Annotated[str, typer.Option("--base", help="A base model, named as in a recipe.")],
     adapter: AdapterSpecs = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May be given again.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt a line.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file with one prompt a line; LLaMA then writes answers.jsonl.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="SD: a folder for the pictures. LLaMA: a .jsonl file.")
     ] = None,

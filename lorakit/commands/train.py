@@ -1,0 +1,111 @@
+"""`lorakit train-sd` and `lorakit train-llama`: each section of the recipe to the part that owns it."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.commands.progress import Terminal, warnings_to
+from lorakit.recipe import load
+from lorakit.recipe.schema import LlamaRecipe, SDRecipe
+
+if TYPE_CHECKING:
+    from lorakit.families.place import Place
+    from lorakit.families.task import Task
+    from lorakit.numerics.order import Layout
+    from lorakit.training.loop import Outcome
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the command was called, beside the recipe."""
+
+    dry_run: bool = False
+    resume: bool = False
+    allow: bool = False
+    processes: int = 1
+
+
+def run(kind: type[SDRecipe] | type[LlamaRecipe], path: Path, overrides: list[str], mode: Mode) -> None:
+    """Train what the recipe says; with ``mode.dry_run`` only print the plan."""
+    recipe = load.load(path, kind, overrides)
+    words = ["train-sd" if kind is SDRecipe else "train-llama", str(path)]
+    words += [w for override in overrides for w in ("--set", override)]
+    if mode.dry_run:
+        from lorakit.commands import plan
+
+        plan.run(recipe, mode.processes)
+    elif mode.processes > 1:
+        from lorakit.training.launch import relaunch
+
+        flags = [flag for flag, given in (("--resume", mode.resume), ("--allow", mode.allow)) if given]
+        raise SystemExit(relaunch([*words, *flags], mode.processes, device=recipe.compute.device))
+    else:
+        _train(recipe, mode, words)
+
+
+def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None:
+    from lorakit.families.place import Place
+    from lorakit.numerics.order import Layout
+    from lorakit.storage import atomic
+    from lorakit.storage.runs import RunFolder
+    from lorakit.training import launch, loop
+
+    session = launch.open_session(recipe.compute)
+    root = recipe.output.folder / recipe.output.name
+    try:
+        opened = RunFolder.open_existing if mode.resume else RunFolder.open_new
+        with opened(root, rank=session.rank) as run_folder, Terminal() as terminal, warnings_to(terminal.console):
+            terminal.stage(f"loading {recipe.base.model}")
+            layout = Layout(
+                recipe.train.seed,
+                recipe.train.batch_size,
+                recipe.compute.gradient_accumulation,
+                session.rank,
+                session.world,
+            )
+            place = Place(session.device, session.dtype, recipe.compute.gradient_checkpointing)
+            task = load_task(recipe, layout, place)
+            if session.is_main and not mode.resume:
+                atomic.write_text(run_folder.recipe, load.dump(recipe))
+            plan = loop.Plan(
+                train=recipe.train,
+                optimizer=recipe.optimizer,
+                compute=recipe.compute,
+                sample_every=recipe.sample.every,
+                track=recipe.output.track,
+                recipe=load.as_dict(recipe),
+                resume=mode.resume,
+                allow=mode.allow,
+                resume_command=_resume_command(words, session.world),
+            )
+            outcome = loop.train(task, session, plan, run_folder, terminal)
+        if session.is_main:
+            _tell(recipe, root, outcome)
+    finally:
+        session.close()
+
+
+def load_task(recipe: SDRecipe | LlamaRecipe, layout: "Layout", place: "Place") -> "Task":
+    """The finished task of the recipe's family."""
+    if isinstance(recipe, SDRecipe):
+        from lorakit.families import sd
+
+        learning = sd.Learning.of(recipe.train, recipe.optimizer)
+        return sd.load(recipe.base, recipe.adapter, recipe.data, learning, recipe.sample, layout, place)
+    from lorakit.families import llama
+
+    rate = recipe.optimizer.learning_rate
+    return llama.load(recipe.base, recipe.adapter, recipe.data, recipe.sample, layout, place, learning_rate=rate)
+
+
+def _resume_command(words: list[str], world: int) -> str:
+    ranks = ["--num-processes", str(world)] if world > 1 else []
+    return shlex.join(["lorakit", *words, *ranks, "--resume"])
+
+
+def _tell(recipe: SDRecipe | LlamaRecipe, root: Path, outcome: "Outcome") -> None:
+    print(f"trained {outcome.steps} steps on {outcome.examples} examples in {outcome.seconds / 60:.1f} minutes: {root}")
+    if outcome.first_held_out is not None:
+        print(f"held-out loss {outcome.first_held_out:.4f} -> {outcome.last_held_out:.4f}")
+    print(f'next: lorakit generate --base {recipe.base.model} --adapter {root} --prompt "..."')
