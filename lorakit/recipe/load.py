@@ -178,13 +178,15 @@ def _finish(path: Path, kind: type[R], root: Mapping, faults: list[Fault]) -> R:
 def _folder_faults(recipe: SDRecipe | LlamaRecipe, root: Mapping, source: str) -> Iterator[Fault]:
     """The run folder inside the base's or the data's folder, and paths that are symlink loops."""
     run = recipe.output.folder / recipe.output.name
-    named = {"output.folder": str(run), "base.model": recipe.base.model}
+    named = {"base.model": recipe.base.model}
     if isinstance(recipe, SDRecipe):
         named["data.path"] = recipe.data.path
     else:
         named |= {f"data.train.{i}.path": s.path for i, s in enumerate(recipe.data.train)}
         if isinstance(recipe.data.held_out, list):
             named |= {f"data.held_out.{i}.path": s.path for i, s in enumerate(recipe.data.held_out)}
+    # Bases and data may start with ~, the run folder is taken as it stands.
+    named = {field: os.path.expanduser(text) for field, text in named.items()} | {"output.folder": str(run)}
     loops = {field: loop for field, text in named.items() if (loop := _loop(Path(text)))}
     for field, loop in loops.items():
         yield Fault(_place(root, field, source), f"{escape(str(loop))} is a symbolic link that leads to itself")
