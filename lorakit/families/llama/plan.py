@@ -1,0 +1,79 @@
+"""What a LLaMA recipe would do, worked out without reading any weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorakit.adapters.targets import Target
+from lorakit.adapters.targets import plan as plan_targets
+from lorakit.data.chat_set import ChatSet
+from lorakit.families.llama.base import GROUPS, count_parameters, logit_factor, memory_dtype
+from lorakit.families.llama.packed import hidden_bytes
+from lorakit.families.llama.task import check_family, load_data
+from lorakit.families.place import Place
+from lorakit.numerics.cross_entropy import CHUNK_NUMBERS
+from lorakit.numerics.order import Layout
+from lorakit.recipe.schema import Adapter, ChatData, LlamaBase
+from lorakit.storage.bases import resolve
+
+BITS = {"nf4": 4.13, "int8": 8.0}
+"""bitsandbytes' bits a weight: NF4's doubly quantized scales add 0.13."""
+
+
+@dataclass(frozen=True)
+class LlamaPlan:
+    modules: tuple[Target, ...]
+    """The layers that get LoRA, with features in and out and rank."""
+    total_parameters: int
+    """Of the base."""
+    trainable_parameters: int
+    memory: dict[str, int]
+    """Estimated bytes by component. ``gradients`` and the optimizer's state go by ``trainable_parameters``."""
+    chats: ChatSet
+    steps_per_epoch: float
+
+
+def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, place: Place) -> LlamaPlan:
+    """Raises what ``load`` would raise, but for weights that cannot be read."""
+    location = resolve(base.model, base.revision)
+    check_family(location)
+    config, _, chats = load_data(location, data, layout.seed)
+    logit_factor(config)
+    build: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = build.from_config(config, dtype=place.dtype)
+    targets = plan_targets(model, adapter, GROUPS)
+    trainable = sum(t.rank * (t.inputs + t.outputs) + (t.outputs if adapter.dora else 0) for t in targets)
+    lengths = sorted((len(row.tokens) for row in chats.train), reverse=True)
+    rows = max(1, layout.micro_batch)
+    tokens = sum(lengths[:rows]) if data.packing else lengths[0] * rows
+    size = memory_dtype(place.dtype)
+    logits = CHUNK_NUMBERS * (4 + size)
+    return LlamaPlan(
+        tuple(targets),
+        count_parameters(model),
+        trainable,
+        {
+            "base weights": _weight_bytes(model, base.quantization, size),
+            "adapter": 4 * trainable,
+            "gradients": 4 * trainable,
+            "activations": hidden_bytes(config, tokens, size, checkpointing=place.gradient_checkpointing) + logits,
+        },
+        chats,
+        len(chats.train) / layout.batch_size,
+    )
+
+
+def _weight_bytes(model: torch.nn.Module, quantization: str, size: int) -> int:
+    """bitsandbytes takes the linear layers but the head; all else keeps the dtype."""
+    total = count_parameters(model)
+    if quantization == "none":
+        return total * size
+    linear = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+    )
+    return int((total - linear) * size + linear * BITS[quantization] / 8)

@@ -1,0 +1,177 @@
+"""A LLaMA-type model as a task of the training loop: load, loss, held-out loss, sample answers, save."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lorakit.adapters.inject import adapter_parameters, adapter_state, inject, load_adapter_state
+from lorakit.adapters.targets import Injection
+from lorakit.adapters.write import write_peft
+from lorakit.data.chat import Message
+from lorakit.data.chat_set import ChatSet, load_chats
+from lorakit.data.tokens import Renderer
+from lorakit.errors import RecipeError
+from lorakit.families.llama import packed
+from lorakit.families.llama.base import (
+    GROUPS,
+    check_tokenizer,
+    load_config,
+    load_model,
+    load_tokenizer,
+    logit_factor,
+    longest_document,
+)
+from lorakit.families.llama.batch import ChatBatch, held_out_batches, train_batches
+from lorakit.families.llama.generate import Chat, Settings
+from lorakit.families.place import Place
+from lorakit.families.task import Batch
+from lorakit.numerics.order import Layout, mix
+from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
+from lorakit.storage.atomic import write_text
+from lorakit.storage.bases import BaseLocation, digest, resolve
+
+log = logging.getLogger("lorakit")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What ``load`` made: the model with its adapter, the data, and how to render it."""
+
+    location: BaseLocation
+    lm: Any
+    injection: Injection
+    chats: ChatSet
+    renderer: Renderer
+    logit_factor: float
+
+
+class LlamaTask:
+    """A causal language model with LoRA, and the chats it trains on (``families.task.Task``)."""
+
+    def __init__(self, loaded: Loaded, sampling: LlamaSample, layout: Layout, *, learning_rate: float, packing: bool):
+        self.model: nn.Module = packed.PackedLM(loaded.lm, loaded.logit_factor)
+        self.steps_per_epoch = len(loaded.chats.train) / layout.batch_size
+        self.base_id = f"{loaded.location.name} sha256:{digest(loaded.location)}"
+        self.data_hash = loaded.chats.digest()
+        self.chats = loaded.chats
+        self._loaded = loaded
+        self._sampling = sampling
+        self._layout = layout
+        self._packing = packing
+        self._rate = learning_rate
+
+    def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        return [(list(adapter_parameters(self._loaded.lm).values()), self._rate)]
+
+    def batches(self, split: str, start: int) -> Iterator[Batch]:
+        if split == "train":
+            return train_batches(self.chats.train, self._layout, start, packing=self._packing)
+        return held_out_batches(self.chats.held_out, self._layout, packing=self._packing)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Sum over labelled tokens of -log p(token | the tokens before it in its chat)."""
+        chats = cast(ChatBatch, batch)
+        return cast(Tensor, model(chats.tokens, chats.positions, chats.lengths, chats.rows, chats.targets))
+
+    def metrics(self, held_out_loss: float) -> Mapping[str, float]:
+        return {"perplexity": math.exp(min(held_out_loss, 700.0))}
+
+    def sample(self, out: Path) -> None:
+        """An answer a prompt: answers.jsonl, and answers.md for people."""
+        sampling, lm = self._sampling, self._loaded.lm
+        if not sampling.prompts:
+            return
+        settings = Settings(
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+        system = [] if sampling.system is None else [Message("system", sampling.system)]
+        chat, training = Chat(lm, self._loaded.renderer), lm.training
+        lm.eval()
+        lm.set_attn_implementation("sdpa")
+        try:
+            answers = [chat.answer([*system, Message("user", prompt)], settings) for prompt in sampling.prompts]
+        finally:
+            lm.set_attn_implementation(packed.NAME)
+            lm.train(training)
+        pairs = list(zip(sampling.prompts, answers, strict=True))
+        lines = [json.dumps({"prompt": p, "answer": a}, ensure_ascii=False) + "\n" for p, a in pairs]
+        write_text(out / "answers.jsonl", "".join(lines))
+        write_text(out / "answers.md", "".join(f"**{p}**\n\n{a}\n\n" for p, a in pairs))
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return adapter_state(self._loaded.lm)
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        load_adapter_state(self._loaded.lm, state)
+
+    def save(self, out: Path, name: str) -> None:
+        """``adapter/`` as PEFT has it: config and safetensors."""
+        metadata = {"lorakit_name": name, "lorakit_base": self.base_id}
+        write_peft(
+            out / "adapter",
+            self.adapter_state(),
+            self._loaded.injection,
+            base_name=self._loaded.location.name,
+            task="CAUSAL_LM",
+            metadata=metadata,
+        )
+
+
+def load(
+    base: LlamaBase,
+    adapter: Adapter,
+    data: ChatData,
+    sample: LlamaSample,
+    layout: Layout,
+    place: Place,
+    *,
+    learning_rate: float,
+) -> LlamaTask:
+    """A finished task from a recipe's sections: base found and loaded, LoRA put in, chats read and encoded.
+
+    Raises ModelError, RecipeError or DataError as the parts say; what a user should know is logged as a warning.
+    """
+    location = resolve(base.model, base.revision)
+    check_family(location)
+    config, tokenizer, chats = load_data(location, data, layout.seed)
+    factor = logit_factor(config)
+    for note in chats.notes():
+        log.warning("%s", note)
+    lm = load_model(location, place, base.quantization)
+    injection = inject(lm, adapter, GROUPS, seed=mix(layout.seed, 6))
+    if not packed.embedding_is_frozen(lm):
+        raise RecipeError("the head (lm_head) cannot have an adapter", where="adapter.targets")
+    if place.gradient_checkpointing:
+        packed.checkpoint_activations(lm)
+    renderer = Renderer(tokenizer, data.chat_template, int(config.max_position_embeddings))
+    loaded = Loaded(location, lm, injection, chats, renderer, factor)
+    return LlamaTask(loaded, sample, layout, learning_rate=learning_rate, packing=data.packing)
+
+
+def check_family(location: BaseLocation) -> None:
+    """Raises RecipeError for a Stable Diffusion base."""
+    if location.family != "llama":
+        raise RecipeError(
+            f"{location.name} is a Stable Diffusion", where="base.model", hint="lorakit train-sd trains those"
+        )
+
+
+def load_data(location: BaseLocation, data: ChatData, seed: int) -> tuple[Any, Any, ChatSet]:
+    """The base's config and tokenizer, checked against each other, and the encoded chats. No weights are read."""
+    config, tokenizer = load_config(location), load_tokenizer(location)
+    check_tokenizer(tokenizer, config, location)
+    if data.max_tokens > longest_document(config):
+        raise RecipeError(
+            f"{data.max_tokens} is more than the {longest_document(config)} tokens that the model attends to",
+            where="data.max_tokens",
+        )
+    return config, tokenizer, load_chats(data, tokenizer, seed)

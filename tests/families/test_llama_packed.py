@@ -1,0 +1,167 @@
+"""The packed loss against transformers' own, and the batches it runs on."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lorakit.adapters.inject import adapter_parameters, inject
+from lorakit.data.tokens import Encoded
+from lorakit.errors import ModelError
+from lorakit.families.llama import packed
+from lorakit.families.llama.base import GROUPS, logit_factor, longest_document
+from lorakit.families.llama.batch import collate, empty_batch, held_out_batches, train_batches
+from lorakit.numerics.order import Layout
+from lorakit.recipe.schema import Adapter
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+KINDS = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "olmo2": {},
+    "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "cohere": {"logit_scale": 0.25},
+}
+
+
+def build(kind="llama", **more):
+    config = AutoConfig.for_model(kind, **SIZES | KINDS[kind] | more)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=packed.NAME).double().requires_grad_(False)
+
+
+def rows(*lengths, seed=0):
+    """Token rows of random tokens and labels; the last token but one is labelled at least."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for number, length in enumerate(lengths):
+        labels = draw.random(length) < 0.5
+        labels[-2] = True
+        made.append(Encoded(draw.integers(3, 61, length).astype(np.int32), labels, f"f:{number}"))
+    return made
+
+
+def run(view, batch):
+    return view(batch.tokens, batch.positions, batch.lengths, batch.rows, batch.targets)
+
+
+def transformers_loss(lm, examples):
+    """Each row by itself through the model's own forward and loss, eager attention, summed."""
+    lm.set_attn_implementation("eager")
+    total = torch.zeros((), dtype=torch.float64)
+    for example in examples:
+        tokens = torch.from_numpy(example.tokens.astype(np.int64))[None]
+        labels = tokens.masked_fill(~torch.from_numpy(example.labels)[None], -100)
+        total = total + lm(input_ids=tokens, labels=labels).loss * example.count
+    lm.set_attn_implementation(packed.NAME)
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_and_padded_losses_and_gradients_equal_transformers_own(kind):
+    lm = build(kind)
+    inject(lm, Adapter(rank=4), GROUPS, seed=1)
+    parameters = list(adapter_parameters(lm).values())
+    for parameter in parameters:
+        parameter.data = (
+            torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))).double() / 8
+        )
+    examples, view = rows(9, 17, 3, 30), packed.PackedLM(lm, logit_factor(lm.config))
+    assert packed.embedding_is_frozen(lm)
+    losses, gradients = [], []
+    for loss in (
+        run(view, collate(examples, packing=True)),
+        run(view, collate(examples, packing=False)),
+        transformers_loss(lm, examples),
+    ):
+        losses.append(loss.item())
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
+    assert losses[2] > 1
+    # transformers computes norms, softmax and its loss in float32 whatever the model's dtype.
+    for loss, gradient in zip(losses[:2], gradients[:2], strict=True):
+        assert loss == pytest.approx(losses[2], rel=1e-6)
+        assert (gradient - gradients[2]).norm() <= 2e-5 * gradients[2].norm()
+
+
+def test_gradient_checkpointing_changes_nothing():
+    lm = build()
+    inject(lm, Adapter(rank=4), GROUPS, seed=1)
+    parameters, batch = list(adapter_parameters(lm).values()), collate(rows(9, 17), packing=True)
+    view = packed.PackedLM(lm).train()
+    plain = torch.autograd.grad(run(view, batch), parameters)
+    packed.checkpoint_activations(lm)
+    assert lm.is_activation_checkpointing
+    for got, want in zip(torch.autograd.grad(run(view, batch), parameters), plain, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_document_does_not_see_another():
+    view, (first, second) = packed.PackedLM(build()), rows(8, 12)
+    with torch.no_grad():
+        apart = run(view, collate([first], packing=True)) + run(view, collate([second], packing=True))
+        together = run(view, collate([first, second], packing=True))
+        changed = Encoded((first.tokens + 7) % 61, first.labels, "f")
+        other = run(view, collate([changed, second], packing=True)) - run(view, collate([changed], packing=True))
+    assert together.item() == pytest.approx(apart.item(), rel=1e-6)
+    assert other.item() == pytest.approx(run(view, collate([second], packing=True)).item(), rel=1e-6)
+
+
+def test_an_empty_batch_has_no_loss():
+    batch = empty_batch()
+    assert batch.count == 0
+    assert run(packed.PackedLM(build()), batch).item() == 0
+
+
+def test_masks_caches_and_probability_dropout_are_refused():
+    lm = build(attention_dropout=0.5).train()
+    with pytest.raises(ModelError, match="drops"):
+        lm(input_ids=torch.ones(1, 4, dtype=torch.int64))
+    with pytest.raises(ModelError, match="no cache"):
+        packed.attend(lm, *(torch.ones(1, 2, n, 4) for n in (1, 5, 5)), None, 1.0)
+
+
+def test_capped_logits_and_windows_are_known():
+    config = AutoConfig.for_model("gemma2", **SIZES)
+    with pytest.raises(ModelError, match="gemma2 caps"):
+        logit_factor(config)
+    assert longest_document(AutoConfig.for_model("mistral", **SIZES, sliding_window=16)) == 16
+    assert longest_document(AutoConfig.for_model("qwen2", **SIZES, sliding_window=16)) == 64
+
+
+def test_targets_are_the_labelled_tokens_and_the_tail_is_left_out():
+    example = Encoded(np.array([5, 6, 7, 8, 9], np.int32), np.array([1, 0, 1, 1, 0], bool), "f")
+    batch = collate([example, example], packing=True)
+    assert batch.tokens.tolist() == [[5, 6, 7] * 2]
+    assert batch.positions.tolist() == [[0, 1, 2] * 2]
+    assert (batch.rows.tolist(), batch.targets.tolist()) == ([1, 2, 4, 5], [7, 8, 7, 8])
+    assert batch.count == 2 * example.count == 4
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_held_out_row_comes_once_over_all_ranks(packing):
+    examples = rows(*range(5, 16))
+    by_rank = [list(held_out_batches(examples, Layout(0, 8, 1, rank, 4), packing=packing)) for rank in range(4)]
+    assert {len(batches) for batches in by_rank} == {2}
+    names = [name for batches in by_rank for batch in batches for name in batch.ids]
+    assert sorted(names) == sorted(example.where for example in examples)
+    assert sum(b.count for batches in by_rank for b in batches) == sum(example.count for example in examples)
+    assert list(held_out_batches([], Layout(0, 8), packing=packing)) == []
+
+
+def test_training_batches_do_not_depend_on_the_layout_and_start_anywhere():
+    examples = rows(*range(5, 37))
+
+    def names(layout, start, count):
+        stream = train_batches(examples, layout, start, packing=True)
+        return [set(next(stream).ids) for _ in range(count)]
+
+    whole = names(Layout(1, 8), 0, 4)
+    parts = [names(Layout(1, 8, 2, rank, 2), 0, 8) for rank in range(2)]
+    assert [parts[0][2 * s] | parts[0][2 * s + 1] | parts[1][2 * s] | parts[1][2 * s + 1] for s in range(4)] == whole
+    assert names(Layout(1, 8), 2, 2) == whole[2:]
