@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from lorakit.recipe.document import Fault, Mapping, Node, Scalar, Sequence, escape
+from lorakit.recipe.document import MAX_TOLD, Fault, Mapping, Node, Scalar, Sequence, escape
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe, Section
 
 INTEGER = re.compile(r"[-+]?[0-9]{1,100}|0x[0-9a-fA-F]{1,80}|0o[0-7]{1,100}")
@@ -149,6 +149,8 @@ class _Builder:
 
     def unknown(self, cls: type[Section], key: str, path: str) -> str:
         """Why ``key`` is no key of ``cls``: it stands in another section, is misspelt, or is of the other family."""
+        if len(self.faults) >= MAX_TOLD:
+            return "unknown key"
         below = ([("", self.kind)] if path else []) + list(sections(self.kind))
         homes = [home for home, other in below if key in other.model_fields and other is not cls]
         if homes:

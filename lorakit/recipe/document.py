@@ -21,6 +21,8 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
 MAX_NODES = 20_000
 MAX_KEY = 200
+MAX_TOLD = 50
+"""Faults that are told; the others are counted."""
 HINT = "`lorakit init sd` or `lorakit init llama` writes a recipe with every key explained"
 
 
@@ -71,13 +73,14 @@ def escape(text: str, limit: int = 80) -> str:
     return shown + ("…" if len(text) > limit else "")
 
 
-def raise_faults(faults: list[Fault]) -> None:
+def raise_faults(faults: list[Fault], hint: str = HINT) -> None:
     """Raise every fault as one RecipeError, a line each; nothing when there is none."""
     if len(faults) == 1:
-        raise RecipeError(faults[0].reason, where=faults[0].where, hint=HINT)
+        raise RecipeError(faults[0].reason, where=faults[0].where, hint=hint)
     if faults:
-        lines = [f"  {fault.where}: {fault.reason}" for fault in faults]
-        raise RecipeError("\n".join([f"{len(faults)} faults in the recipe", *lines]), hint=HINT)
+        lines = [f"  {fault.where}: {fault.reason}" for fault in faults[:MAX_TOLD]]
+        lines += ["  …"] if len(faults) > MAX_TOLD else []
+        raise RecipeError("\n".join([f"{len(faults)} faults in the recipe", *lines]), hint=hint)
 
 
 def read(path: Path) -> str:

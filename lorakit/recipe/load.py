@@ -21,6 +21,10 @@ from lorakit.recipe.schema import LlamaRecipe, SDRecipe
 
 R = TypeVar("R", SDRecipe, LlamaRecipe)
 PLAIN = re.compile(r"(\.{0,2}/)?[A-Za-z_]([A-Za-z0-9_./-]|:(?=[A-Za-z0-9]))*")
+OTHER_FAMILY: dict[type, str] = {
+    SDRecipe: "data.train is LLaMA's: if this is a recipe for LLaMA, `lorakit train-llama` trains it",
+    LlamaRecipe: "data.path is Stable Diffusion's: if this is a recipe for it, `lorakit train-sd` trains it",
+}
 WORDS_ELSEWHERE = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
@@ -36,12 +40,12 @@ def load(path: Path, kind: type[R], overrides: Sequence[str] = ()) -> R:
 def load_any(path: Path, overrides: Sequence[str] = ()) -> SDRecipe | LlamaRecipe:
     """The recipe in the file ``path``, of the family that its ``data`` section belongs to."""
     root, faults = _tree(path, overrides)
-    data = root.items.get("data")
-    keys = data.items if isinstance(data, Mapping) else {}
-    if ("train" in keys) == ("path" in keys):
+    family = _family(root)
+    if family is None:
+        place = root.items["data"].where if "data" in root.items else root.where
         reason = "must hold either path (Stable Diffusion) or train (LLaMA)"
-        raise_faults([*faults, Fault(f"{data.where if data else root.where} data", reason)])
-    if "train" in keys:
+        raise_faults([*faults, Fault(f"{place} data", reason)])
+    if family is LlamaRecipe:
         return _finish(path, LlamaRecipe, root, faults)
     return _finish(path, SDRecipe, root, faults)
 
@@ -166,11 +170,21 @@ def _where_not(parents: list[str], part: str, node: Node) -> str:
     return f"{above} is a single value and has no {escape(part)}"
 
 
+def _family(root: Mapping) -> type[SDRecipe] | type[LlamaRecipe] | None:
+    """The family whose required key stands in the data section; None when neither does, or both."""
+    data = root.items.get("data")
+    keys = data.items if isinstance(data, Mapping) else {}
+    if ("train" in keys) == ("path" in keys):
+        return None
+    return LlamaRecipe if "train" in keys else SDRecipe
+
+
 def _finish(path: Path, kind: type[R], root: Mapping, faults: list[Fault]) -> R:
     recipe = build(kind, root, faults)
     if recipe is not None:
         faults += _folder_faults(recipe, root, escape(str(path), 300))
-    raise_faults(faults)
+    family = _family(root)
+    raise_faults(faults, HINT if family in (None, kind) else OTHER_FAMILY[kind])
     assert recipe is not None
     return recipe
 

@@ -1,6 +1,5 @@
 """Recipes: every fault at its place, types led by the field, overrides, and a dump that reads back equal."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,28 +9,7 @@ import pytest
 from lorakit.errors import RecipeError
 from lorakit.recipe.load import load, load_any
 from lorakit.recipe.schema import ChatSource, LlamaRecipe, SDRecipe
-
-SD = "data: {path: pictures}\n"
-LLAMA = "data:\n  train:\n    - path: chats.jsonl\n"
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    """Write a text (or bytes) as r.yaml in an empty working folder, and load it."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(text, kind=SDRecipe, *overrides):
-        Path("r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-        return load(Path("r.yaml"), kind, overrides)
-
-    return write
-
-
-def faults(recipe, text, kind=SDRecipe, *overrides):
-    with pytest.raises(RecipeError) as caught:
-        recipe(text, kind, *overrides)
-    assert caught.value.exit_code == 2
-    return [line.strip() for line in str(caught.value).splitlines() if "faults in the recipe" not in line]
+from tests.recipe.conftest import LLAMA, SD, faults
 
 
 def test_importing_the_loader_leaves_torch_alone():
@@ -241,46 +219,6 @@ def test_a_bad_override_is_told_with_its_name(recipe, override, expected):
     assert line.startswith(expected)
 
 
-def test_a_run_folder_inside_the_data_or_the_base_is_refused(recipe, tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "link").symlink_to("pictures")
-    (line,) = faults(recipe, SD + "output:\n  folder: link/runs\n")
-    assert line.startswith("r.yaml:3:11 output.folder: the run folder link/runs/run would be inside data.path")
-    (line,) = faults(recipe, SD + "output: {folder: ., name: pictures}\n")
-    assert "inside data.path" in line
-    (line,) = faults(recipe, "data: {path: elsewhere}\nbase: {model: .}\n")
-    assert line.startswith("r.yaml output.folder: the run folder runs/run would be inside base.model")
-    (line,) = faults(
-        recipe, "data:\n  train: [{path: x}]\n  held_out: [{path: link}]\n", LlamaRecipe, "output.folder=link"
-    )
-    assert line.startswith("--set output.folder: the run folder link/run would be inside data.held_out.0.path")
-    assert recipe(SD + "output: {folder: pictures2}\n").output.folder == Path("pictures2")
-
-
-def test_a_loop_of_symbolic_links_is_told(recipe, tmp_path):
-    (tmp_path / "a").symlink_to("b")
-    (tmp_path / "b").symlink_to("a")
-    (line,) = faults(recipe, "data: {path: a/pictures}\n")
-    assert line == "r.yaml:1:14 data.path: a is a symbolic link that leads to itself"
-    (line,) = faults(recipe, SD + "output: {folder: b}\n")
-    assert line == "r.yaml:2:18 output.folder: b is a symbolic link that leads to itself"
-    with pytest.raises(RecipeError, match="cannot be read"):
-        load(tmp_path / "a", SDRecipe)
-
-
-def test_what_is_no_regular_file_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    for path, reason in (
-        (tmp_path, "not a file"),
-        (tmp_path / "fifo", "not a file"),
-        (tmp_path / "no", "no such file"),
-    ):
-        with pytest.raises(RecipeError, match=reason):
-            load(path, SDRecipe)
-    with pytest.raises(RecipeError, match="cannot be read"):
-        load(Path("a\0b"), SDRecipe)
-
-
 def test_control_characters_in_names_are_escaped(tmp_path):
     path = tmp_path / "a\n\x1b[31mb.yaml"
     path.write_text("data: {path: a, '\x85': 1, cr\u2028op: 2}")
@@ -288,6 +226,20 @@ def test_control_characters_in_names_are_escaped(tmp_path):
         load(path, SDRecipe)
     assert str(caught.value).replace("\n", "").isprintable()
     assert "a\\n\\x1b[31mb.yaml" in str(caught.value)
+
+
+def test_a_recipe_of_the_other_family_is_recognised(recipe):
+    for text, kind, command in ((SD, LlamaRecipe, "train-sd"), (LLAMA, SDRecipe, "train-llama")):
+        with pytest.raises(RecipeError) as caught:
+            recipe(text, kind)
+        assert command in caught.value.hint
+
+
+def test_thousands_of_faults_are_counted_and_cut_short(recipe):
+    lines = faults(recipe, SD + "".join(f"k{n}: 1\n" for n in range(2000)))
+    assert len(lines) == 51
+    with pytest.raises(RecipeError, match="2000 faults"):
+        load(Path("r.yaml"), SDRecipe)
 
 
 def test_load_any_tells_the_family_from_the_data(recipe):

@@ -9,7 +9,7 @@ from lorakit.recipe.load import as_dict, dump, load
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
 
 FUZZ = settings(
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     database=None,
