@@ -14,8 +14,8 @@ SECONDS_BETWEEN_LINES = 15.0
 class Terminal:
     """The training loop's Progress, by rich on a terminal; else a line now and then, fit for a log file."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -31,6 +31,8 @@ class Terminal:
         self._begun = self._spoken = time.monotonic()
         self._done = self._total = 0
         self._average: float | None = None
+        self.trained = False
+        """Whether any update was made."""
 
     def __enter__(self) -> "Terminal":
         self._bar.start()
@@ -46,6 +48,7 @@ class Terminal:
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:  # noqa: ARG002 (the protocol's)
         """Update ``step`` was made; the loss shown is a moving average."""
+        self.trained = True
         self._average = loss if self._average is None else 0.9 * self._average + 0.1 * loss
         now = time.monotonic()
         rate = (step - self._done) / max(now - self._begun, 1e-9)
@@ -54,7 +57,8 @@ class Terminal:
         if not self.console.is_terminal and (now - self._spoken > SECONDS_BETWEEN_LINES or step == self._total):
             left = (self._total - step) / max(rate, 1e-9)
             self.console.print(
-                f"step {step}/{self._total}  loss {self._average:.4f}  {shown}  {left / 60:.1f} min left", highlight=False
+                f"step {step}/{self._total}  loss {self._average:.4f}  {shown}  {left / 60:.1f} min left",
+                highlight=False,
             )
             self._spoken = now
 

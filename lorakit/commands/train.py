@@ -55,7 +55,11 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
     root = recipe.output.folder / recipe.output.name
     try:
         opened = RunFolder.open_existing if mode.resume else RunFolder.open_new
-        with opened(root, rank=session.rank) as run_folder, Terminal() as terminal, warnings_to(terminal.console):
+        with (
+            opened(root, rank=session.rank) as run_folder,
+            Terminal(quiet=not session.is_main) as terminal,
+            warnings_to(terminal.console),
+        ):
             terminal.stage(f"loading {recipe.base.model}")
             layout = Layout(
                 recipe.train.seed,
@@ -80,7 +84,10 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
                 resume_command=_resume_command(words, session.world),
             )
             outcome = loop.train(task, session, plan, run_folder, terminal)
+            finished_before = mode.resume and not terminal.trained
         if session.is_main:
+            if finished_before:
+                print("the run had finished already")
             _tell(recipe, root, outcome)
     finally:
         session.close()
