@@ -96,7 +96,7 @@ def save_state(path: Path, step: int, modules: dict[str, nn.Module], optimizer: 
     """Weights, moments and step in one safetensors file, renamed into place."""
     tensors = {f"{name}/{k}": v.contiguous().clone() for name, m in modules.items() for k, v in m.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{k}": v for k, v in state.items()}
+        tensors |= {f"optimizer/{index}/{k}": v.contiguous() for k, v in state.items()}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"step": str(step)})
     partial.replace(path)
