@@ -153,3 +153,58 @@ def tiny_sd(
     )
     pipeline.to(dtype=dtype).save_pretrained(folder)
     return folder
+
+
+def _permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """llama.cpp's order of the rows of q and k: rotary pairs side by side instead of half a head apart."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def tiny_gguf(path: Path, seed: int = 0) -> Path:
+    """``tiny_llama`` (tied) and its tokenizer as a float32 GGUF file, laid out as llama.cpp's converter does."""
+    from gguf import GGUFWriter, TokenType
+
+    folder = tiny_llama(path.parent / f"{path.stem}-folder", seed=seed)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    pieces = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    writer, config = GGUFWriter(path, "llama"), model.config
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(pieces))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(pieces)
+    writer.add_token_types([TokenType.CONTROL if piece in special else TokenType.NORMAL for piece in pieces])
+    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    writer.add_pad_token_id(config.pad_token_id)
+    writer.add_chat_template(CHATML)
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
+    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
+    for number, layer in enumerate(model.model.layers):
+        for ours, theirs in names.items():
+            weight = layer.get_submodule(ours).weight.detach()
+            if theirs in ("attn_q", "attn_k"):
+                heads = config.num_attention_heads if theirs == "attn_q" else config.num_key_value_heads
+                weight = _permute(weight, heads)
+            writer.add_tensor(f"blk.{number}.{theirs}.weight", weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

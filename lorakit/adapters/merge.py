@@ -179,6 +179,7 @@ def _gguf_parts(base: BaseLocation, adapter: Path) -> tuple[list[_Part], Callabl
 
     def write_rest(out: Path, dtype: torch.dtype | None) -> None:
         model.config.dtype = dtype
+        model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(out)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(out)

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPTextConfig, CLIPTextModel, GgufConfig
+from transformers.utils import logging as transformers_logging
 
 from lorakit.errors import ModelError
 from lorakit.storage.bases import BaseLocation
@@ -33,13 +34,20 @@ def skeleton(base: BaseLocation) -> dict[str, nn.Module]:
 def load_gguf(base: BaseLocation) -> tuple[Any, Any]:
     """Model, de-quantized to float32, and tokenizer of a GGUF file; both can be saved as a plain folder."""
     source = {"gguf_file": base.path.name, "local_files_only": True, "trust_remote_code": False}
+    bars: Any = transformers_logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             base.path.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
         )
         tokenizer = AutoTokenizer.from_pretrained(base.path.parent, **source)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot be loaded: {str(error).splitlines()[0]}", where=base.name) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(f"cannot be loaded: {reason}", where=base.name) from error
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

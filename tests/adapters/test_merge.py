@@ -20,7 +20,7 @@ from lorakit.adapters.write import deltas, write_kohya, write_peft
 from lorakit.errors import ConflictError, ModelError, ResourceError
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import resolve
-from tests.tiny import tiny_llama, tiny_sd
+from tests.tiny import tiny_gguf, tiny_llama, tiny_sd
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 GROUPS = {
@@ -272,7 +272,26 @@ def test_full_disk_is_told_before(tmp_path: Path, llama: Path, monkeypatch: pyte
     assert not (tmp_path / "out").exists()
 
 
-def test_adapter_of_another_base(tmp_path: Path, llama: Path, sd: Path) -> None:
+@pytest.mark.usefixtures("llama")
+def test_adapter_of_another_base(tmp_path: Path, sd: Path) -> None:
     with pytest.raises(ModelError, match="which the base has not"):
         merge(resolve(str(sd)), tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_gguf_becomes_a_folder(tmp_path: Path) -> None:
+    path = tiny_gguf(tmp_path / "base" / "tiny.gguf")
+    original = tmp_path / "base" / "tiny-folder"
+    with_adapter = trained(original, tmp_path / "adapter", Adapter(rank=4, alpha=8))
+    report = merge(resolve(str(path)), tmp_path / "adapter", tmp_path / "out")
+    assert report.dtype == "float16"
+    merged_model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged_model.dtype == torch.float16
+    torch.testing.assert_close(logits(merged_model.float()), logits(with_adapter), rtol=0, atol=0.05)
+    merge(resolve(str(path)), tmp_path / "adapter", tmp_path / "out", dtype=torch.float32, overwrite=True)
+    merged_model = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged_model), logits(with_adapter), rtol=0, atol=1e-4)
+    chat = [{"role": "user", "content": "Hello, fox?"}]
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", original))
+    assert ours.apply_chat_template(chat)["input_ids"] == theirs.apply_chat_template(chat)["input_ids"]
+    assert ours.eos_token == theirs.eos_token
