@@ -6,18 +6,20 @@ Sizes are (width, height) in pixels. Pillow decides what a file is by its conten
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from lorakit.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 PIXEL_CAP = 2**26
 """Most pixels of a picture, read from its header before anything is decoded (8,192 x 8,192)."""
+ORIENTATION = ExifTags.Base.Orientation
 SHAPE_CAP = 2.0
 """Longest side of a bucket, in units of ``resolution``."""
 
@@ -34,6 +36,21 @@ def decode(data: bytes, where: str) -> Image.Image:
 
     Raises: DataError naming ``where`` for another format, more than PIXEL_CAP pixels, or a damaged file.
     """
+    with _opened(data, where) as image:
+        image.load()
+        return _to_srgb(ImageOps.exif_transpose(image), where)
+
+
+def read_size(data: bytes, where: str) -> Size:
+    """Width and height of the upright picture, from its header. Raises: DataError as ``decode``, pixels aside."""
+    with _opened(data, where) as image:
+        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else image.size
+
+
+@contextmanager
+def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
+    """A picture whose header is checked; whatever Pillow raises inside becomes a DataError."""
     if not data:
         raise DataError("the picture file is empty (zero bytes)", where=where)
     try:
@@ -41,8 +58,7 @@ def decode(data: bytes, where: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our cap below is the lower one
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_pixels(image.size, where)
-                image.load()
-                return _to_srgb(ImageOps.exif_transpose(image), where)
+                yield image
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:

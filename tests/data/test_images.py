@@ -85,7 +85,9 @@ def test_exif_rotation_is_applied() -> None:
     }.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
-        assert np.array_equal(pixels(encoded(picture(), "PNG", exif=exif)), expected), orientation
+        turned = encoded(picture(), "PNG", exif=exif)
+        assert np.array_equal(pixels(turned), expected), orientation
+        assert images.read_size(turned, "a.png") == expected.shape[1::-1]
 
 
 def test_alpha_is_laid_over_white() -> None:

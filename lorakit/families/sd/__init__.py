@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x."""
 
+from lorakit.families.sd.plan import SDPlan, plan
 from lorakit.families.sd.task import Learning, SDTask, load
 
-__all__ = ["Learning", "SDTask", "load"]
+__all__ = ["Learning", "SDPlan", "SDTask", "load", "plan"]

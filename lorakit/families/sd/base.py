@@ -17,6 +17,11 @@ from lorakit.numerics.diffusion import PredictionType, has_zero_terminal_snr
 from lorakit.storage.bases import BaseLocation
 from lorakit.storage.checks import read_json
 
+# diffusers has no types
+_unet: Any = UNet2DConditionModel
+_vae: Any = AutoencoderKL
+_ddpm: Any = DDPMScheduler
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -82,8 +87,8 @@ def _load_folder(path: Path, dtype: torch.dtype) -> Parts:
             path / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
         )
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-        unet = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=dtype, **options)
-        vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=torch.float32, **options)
+        unet = _unet.from_pretrained(path / "unet", torch_dtype=dtype, **options)
+        vae = _vae.from_pretrained(path / "vae", torch_dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = f"the base does not load: {str(error).strip().splitlines()[0]}"
         raise ModelError(reason, where=str(path)) from error
@@ -101,7 +106,7 @@ def noise_schedule(config: Mapping[str, Any], where: str) -> tuple[Tensor, Predi
     Raises: ModelError for another prediction type, or for epsilon on a schedule that ends without any signal
     (Lin et al. 2023, arXiv:2305.08891).
     """
-    scheduler: Any = DDPMScheduler.from_config(config)
+    scheduler = _ddpm.from_config(config)
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise ModelError(f"the base predicts {kind!r}, not epsilon or v_prediction", where=where)

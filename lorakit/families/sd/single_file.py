@@ -25,6 +25,13 @@ from lorakit.storage.headers import read_header
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 CLIP = "openai/clip-vit-large-patch14"
+# diffusers has no types
+_unet: Any = UNet2DConditionModel
+_vae: Any = AutoencoderKL
+_rename_unet: Any = convert_ldm_unet_checkpoint
+_rename_vae: Any = convert_ldm_vae_checkpoint
+_rename_open_clip: Any = convert_open_clip_checkpoint
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -65,14 +72,13 @@ def load_single_file(path: Path, dtype: torch.dtype) -> SingleFile:
     configs = read_configs(path)
     second = f"{TEXT}model.ln_final.weight" in read_header(path).tensors
     tokenizer = _tokenizer(path, second)
-    unet: Any = UNet2DConditionModel(**configs.unet)
-    _fill(unet, convert_ldm_unet_checkpoint(_tensors(path, UNET), unet.config), path)
-    vae: Any = AutoencoderKL(**configs.vae)
-    _fill(vae, convert_ldm_vae_checkpoint(_tensors(path, VAE), vae.config), path)
+    unet, vae = _unet(**configs.unet), _vae(**configs.vae)
+    _fill(unet, _rename_unet(_tensors(path, UNET), unet.config), path)
+    _fill(vae, _rename_vae(_tensors(path, VAE), vae.config), path)
     text_encoder: Any = CLIPTextModel(CLIPTextConfig(**configs.text_encoder))
     text = _tensors(path, TEXT)
     if second:
-        text = convert_open_clip_checkpoint(text_encoder, text)
+        text = _rename_open_clip(text_encoder, text)
     else:
         text = {name.removeprefix(f"{TEXT}transformer."): tensor for name, tensor in text.items()}
     text = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
@@ -200,7 +206,8 @@ def _tokenizer(path: Path, second: bool) -> CLIPTokenizer:
     source = str(beside) if beside.is_dir() else CLIP
     try:
         pad: dict[str, Any] = {"pad_token": "!"} if second else {}
-        return CLIPTokenizer.from_pretrained(source, local_files_only=True, **pad)
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=True, **pad)
+        return tokenizer
     except (OSError, ValueError) as error:
         reason = "a single file holds no tokenizer, and CLIP's vocabulary is not on this machine"
         files = "vocab.json merges.txt tokenizer_config.json special_tokens_map.json"

@@ -1,0 +1,168 @@
+"""What a Stable Diffusion recipe would do, worked out without reading any weights: models on the meta device."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lorakit.adapters.inject import inject
+from lorakit.adapters.targets import Target
+from lorakit.data.images import Size, choose_bucket, read_size
+from lorakit.data.pictures import Picture, Rejects, find_pictures
+from lorakit.errors import DataError, ModelError
+from lorakit.families.place import Place
+from lorakit.families.sd.base import noise_schedule, read_schedule, vae_factor
+from lorakit.families.sd.prepare import held_out_ids, sizes_of
+from lorakit.families.sd.single_file import read_configs
+from lorakit.families.sd.targets import split_adapter
+from lorakit.numerics.order import Layout
+from lorakit.recipe.schema import PictureData, SDAdapter, SDBase
+from lorakit.storage.bases import BaseLocation, resolve
+from lorakit.storage.checks import read_json
+
+
+@dataclass(frozen=True)
+class SDPlan:
+    """What ``load`` and training would make of a recipe."""
+
+    modules: tuple[Target, ...]
+    """The layers that get LoRA, their component in front, with features in and out and rank."""
+    total_parameters: int
+    """Of the base: UNet, text encoder and VAE."""
+    trainable_parameters: int
+    memory: dict[str, int]
+    """Estimated bytes by component. ``gradients`` and the optimizer's state go by ``trainable_parameters``."""
+    pictures: int
+    """Examples of one epoch: training pictures, mirrored ones and repeats counted."""
+    held_out: int
+    buckets: dict[Size, int]
+    """Examples of one epoch by size (width, height) in pixels; empty sizes left out."""
+    left_out: tuple[str, ...]
+    """Pictures that on_bad "skip" leaves out, as far as their headers tell."""
+    steps_per_epoch: float
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A base's modules on the meta device."""
+
+    unet: nn.Module
+    text_encoder: nn.Module
+    vae: nn.Module
+    factor: int
+    schedule: dict[str, Any]
+
+
+def skeleton(location: BaseLocation, dtype: torch.dtype) -> Skeleton:
+    """Raises: ModelError when a config does not make a model."""
+    try:
+        if location.layout == "single-file":
+            configs = read_configs(location.path)
+            unet, vae, text, schedule = configs.unet, configs.vae, configs.text_encoder, configs.schedule
+        else:
+            unet, vae, text = (
+                read_json(location.path / part / "config.json") for part in ("unet", "vae", "text_encoder")
+            )
+            schedule = read_schedule(location.path)
+        with torch.device("meta"):
+            unet_class: Any = UNet2DConditionModel
+            vae_class: Any = AutoencoderKL
+            text_encoder: Any = CLIPTextModel(CLIPTextConfig.from_dict(text))
+            return Skeleton(
+                unet_class.from_config(unet).to(dtype).requires_grad_(False),
+                text_encoder.to(dtype).requires_grad_(False),
+                vae_class.from_config(vae).requires_grad_(False),
+                vae_factor(vae),
+                schedule,
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"the config does not make a model: {error}", where=location.name) from error
+
+
+def plan(base: SDBase, adapter: SDAdapter, data: PictureData, layout: Layout, place: Place) -> SDPlan:
+    """Raises what ``load`` would raise, but for weights and pixels that cannot be read."""
+    location = resolve(base.model, base.revision)
+    bones = skeleton(location, place.dtype)
+    noise_schedule(bones.schedule, location.name)
+    modules = {"unet": bones.unet, "text_encoder": bones.text_encoder}
+    total = sum(p.numel() for m in (*modules.values(), bones.vae) for p in m.parameters())
+    weights = sum(p.numel() * p.element_size() for m in (*modules.values(), bones.vae) for p in m.parameters())
+    targets: list[Target] = []
+    for component, (section, groups) in split_adapter(adapter, bones.unet, bones.text_encoder).items():
+        found = inject(modules[component], section, groups, seed=0).targets
+        targets.extend(target._replace(name=f"{component}.{target.name}") for target in found)
+    trainable = sum(p.numel() for m in modules.values() for p in m.parameters() if p.requires_grad)
+    sizes = sizes_of(data, bones.factor)
+    counts, held_out, rejects = _count(data, sizes, layout.seed)
+    largest = max(counts, key=lambda size: size[0] * size[1])
+    activations = _activation_bytes(bones, largest, layout.micro_batch, place)
+    memory = {
+        "base weights": weights,
+        "adapter": 4 * trainable,
+        "gradients": 4 * trainable,
+        "activations": activations,
+    }
+    pictures = sum(counts.values())
+    return SDPlan(
+        modules=tuple(targets),
+        total_parameters=total,
+        trainable_parameters=trainable,
+        memory=memory,
+        pictures=pictures,
+        held_out=held_out,
+        buckets=dict(counts),
+        left_out=tuple(str(error) for error in rejects.errors),
+        steps_per_epoch=pictures / layout.batch_size,
+    )
+
+
+def _count(data: PictureData, sizes: tuple[Size, ...], seed: int) -> tuple[Counter[Size], int, Rejects]:
+    """Examples of one epoch by size, and held-out pictures, from the pictures' headers."""
+    rejects = Rejects(data.on_bad)
+    found: list[tuple[Picture, Size]] = []
+    for picture in find_pictures(data, rejects):
+        try:
+            found.append((picture, sizes[choose_bucket(read_size(picture.read(), picture.id), sizes)]))
+        except DataError as error:
+            rejects.report(error)
+    if not found:
+        raise DataError("no picture can be used", where=data.path)
+    aside = held_out_ids([picture for picture, _ in found], data.held_out, seed)
+    counts: Counter[Size] = Counter()
+    for picture, size in found:
+        if picture.id not in aside:
+            counts[size] += data.repeats * (2 if data.flip else 1)
+    return counts, sum(picture.id in aside for picture, _ in found), rejects
+
+
+def _activation_bytes(bones: Skeleton, size: Size, batch: int, place: Place) -> int:
+    """What the UNet's forward pass keeps for its backward pass, tensor by tensor, as autograd would save it."""
+    unet: Any = bones.unet
+    if place.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.train()
+    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no two storages share an address
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    config = unet.config
+    shape = (batch, config.in_channels, size[1] // bones.factor, size[0] // bones.factor)
+    text: Any = bones.text_encoder
+    tokens = text.config.max_position_embeddings
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        noisy = torch.zeros(shape, dtype=place.dtype)
+        states = torch.zeros((batch, tokens, config.cross_attention_dim), dtype=place.dtype)
+        output = unet(noisy, torch.zeros(batch, dtype=torch.int64), states).sample
+    del output
+    return sum(kept.values())
