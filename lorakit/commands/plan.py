@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ def run(recipe: SDRecipe | LlamaRecipe, processes: int) -> None:
     trained = plan.trainable_parameters
     console.print(f"trainable {trained:,} of {plan.total_parameters + trained:,} parameters "
                   f"({trained / (plan.total_parameters + trained):.3%})")  # fmt: skip
-    examples, notes = _examples(recipe, plan)
+    examples, notes = _examples(plan)
     console.print(examples)
     console.print(
         f"{total} steps of {recipe.train.batch_size} examples, {total / plan.steps_per_epoch:.2f} epochs; "
@@ -77,10 +78,13 @@ def _modules(plan: "LlamaPlan | SDPlan") -> Table:
     return table
 
 
-def _examples(recipe: SDRecipe | LlamaRecipe, plan: "LlamaPlan | SDPlan") -> tuple[str, list[str]]:
-    if isinstance(recipe, SDRecipe):
-        sizes = ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(plan.buckets.items()))
-        return f"{plan.pictures} pictures, {plan.held_out} held out; sizes {sizes}", []
+def _examples(plan: "LlamaPlan | SDPlan") -> tuple[str, Sequence[str]]:
+    """What is learned from, in one line, and what a user should know about it."""
+    from lorakit.families.sd import SDPlan
+
+    if isinstance(plan, SDPlan):
+        sizes = ", ".join(f"{width}x{height}: {count}" for (width, height), count in sorted(plan.buckets.items()))
+        return f"{plan.pictures} pictures an epoch, {plan.held_out} held out; sizes {sizes}", plan.left_out
     chats = plan.chats
     share = f"{chats.label_share:.0%} of them learned"
     return f"{len(chats.train)} chats of {chats.tokens} tokens, {share}; {len(chats.held_out)} held out", chats.notes()

@@ -28,7 +28,7 @@ class Mode:
 
 def run(kind: type[SDRecipe] | type[LlamaRecipe], path: Path, overrides: list[str], mode: Mode) -> None:
     """Train what the recipe says; with ``mode.dry_run`` only print the plan."""
-    recipe = load.load(path, kind, overrides)
+    recipe = load.load(path, SDRecipe, overrides) if kind is SDRecipe else load.load(path, LlamaRecipe, overrides)
     words = ["train-sd" if kind is SDRecipe else "train-llama", str(path)]
     words += [w for override in overrides for w in ("--set", override)]
     if mode.dry_run:
