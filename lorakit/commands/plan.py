@@ -72,7 +72,13 @@ def _modules(plan: "LlamaPlan | SDPlan") -> Table:
         (".".join("*" if part.isdigit() else part for part in t.name.split(".")), t.outputs, t.inputs, t.rank)
         for t in plan.modules
     )
-    table = Table(Column("layers with LoRA", overflow="fold"), "how many", r"W \[out, in]", "rank", title=f"{len(plan.modules)} layers")
+    table = Table(
+        Column("layers with LoRA", overflow="fold"),
+        "how many",
+        r"W \[out, in]",
+        "rank",
+        title=f"{len(plan.modules)} layers",
+    )
     for (name, outputs, inputs, rank), count in kinds.items():
         table.add_row(name, str(count), f"[{outputs}, {inputs}]".replace("[", r"\["), str(rank))
     return table

@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from statistics import median
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -28,8 +30,9 @@ class Terminal:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._begun = self._spoken = time.monotonic()
-        self._done = self._total = 0
+        self._last = self._spoken = time.monotonic()
+        self._durations: deque[float] = deque(maxlen=21)
+        self._total = 0
         self._average: float | None = None
         self.trained = False
         """Whether any update was made."""
@@ -43,7 +46,7 @@ class Terminal:
 
     def start(self, total: int, done: int) -> None:
         """Training begins at update ``done`` of ``total``."""
-        self._begun, self._done, self._total = time.monotonic(), done, total
+        self._last, self._total = time.monotonic(), total
         self._task = self._bar.add_task("training", total=total, completed=done, loss="-", rate="")
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:  # noqa: ARG002 (the protocol's)
@@ -51,7 +54,9 @@ class Terminal:
         self.trained = True
         self._average = loss if self._average is None else 0.9 * self._average + 0.1 * loss
         now = time.monotonic()
-        rate = (step - self._done) / max(now - self._begun, 1e-9)
+        self._durations.append(now - self._last)
+        self._last = now
+        rate = 1 / max(median(self._durations), 1e-9)  # the median passes over pauses for evaluation and saving
         shown = f"{rate:.2f} steps/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s/step"
         self._bar.update(self._task, completed=step, loss=f"{self._average:.4f}", rate=shown)
         if not self.console.is_terminal and (now - self._spoken > SECONDS_BETWEEN_LINES or step == self._total):
