@@ -1,0 +1,69 @@
+"""What the command asks for before any model is loaded, and what it never overwrites."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorakit.commands.generate import Request, parse_adapter, run
+from lorakit.errors import ConflictError, DataError, RecipeError
+from tests.tiny import tiny_llama, tiny_sd
+
+LLAMA = {"raw": False, "system": None, "temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "max_new_tokens": 3}
+SD = {
+    "negative_prompt": "",
+    "steps": 2,
+    "guidance_scale": 2.0,
+    "width": None,
+    "height": None,
+    "count": 1,
+    "scheduler": "ddim",
+}
+
+
+def request(
+    base: Path, out: Path | None = None, prompts: tuple[str, ...] = ("a",), file: Path | None = None
+) -> Request:
+    return Request(str(base), None, (), prompts, file, out, "cpu", 0)
+
+
+def test_an_adapter_may_carry_a_weight(tmp_path: Path) -> None:
+    odd = tmp_path / "v1:2"
+    odd.mkdir()
+    assert parse_adapter(str(odd)) == (odd, 1.0)
+    assert parse_adapter(f"{odd}:0.5") == (odd, 0.5)
+    with pytest.raises(RecipeError, match="no such adapter"):
+        parse_adapter(str(tmp_path / "absent"))
+    with pytest.raises(RecipeError, match="is not a weight"):
+        parse_adapter(f"{odd}:heavy")
+
+
+def test_prompts_are_asked_for_and_read_as_utf8(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no prompt"):
+        run(request(tmp_path, prompts=()), sd=SD, llama=LLAMA)
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="cannot be read"):
+        run(request(tmp_path, prompts=(), file=tmp_path / "p.txt"), sd=SD, llama=LLAMA)
+
+
+def test_answers_go_to_a_file_that_did_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = tiny_llama(tmp_path / "base"), tmp_path / "answers.jsonl"
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    run(request(base, out, (), tmp_path / "prompts.txt"), sd=SD, llama=LLAMA)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["one", "two"]
+    assert rows[0]["answer"] in capsys.readouterr().out
+    with pytest.raises(ConflictError):
+        run(request(base, out), sd=SD, llama=LLAMA)
+
+
+def test_pictures_are_numbered_on_and_never_named_by_their_prompt(tmp_path: Path) -> None:
+    base, out = tiny_sd(tmp_path / "base"), tmp_path / "out"
+    run(request(base, out, ("../../a", "b")), sd=SD, llama=LLAMA)
+    first = (out / "0001.png").read_bytes()
+    run(request(base, out, ("c",)), sd=SD, llama=LLAMA)
+    assert sorted(p.name for p in out.iterdir()) == ["0001.png", "0002.png", "0003.png", "grid-0001.png"]
+    assert (out / "0001.png").read_bytes() == first
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(ConflictError):
+        run(request(base, tmp_path / "link"), sd=SD, llama=LLAMA)
