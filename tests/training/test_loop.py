@@ -28,7 +28,7 @@ from lorakit.errors import (
     Stopped,
 )
 from lorakit.numerics.order import Layout, update
-from lorakit.recipe.schema import Compute, Optimizer, Train
+from lorakit.recipe.schema import Compute, Train
 from lorakit.storage import atomic
 from lorakit.storage.runs import RunFolder
 from lorakit.training import checkpoint, metrics
@@ -330,7 +330,7 @@ def start(folder: Path, options: Mapping[str, Any]) -> subprocess.Popen[str]:
 
 
 def test_a_terminated_process_exits_75_and_resumes_bit_equal(session: Session, tmp_path: Path) -> None:
-    options = {"steps": 40, "batch_size": 8, "device": "cpu", "dropout": 0.2, "precision": "fp32"}
+    options = {"steps": 40, "batch_size": 8, "device": "cpu", "dropout": 0.2, "precision": "fp32", "name": "adamw"}
     with start(tmp_path / "run", {**options, "delay": 0.02}) as process:
         for line in process.stdout:
             if line.startswith("step 7 "):
@@ -340,15 +340,15 @@ def test_a_terminated_process_exits_75_and_resumes_bit_equal(session: Session, t
     assert "lorakit train --resume" in told
     left = metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     assert 7 <= left < 40
-    plain = {key: value for key, value in options.items() if key != "device"} | {"name": "adamw_8bit", "device": "cpu"}
-    _, expected, _ = go(session, tmp_path / "straight", **plain)
-    _, state, _ = go(session, tmp_path / "run", **plain, resume=True)
+    _, expected, _ = go(session, tmp_path / "straight", **options)
+    _, state, _ = go(session, tmp_path / "run", **options, resume=True)
     assert same(state, expected)
 
 
 def test_a_killed_process_leaves_a_good_checkpoint(session: Session, tmp_path: Path) -> None:
     """Killed after the tenth checkpoint and 0 to 50 ms, saving at every step: most of the time in the middle of one."""
     options = {"steps": 400, "batch_size": 8, "device": "cpu", "checkpoint_every": 1, "precision": "fp32"}
+    options["name"] = "adamw"
     with start(tmp_path / "run", options) as process:
         for line in process.stdout:
             if line.startswith("step 10 "):
@@ -370,7 +370,3 @@ def test_a_killed_process_leaves_a_good_checkpoint(session: Session, tmp_path: P
     with RunFolder.open_new(tmp_path / "straight") as other, pytest.raises(Stopped):
         train(straight, session, plan, other, Signal(found.state.step + 1))
     assert same(final_state(task), final_state(straight))
-
-
-def test_optimizer_default_is_the_8_bit_one() -> None:
-    assert Optimizer().name == "adamw_8bit"

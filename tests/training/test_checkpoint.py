@@ -1,0 +1,143 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorakit.errors import CheckpointError, ConflictError, RecipeError
+from lorakit.recipe.schema import LlamaRecipe, Optimizer
+from lorakit.storage import atomic
+from lorakit.storage.runs import RunFolder
+from lorakit.training import checkpoint, optim
+from lorakit.training.checkpoint import State, changed_fields, check_resumable
+
+
+def recipe(**sections: Any) -> dict[str, Any]:
+    given = {"data": {"train": [{"path": "chats.jsonl"}]}, **sections}
+    return LlamaRecipe.model_validate(given).model_dump(mode="json")
+
+
+def state(**fields: Any) -> State:
+    return State(**{"base_id": "b", "data_hash": "d", "recipe": recipe(), "world": 1, "total_steps": 9, **fields})
+
+
+def trained(step: int = 1) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    parameter = nn.Parameter(torch.randn(16, 32, generator=torch.Generator().manual_seed(step)))
+    optimizer, _ = optim.build([([parameter], 1e-2)], Optimizer(name="adamw"), 9)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return parameter, optimizer
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    parameter, optimizer = trained()
+    written = state(step=3, count=10**12, seconds=0.1 + 0.2, first_held_out=1 / 3)
+    checkpoint.save(run, written, {"w": parameter}, optimizer, keep=2)
+    found = checkpoint.newest(run)
+    assert found.state == written
+    assert torch.equal(found.adapter["w"], parameter)
+    other, fresh = trained(2)
+    checkpoint.load_optimizer(found, fresh)
+    assert torch.equal(fresh.state[other]["exp_avg_sq"], optimizer.state[parameter]["exp_avg_sq"])
+    assert sorted(path.name for path in found.folder.iterdir()) == [
+        "adapter.safetensors",
+        "manifest.json",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+
+
+def test_old_ones_go_only_after_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, (parameter, optimizer) = RunFolder(tmp_path), trained()
+    for step in (1, 2):
+        checkpoint.save(run, state(step=step), {"w": parameter}, optimizer, keep=2)
+    before = {path: path.read_bytes() for path in run.checkpoints.rglob("*") if path.is_file()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(Exception, match="No space left"):
+        checkpoint.save(run, state(step=3), {"w": parameter}, optimizer, keep=1)
+    monkeypatch.undo()
+    assert {path: path.read_bytes() for path in run.checkpoints.rglob("*") if path.is_file()} == before
+    checkpoint.save(run, state(step=3), {"w": parameter}, optimizer, keep=1)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-000003"]
+
+
+def test_order_is_by_step(tmp_path: Path) -> None:
+    run, (parameter, optimizer) = RunFolder(tmp_path), trained()
+    for step in (999_999, 1_000_000, 7):
+        checkpoint.save(run, state(step=step), {"w": parameter}, optimizer, keep=9)
+    assert checkpoint.newest(run).state.step == 1_000_000
+
+
+def test_none_and_only_spoilt_ones_are_told_apart(tmp_path: Path) -> None:
+    run, (parameter, optimizer) = RunFolder(tmp_path), trained()
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        checkpoint.newest(run)
+    checkpoint.save(run, state(step=1), {"w": parameter}, optimizer, keep=1)
+    path = run.checkpoint(1) / "state.json"
+    path.write_bytes(path.read_bytes().replace(b'"step": 1', b'"step": 2'))
+    with pytest.raises(CheckpointError, match="no checkpoint is intact"):
+        checkpoint.newest(run)
+
+
+def test_changed_fields_of_real_recipes() -> None:
+    old = recipe()
+    new = recipe(train={"seed": 1, "checkpoint_every": 7}, adapter={"targets": ["q_proj"], "rank_pattern": {"q": 4}})
+    assert changed_fields(old, old) == []
+    assert changed_fields(old, new) == [
+        "adapter.targets",
+        "adapter.rank_pattern.q",
+        "train.seed",
+        "train.checkpoint_every",
+    ]
+    assert changed_fields({"a": {"b": 1}}, {"a": 2}) == ["a"]
+    assert changed_fields({"a": None}, {}) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"sample": {"prompts": ["hi"], "every": 3}},
+        {"output": {"track": ["tensorboard"], "folder": "elsewhere"}},
+        {"train": {"evaluate_every": 5, "keep_checkpoints": 9}},
+        {"compute": {"gradient_accumulation": 2, "compile": True}},
+    ],
+)
+def test_safe_changes_need_allow(sections: dict[str, Any]) -> None:
+    changed = state(recipe=recipe(**sections))
+    with pytest.raises(RecipeError, match="changed since the run was started") as caught:
+        check_resumable(state(), changed, allow=False)
+    assert "--allow" in caught.value.hint
+    check_resumable(state(), changed, allow=True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"compute": {"precision": "fp32"}}, "compute.precision"),
+        ({"train": {"seed": 4}}, "train.seed"),
+        ({"train": {"steps": 10}}, "train.steps"),
+        ({"adapter": {"rank": 4}}, "adapter.rank"),
+        ({"base": {"model": "other"}}, "base.model"),
+    ],
+)
+def test_what_changes_learning_never_passes(sections: dict[str, Any], named: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_resumable(state(), state(recipe=recipe(**sections)), allow=True)
+    assert caught.value.reason.endswith(f": {named}")
+
+
+def test_dropout_ties_a_run_to_its_layout() -> None:
+    dropping = {"adapter": {"dropout": 0.1}}
+    old = state(recipe=recipe(**dropping))
+    with pytest.raises(ConflictError, match="2 ranks"):
+        check_resumable(old, replace(old, world=2), allow=True)
+    with pytest.raises(RecipeError, match="gradient_accumulation"):
+        check_resumable(old, state(recipe=recipe(**dropping, compute={"gradient_accumulation": 2})), allow=True)
+    check_resumable(state(), state(world=2), allow=False)
