@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from lorakit import __version__
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, NonFiniteError, RecipeError, Stopped
 
 app = typer.Typer(
     help="Fine-tune Stable Diffusion and LLaMA with LoRA, merge the result, and generate with it.",
@@ -185,9 +185,17 @@ def doctor() -> None:
 
 
 def _report(error: LorakitError) -> int:
-    """Print ``lorakit: error: WHERE: REASON`` and what to do about it; the exit code."""
+    """Print ``lorakit: error: WHERE: REASON`` and what to do about it; the exit code.
+
+    What every rank raises alike is told by rank 0 alone.
+    """
+    rank = os.environ.get("RANK", "0")
+    shared = isinstance(error, Stopped | NonFiniteError | RecipeError) or hasattr(error, "__notes__")
+    if rank != "0" and shared:
+        return error.exit_code
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}lorakit: error:{plain} {error}", file=sys.stderr)
+    who = "" if rank == "0" else f" rank {rank}:"
+    print(f"{red}lorakit: error:{plain}{who} {error}", file=sys.stderr)
     if error.hint:
         print(f"  {error.hint}", file=sys.stderr)
     return error.exit_code
