@@ -17,9 +17,11 @@ from lorakit.data.pictures import Picture
 from lorakit.errors import DataError, ModelError, RecipeError
 from lorakit.families.place import Place
 from lorakit.families.sd import Learning, SDTask, load
+from lorakit.families.sd.generate import DrawSettings, open_painter
 from lorakit.families.sd.prepare import TextStates, held_out_ids
 from lorakit.numerics.order import Draw, Layout
 from lorakit.recipe.schema import PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
+from lorakit.storage.bases import resolve
 from tests.tiny import tiny_sd
 
 CPU = Place(torch.device("cpu"), torch.float32)
@@ -58,7 +60,8 @@ def make(bases: dict[str, Path], folder: Path) -> Callable[..., SDTask]:
         data = {"path": str(folder), "resolution": 64, "bucket_step": 8, "held_out": 0.25}
         data |= {k: options.pop(k) for k in list(options) if k in PictureData.model_fields}
         train = SDTrain(**{k: options.pop(k) for k in list(options) if k in SDTrain.model_fields})
-        sample = SDSample(**options)
+        sample = SDSample(**options.pop("sample", {}))
+        assert not options
         return load(
             SDBase(model=str(bases[kind])),
             SDAdapter(rank=2, alpha=4, **(adapter or {})),
@@ -317,8 +320,42 @@ def test_state_goes_out_and_comes_back(make: Callable[..., SDTask]) -> None:
         other.load_adapter_state(state | {"text_encoder.x.lora_A.weight": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_a_saved_adapter_draws_what_the_task_draws(
+    make: Callable[..., SDTask], bases: dict[str, Path], tmp_path: Path, text_encoder: bool
+) -> None:
+    task = make(adapter={"text_encoder": text_encoder}, sample={"prompts": ["a red apple"], "steps": 3})
+    for group, _ in task.parameter_groups():
+        for parameter in group:
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    task.save(tmp_path, "mine")
+    task.sample(tmp_path)
+    expected = np.asarray(Image.open(tmp_path / "000.png")).astype(int)
+    components = {"unet", "text_encoder"} if text_encoder else {"unet"}
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == components
+    location = resolve(str(bases["epsilon"]))
+    for path in (tmp_path / "adapter", tmp_path / "mine.safetensors"):
+        painter = open_painter(location, [(path, 1.0)], torch.device("cpu"), torch.float32)
+        [(picture, _)] = painter.draw(["a red apple"], DrawSettings(steps=3))
+        assert np.abs(np.asarray(picture) - expected).max() <= 1
+    [(plain, _)] = open_painter(location, [], torch.device("cpu"), torch.float32).draw(
+        ["a red apple"], DrawSettings(steps=3)
+    )
+    assert np.abs(np.asarray(plain) - expected).max() > 1
+
+
+def test_a_base_without_its_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
+    base = tiny_sd(tmp_path / "base")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (base / "tokenizer" / name).unlink(missing_ok=True)
+    learning = Learning.of(SDTrain(), SDOptimizer())
+    data = PictureData(path=str(folder), resolution=64, bucket_step=8)
+    with pytest.raises(ModelError, match=r"no vocab\.json"):
+        load(SDBase(model=str(base)), SDAdapter(rank=2), data, learning, SDSample(), Layout(0, 4), CPU)
+
+
 def test_samples_are_the_same_each_time_and_leave_no_trace(make: Callable[..., SDTask], tmp_path: Path) -> None:
-    task = make(prompts=["a red apple", "../../a cat"], steps=3, seed=5)
+    task = make(sample={"prompts": ["a red apple", "../../a cat"], "steps": 3, "seed": 5})
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         task.model.train()
@@ -339,7 +376,7 @@ def test_samples_are_the_same_each_time_and_leave_no_trace(make: Callable[..., S
         ({"bucket_step": 6}, "data.bucket_step"),
         ({"buckets": False, "resolution": 63}, "data.resolution"),
         ({"resolution": 32, "bucket_step": 64}, "data.resolution"),
-        ({"prompts": ["x"], "width": 30}, "width"),
+        ({"sample": {"prompts": ["x"], "width": 30}}, "width"),
     ],
 )
 def test_settings_that_do_not_fit_the_base(make: Callable[..., SDTask], options: dict[str, Any], field: str) -> None:

@@ -81,6 +81,8 @@ def load_parts(location: BaseLocation, place: Place) -> Parts:
 
 
 def _load_folder(path: Path, dtype: torch.dtype) -> Parts:
+    if not any((path / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise ModelError("no vocab.json and no tokenizer.json", where=str(path / "tokenizer"))
     try:
         tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
         text_encoder = CLIPTextModel.from_pretrained(

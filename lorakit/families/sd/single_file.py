@@ -6,6 +6,7 @@ taken from a folder ``tokenizer`` beside the file, or from the hub's cache on th
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ def load_single_file(path: Path, dtype: torch.dtype) -> SingleFile:
     """
     configs = read_configs(path)
     second = f"{TEXT}model.ln_final.weight" in read_header(path).tensors
-    tokenizer = _tokenizer(path, second)
+    tokenizer = _tokenizer(path, second, configs.text_encoder["vocab_size"])
     unet, vae = _unet(**configs.unet), _vae(**configs.vae)
     _fill(unet, _rename_unet(_tensors(path, UNET), unet.config), path)
     _fill(vae, _rename_vae(_tensors(path, VAE), vae.config), path)
@@ -201,15 +202,18 @@ def _schedule(kind: str) -> dict[str, Any]:
     }
 
 
-def _tokenizer(path: Path, second: bool) -> CLIPTokenizer:
+def _tokenizer(path: Path, second: bool, size: int) -> CLIPTokenizer:
+    """CLIP's, with ``size`` tokens: counted, as transformers makes an empty one where files are missing."""
     beside = path.parent / "tokenizer"
     source = str(beside) if beside.is_dir() else CLIP
-    try:
-        pad: dict[str, Any] = {"pad_token": "!"} if second else {}
-        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(source, local_files_only=True, **pad)
-        return tokenizer
-    except (OSError, ValueError) as error:
+    found: CLIPTokenizer | None = None
+    options: dict[str, Any] = {"pad_token": "!"} if second else {}
+    with suppress(OSError, ValueError):
+        found = CLIPTokenizer.from_pretrained(source, local_files_only=True, **options)
+    if found is None or len(found) < size:
         reason = "a single file holds no tokenizer, and CLIP's vocabulary is not on this machine"
         files = "vocab.json merges.txt tokenizer_config.json special_tokens_map.json"
-        hint = f"hf download {CLIP} {files}, or put these in {beside}"
-        raise ModelError(reason, where=str(path), hint=hint) from error
+        raise ModelError(reason, where=str(path), hint=f"hf download {CLIP} {files}, or put these in {beside}")
+    if len(found) > size:
+        raise ModelError(f"{source} has {len(found)} tokens, the text encoder {size}", where=str(path))
+    return found
