@@ -142,8 +142,8 @@ class Renderer:
         return Encoded(np.array(whole, np.int32), labels, where)
 
     def _whole_chat(self, messages: Sequence[Message], where: str) -> Encoded:
-        spans, unlearned = self._spans(messages)
         text = render(self.tokenizer, self.template, messages, answer_next=False)
+        spans, unlearned = self._spans(messages, text)
         row = self._labelled(text, spans, add_end=False, where=where)
         stops, tokens, labels = self.stops(chat=True), row.tokens, row.labels
         starts = np.flatnonzero(labels & ~np.concatenate([[False], labels[:-1]]))
@@ -156,14 +156,15 @@ class Renderer:
                 tokens, labels = np.append(tokens, np.int32(self.tokenizer.eos_token_id)), np.append(labels, True)
         return replace(row, tokens=tokens, labels=labels, unlearned_turns=unlearned)
 
-    def _spans(self, messages: Sequence[Message]) -> tuple[list[Span], int]:
-        """The learned assistant turns' characters, and how many earlier turns the template rewrites."""
-        whole = render(self.tokenizer, self.template, messages, answer_next=False)
+    def _spans(self, messages: Sequence[Message], whole: str) -> tuple[list[Span], int]:
+        """The learned assistant turns' characters in ``whole``, and how many earlier turns the template rewrites."""
         turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
         spans, unlearned = [], 0
         for turn in (i for i in turns if messages[i].learned):
             before = render(self.tokenizer, self.template, messages[:turn], answer_next=True) if turn else ""
-            after = render(self.tokenizer, self.template, messages[: turn + 1], answer_next=False)
+            after = whole
+            if turn + 1 < len(messages):
+                after = render(self.tokenizer, self.template, messages[: turn + 1], answer_next=False)
             if whole.startswith(before) and whole.startswith(after):
                 spans.append(Span(len(before), len(after)))
             elif turn == turns[-1]:

@@ -73,7 +73,7 @@ def test_packed_and_padded_losses_and_gradients_equal_transformers_own(kind):
             torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))).double() / 8
         )
     examples, view = rows(9, 17, 3, 30), packed.PackedLM(lm, logit_factor(lm.config))
-    assert packed.embedding_is_frozen(lm)
+    assert packed.head_is_frozen(lm)
     losses, gradients = [], []
     for loss in (
         run(view, collate(examples, packing=True)),

@@ -1,12 +1,20 @@
 """LLaMA-type bases by transformers: tokenizer, config and weights from a checked folder or GGUF file."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Literal
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from lorakit.errors import ModelError, RecipeError
@@ -25,14 +33,24 @@ Quantization = Literal["none", "nf4", "int8"]
 
 def load_tokenizer(location: BaseLocation) -> Any:
     """The base's fast tokenizer. Raises ModelError when it cannot be read."""
+    # AutoTokenizer would read the whole GGUF header once more, only to find out that this is the class.
+    kind: Any = PreTrainedTokenizerFast if location.layout == "gguf" else AutoTokenizer
     with _readable(location):
-        return AutoTokenizer.from_pretrained(**_source(location), use_fast=True)
+        return kind.from_pretrained(**_source(location))
 
 
 def load_config(location: BaseLocation) -> Any:
     """The model's configuration. Raises ModelError when it cannot be read."""
     with _readable(location):
+        if location.layout == "gguf":
+            return copy.deepcopy(_gguf_config(location, location.path.stat().st_mtime_ns))
         return AutoConfig.from_pretrained(**_source(location))
+
+
+@lru_cache(maxsize=4)
+def _gguf_config(location: BaseLocation, _mtime: int) -> Any:
+    """Kept, since reading a GGUF header takes seconds."""
+    return AutoConfig.from_pretrained(**_source(location))
 
 
 def load_model(
@@ -49,7 +67,7 @@ def load_model(
             raise RecipeError(
                 "a GGUF file cannot be quantized again", where="base.quantization", hint="take a safetensors folder"
             )
-        options["quantization_config"] = GgufConfig(dequantize=True)
+        options |= {"quantization_config": GgufConfig(dequantize=True), "config": load_config(location)}
     else:
         options["use_safetensors"] = True
         if quantization != "none":
@@ -134,8 +152,3 @@ def longest_document(config: Any) -> int:
     """Tokens that a training row may have: the positions the model knows, or the shortest attention window."""
     windows = [getattr(config, "sliding_window", None)] if getattr(config, "use_sliding_window", True) else []
     return min([int(config.max_position_embeddings), *(int(window) for window in windows if window)])
-
-
-def memory_dtype(dtype: torch.dtype) -> int:
-    """Bytes of one number."""
-    return torch.empty((), dtype=dtype).element_size()

@@ -6,7 +6,6 @@ Shapes: ``B`` rows, ``T`` tokens a row, ``H`` heads, ``D`` head dim, ``N`` label
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -95,20 +94,7 @@ def checkpoint_activations(lm: Any) -> None:
     lm.activation_checkpointing_enable({"use_reentrant": False})
 
 
-def hidden_bytes(config: Any, tokens: int, dtype_bytes: int, *, checkpointing: bool) -> int:
-    """Rough bytes of activations kept for the backward pass of ``tokens`` tokens.
-
-    A block keeps about 8 hidden vectors, 2 of the key-value heads and 4 of the MLP a token; with checkpointing one
-    hidden vector, and a whole block while it is recomputed.
-    """
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    narrow = head * config.num_key_value_heads
-    block = (8 * config.hidden_size + 2 * narrow + 4 * config.intermediate_size) * tokens * dtype_bytes
-    kept = config.hidden_size * tokens * dtype_bytes if checkpointing else block
-    return int(config.num_hidden_layers * kept + (block if checkpointing else 0))
-
-
-def embedding_is_frozen(lm: Any) -> bool:
+def head_is_frozen(lm: Any) -> bool:
     """Whether the head has no adapter and asks for no gradient, as the loss takes it."""
     head = lm.get_output_embeddings()
-    return type(head) is torch.nn.Linear and not head.weight.requires_grad
+    return type(head) is nn.Linear and not head.weight.requires_grad

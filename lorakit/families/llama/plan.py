@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM
 from lorakit.adapters.targets import Target
 from lorakit.adapters.targets import plan as plan_targets
 from lorakit.data.chat_set import ChatSet
-from lorakit.families.llama.base import GROUPS, count_parameters, logit_factor, memory_dtype
-from lorakit.families.llama.packed import hidden_bytes
+from lorakit.families.llama.base import GROUPS, count_parameters, logit_factor
 from lorakit.families.llama.task import check_family, load_data
 from lorakit.families.place import Place
 from lorakit.numerics.cross_entropy import CHUNK_NUMBERS
@@ -49,7 +48,7 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
     lengths = sorted((len(row.tokens) for row in chats.train), reverse=True)
     rows = max(1, layout.micro_batch)
     tokens = sum(lengths[:rows]) if data.packing else lengths[0] * rows
-    size = memory_dtype(place.dtype)
+    size = place.dtype.itemsize
     logits = CHUNK_NUMBERS * (4 + size)
     return LlamaPlan(
         tuple(targets),
@@ -77,3 +76,16 @@ def _weight_bytes(model: torch.nn.Module, quantization: str, size: int) -> int:
         if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
     )
     return int((total - linear) * size + linear * BITS[quantization] / 8)
+
+
+def hidden_bytes(config: Any, tokens: int, dtype_bytes: int, *, checkpointing: bool) -> int:
+    """Rough bytes of activations kept for the backward pass of ``tokens`` tokens.
+
+    A block keeps about 8 hidden vectors, 2 of the key-value heads and 4 of the MLP a token; with checkpointing one
+    hidden vector, and a whole block while it is recomputed.
+    """
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    narrow = head * config.num_key_value_heads
+    block = (8 * config.hidden_size + 2 * narrow + 4 * config.intermediate_size) * tokens * dtype_bytes
+    kept = config.hidden_size * tokens * dtype_bytes if checkpointing else block
+    return int(config.num_hidden_layers * kept + (block if checkpointing else 0))

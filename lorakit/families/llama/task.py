@@ -148,7 +148,7 @@ def load(
         log.warning("%s", note)
     lm = load_model(location, place, base.quantization)
     injection = inject(lm, adapter, GROUPS, seed=mix(layout.seed, 6))
-    if not packed.embedding_is_frozen(lm):
+    if not packed.head_is_frozen(lm):
         raise RecipeError("the head (lm_head) cannot have an adapter", where="adapter.targets")
     if place.gradient_checkpointing:
         packed.checkpoint_activations(lm)
