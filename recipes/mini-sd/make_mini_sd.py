@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="checkpoints, for going on after an interruption")
     parser.add_argument("out", type=Path, help="the finished model, a diffusers folder")
     parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--unet-steps", type=int, default=6000)
+    parser.add_argument("--unet-steps", type=int, default=3200)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     pixels, captions, concrete = load_pictures(arguments.pictures)
