@@ -6,7 +6,7 @@ RUNS ?= runs
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench mini-sd clean
+.PHONY: help install demo test check format mini-sd clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,9 +34,6 @@ check: install ## Lint, formatting and types.
 format: install ## Format the code.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-bench: install ## Time training and generation beside plain PEFT + transformers / diffusers.
-	$(BIN)/python -m tests.benchmarks
 
 mini-sd: install ## Make builtin:mini-sd anew (needs npm; within three hours on two cores; goes on where it stopped).
 	mkdir -p $(RUNS)/mini-sd
