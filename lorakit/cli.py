@@ -204,6 +204,7 @@ def _report(error: LorakitError) -> int:
 def main() -> None:
     """Run the command line and exit with the code that `lorakit.errors` lists."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars for loading; lorakit shows its own
     try:
         app()
     except LorakitError as error:
