@@ -87,7 +87,7 @@ def pictures(folder: Path) -> list[np.ndarray]:
 
 def compare_pictures(folder: Path, run_folder: Path) -> str:
     """Draw from base + adapter and from the merged model, and say how far apart the pictures are."""
-    merged, prompts = folder / "merged-sd", ["rocket, openmoji style", "pizza, openmoji style"]
+    merged, prompts = folder / "merged-sd", ["rocket", "pizza"]
     asked = [w for p in prompts for w in ("--prompt", p)]
     for base, adapter, out in ((SD, ["--adapter", run_folder], "from-adapter"), (merged, [], "from-merged")):
         if not (folder / out).exists():

