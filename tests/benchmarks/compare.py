@@ -17,6 +17,7 @@ TITLES = {
     "sd15": "train-sd: a UNet of SD 1.5's shape (random weights) at 512 px, LoRA r=4 on attention",
 }
 GIGA = 1e9
+UNPACKED = " lorakit unpacks the GGUF file before its first step; the peers are given the unpacked weights."
 CACHED = " lorakit finds latents and text states in its cache; `start` says what filling it takes."
 
 
@@ -97,7 +98,7 @@ def _section(what: str, settings: Settings, plan: Plan, results: Sequence[Result
         f"Roof: a matmul reaches {roof['fp32'] / GIGA:.0f} GFLOP/s in fp32, {roof['bf16'] / GIGA:.0f} in bf16; "
         f"the work needs {operations / GIGA:.2f} GFLOP a {'token' if plan.family == 'llama' else 'picture'} "
         "(tests/benchmarks/flops.py says what counts). The loss difference is the largest over all steps where both "
-        "train on the same batches." + (CACHED if plan.family == "sd" else ""),
+        "train on the same batches." + (CACHED if plan.family == "sd" else UNPACKED),
     ]
     return "\n".join(lines)
 
