@@ -6,7 +6,7 @@ RUNS ?= runs
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format mini-sd clean
+.PHONY: help install demo test check format bench mini-sd clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ check: install ## Lint, formatting and types.
 format: install ## Format the code.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: install ## Time training beside TRL, PEFT and diffusers, A B A B (about an hour on two cores).
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m tests.benchmarks --write
 
 mini-sd: install ## Make builtin:mini-sd anew (needs npm; within three hours on two cores; goes on where it stopped).
 	mkdir -p $(RUNS)/mini-sd
