@@ -238,6 +238,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.fault(60, 63)
 def test_conflicts(llama: Path, tmp_path: Path) -> None:
     base, adapter, out = resolve(str(llama)), tmp_path / "adapter", tmp_path / "out"
     for target in (llama, adapter, llama / "inside", tmp_path):
@@ -257,6 +258,7 @@ def test_conflicts(llama: Path, tmp_path: Path) -> None:
         merge(base, adapter, tmp_path / "mine", overwrite=True)
 
 
+@pytest.mark.fault(64)
 def test_overflow_leaves_nothing(tmp_path: Path, llama: Path) -> None:
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor + 200 for name, tensor in load_file(file).items()}, file)
@@ -265,6 +267,7 @@ def test_overflow_leaves_nothing(tmp_path: Path, llama: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.fault(61)
 def test_full_disk_is_told_before(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
     with pytest.raises(ResourceError, match="are free"):

@@ -46,6 +46,7 @@ def test_prompts_are_asked_for_and_read_as_utf8(tmp_path: Path) -> None:
         run(request(tmp_path, prompts=(), file=tmp_path / "p.txt"), sd=SD, llama=LLAMA)
 
 
+@pytest.mark.fault(66)
 def test_answers_go_to_a_file_that_did_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, out = tiny_llama(tmp_path / "base"), tmp_path / "answers.jsonl"
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
@@ -57,6 +58,7 @@ def test_answers_go_to_a_file_that_did_not_exist(tmp_path: Path, capsys: pytest.
         run(request(base, out), sd=SD, llama=LLAMA)
 
 
+@pytest.mark.fault(65)
 def test_pictures_are_numbered_on_and_never_named_by_their_prompt(tmp_path: Path) -> None:
     base, out = tiny_sd(tmp_path / "base"), tmp_path / "out"
     run(request(base, out, ("../../a", "b")), sd=SD, llama=LLAMA)

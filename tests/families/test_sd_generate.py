@@ -115,12 +115,14 @@ def test_a_picture_depends_on_its_seed_and_not_on_the_batch(painter: Painter, na
         (DrawSettings(scheduler="eular"), "scheduler"),
     ],
 )
+@pytest.mark.fault(67)
 def test_settings_out_of_bounds(painter: Painter, settings: DrawSettings, field: str) -> None:
     with pytest.raises(RecipeError) as caught:
         painter.draw(PROMPTS, settings)
     assert caught.value.where == field
 
 
+@pytest.mark.fault(69)
 def test_a_prompt_that_is_cut_is_told_with_its_tail(painter: Painter, caplog: pytest.LogCaptureFixture) -> None:
     long = "a red apple " * 30 + "on a white table"
     with caplog.at_level(logging.WARNING, "lorakit"):
@@ -131,6 +133,7 @@ def test_a_prompt_that_is_cut_is_told_with_its_tail(painter: Painter, caplog: py
     assert "white table'" in caplog.text
 
 
+@pytest.mark.fault(68)
 def test_non_finite_latents_are_an_error(base: Path) -> None:
     painter = open_painter(resolve(str(base)), [], CPU, torch.float32)
     with torch.no_grad():

@@ -115,6 +115,7 @@ def test_sweep_removes_only_leftovers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.fault(58)
 def test_disk_errors_become_resource_errors(tmp_path: Path, number: int) -> None:
     with pytest.raises(ResourceError, match="cannot write"), atomic.new_folder(tmp_path / "a", manifest=False):
         raise OSError(number, "disk")
@@ -125,6 +126,7 @@ def test_disk_errors_become_resource_errors(tmp_path: Path, number: int) -> None
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.fault(46)
 def test_a_file_over_the_limit_is_a_resource_error_and_leaves_the_old_one(tmp_path: Path) -> None:
     """A real EFBIG: the kernel refuses files over RLIMIT_FSIZE."""
     (tmp_path / "x").write_text("old")

@@ -50,6 +50,7 @@ def test_other_ranks_take_no_lock(tmp_path: Path) -> None:
         assert other.metrics.name == "metrics.jsonl"
 
 
+@pytest.mark.fault(53)
 def test_a_second_process_conflicts_and_a_dead_ones_lock_is_recovered(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None

@@ -50,6 +50,7 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.fault(46)
 def test_old_ones_go_only_after_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, (parameter, optimizer) = RunFolder(tmp_path), trained()
     for step in (1, 2):
@@ -68,6 +69,7 @@ def test_old_ones_go_only_after_the_new_one_is_there(tmp_path: Path, monkeypatch
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000003"]
 
 
+@pytest.mark.fault(52)
 def test_order_is_by_step(tmp_path: Path) -> None:
     run, (parameter, optimizer) = RunFolder(tmp_path), trained()
     for step in (999_999, 1_000_000, 7):
@@ -109,6 +111,7 @@ def test_changed_fields_of_real_recipes() -> None:
         {"compute": {"gradient_accumulation": 2, "compile": True}},
     ],
 )
+@pytest.mark.fault(54)
 def test_safe_changes_need_allow(sections: dict[str, Any]) -> None:
     changed = state(recipe=recipe(**sections))
     with pytest.raises(RecipeError, match="changed since the run was started") as caught:
@@ -127,12 +130,14 @@ def test_safe_changes_need_allow(sections: dict[str, Any]) -> None:
         ({"base": {"model": "other"}}, "base.model"),
     ],
 )
+@pytest.mark.fault(54)
 def test_what_changes_learning_never_passes(sections: dict[str, Any], named: str) -> None:
     with pytest.raises(RecipeError) as caught:
         check_resumable(state(), state(recipe=recipe(**sections)), allow=True)
     assert caught.value.reason.endswith(f": {named}")
 
 
+@pytest.mark.fault(56)
 def test_dropout_ties_a_run_to_its_layout() -> None:
     dropping = {"adapter": {"dropout": 0.1}}
     old = state(recipe=recipe(**dropping))

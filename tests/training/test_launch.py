@@ -81,6 +81,7 @@ def test_two_ranks_learn_what_one_process_learns(
     assert two == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.fault(44)
 def test_a_signal_stops_all_ranks_after_the_same_step_and_one_process_goes_on(session: Session, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with two_ranks(folder, steps=40, delay=0.05) as process:
@@ -99,6 +100,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step_and_one_process_goes_on(se
         torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.fault(48)
 def test_nan_on_one_rank_is_named_by_all_and_nothing_is_saved(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +112,7 @@ def test_nan_on_one_rank_is_named_by_all_and_nothing_is_saved(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.fault(51)
 def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
     assert relaunch(tmp_path / "run", steps=1000, die=1, delay=0.02) == RankError.exit_code
     assert not ranks_alive(tmp_path / "run")

@@ -181,6 +181,7 @@ def test_checkpoints_by_minutes(session: Session, tmp_path: Path) -> None:
     assert steps_of(tmp_path / "run") == [f"step-{step:06d}" for step in (1, 2, 3, 4)]
 
 
+@pytest.mark.fault(47)
 def test_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(
     session: Session, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(
     atomic.check_manifest(newest.parent)
 
 
+@pytest.mark.fault(47)
 def test_no_good_checkpoint_is_never_a_silent_restart(session: Session, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         go(session, tmp_path / "run", Signal(2))
@@ -204,6 +206,7 @@ def test_no_good_checkpoint_is_never_a_silent_restart(session: Session, tmp_path
         go(session, tmp_path / "run", resume=True)
 
 
+@pytest.mark.fault(55)
 def test_resume_refuses_another_run(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Stopped):
@@ -229,6 +232,7 @@ def test_a_finished_run_can_be_resumed_without_harm(session: Session, tmp_path: 
     assert again == first
 
 
+@pytest.mark.fault(48)
 def test_nan_stops_before_the_update_and_saves_nothing(session: Session, tmp_path: Path) -> None:
     options = {"gradient_accumulation": 4, "steps": 5, "nan_at": "line:17"}
     step = next(s for s in range(5) if 17 in [d.index for d in update(Layout(0, 8), order_keys(), s)])
@@ -268,6 +272,7 @@ class Steepest(torch.autograd.Function):
         return grad * float("inf")
 
 
+@pytest.mark.fault(50)
 def test_a_loader_error_comes_through(session: Session, tmp_path: Path) -> None:
     task = TinyTask(Layout(0, 8), share=0.0)
     whole = task.batches
@@ -284,6 +289,7 @@ def test_a_loader_error_comes_through(session: Session, tmp_path: Path) -> None:
     assert [t.name for t in threading.enumerate() if "prefetch" in t.name] == []
 
 
+@pytest.mark.fault(49)
 def test_too_little_memory_says_what_to_lower(session: Session, tmp_path: Path) -> None:
     task = TinyTask(Layout(0, 8), share=0.0)
     task.loss = lambda _model, _batch: torch.zeros(1 << 60)
@@ -329,6 +335,7 @@ def start(folder: Path, options: Mapping[str, Any]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.fault(44)
 def test_a_terminated_process_exits_75_and_resumes_bit_equal(session: Session, tmp_path: Path) -> None:
     options = {"steps": 40, "batch_size": 8, "device": "cpu", "dropout": 0.2, "precision": "fp32", "name": "adamw"}
     with start(tmp_path / "run", {**options, "delay": 0.02}) as process:
@@ -345,6 +352,7 @@ def test_a_terminated_process_exits_75_and_resumes_bit_equal(session: Session, t
     assert same(state, expected)
 
 
+@pytest.mark.fault(43)
 def test_a_killed_process_leaves_a_good_checkpoint(session: Session, tmp_path: Path) -> None:
     """Killed after the tenth checkpoint and 0 to 50 ms, saving at every step: most of the time in the middle of one."""
     options = {"steps": 400, "batch_size": 8, "device": "cpu", "checkpoint_every": 1, "precision": "fp32"}
