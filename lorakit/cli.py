@@ -154,6 +154,24 @@ def generate(
 
 
 @app.command()
+def convert(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter of any format, or a run folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder; .safetensors for kohya, .gguf for GGUF.")],
+    to: Annotated[Literal["peft", "diffusers", "kohya", "gguf"], typer.Option(help="The format of OUT.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base it was made for, named as in a recipe; default: as its metadata say.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Of OUT's tensors; default: ADAPTER's.")
+    ] = None,
+) -> None:
+    """Write an adapter in another format, read it back, and compare every module's change."""
+    from lorakit.commands import convert as command
+
+    command.run(adapter, out, to, base, dtype)
+
+
+@app.command()
 def init(
     family: Annotated[Literal["sd", "llama"], typer.Argument(help="Which kind of recipe.")],
     path: Annotated[Path | None, typer.Argument(help="Default: sd.yaml or llama.yaml.")] = None,

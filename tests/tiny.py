@@ -7,11 +7,19 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -101,6 +109,31 @@ def tiny_clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], model_max_length=77)
 
 
+def _tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+
+
+def _tiny_text_config(tokenizer: CLIPTokenizer, **options: object) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+
+
 def tiny_sd(
     folder: Path, prediction_type: str = "epsilon", *, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Path:
@@ -108,26 +141,8 @@ def tiny_sd(
     tokenizer = tiny_clip_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            block_out_channels=(16, 32, 32),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            layers_per_block=1,
-            norm_num_groups=8,
-            sample_size=64,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        vae = _tiny_vae()
+        text_encoder = CLIPTextModel(_tiny_text_config(tokenizer))
         unet = UNet2DConditionModel(
             sample_size=16,
             block_out_channels=(32, 64),
@@ -150,6 +165,58 @@ def tiny_sd(
     )
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipeline.to(dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def tiny_sdxl_unet() -> UNet2DConditionModel:
+    """SDXL's UNet in small: three levels of two resnets, attention in the lower two, two text encoders' states."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        cross_attention_dim=64,
+        attention_head_dim=(2, 4, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+        norm_num_groups=8,
+    )
+
+
+def tiny_sdxl(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, zeros: bool = True) -> Path:
+    """A StableDiffusionXLPipeline of SDXL's shape; ``zeros``: an empty negative prompt is all zeros, as in SDXL 1.0."""
+    first, second = tiny_clip_tokenizer(), tiny_clip_tokenizer()
+    second.pad_token = "!"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = _tiny_vae()
+        text_encoder = CLIPTextModel(_tiny_text_config(first, hidden_act="quick_gelu"))
+        text_encoder_2 = CLIPTextModelWithProjection(_tiny_text_config(second, hidden_act="gelu", projection_dim=32))
+        unet = tiny_sdxl_unet()
+    scheduler = EulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae,
+        text_encoder,
+        text_encoder_2,
+        first,
+        second,
+        unet,
+        scheduler,
+        force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
     )
     pipeline.to(dtype=dtype).save_pretrained(folder)
     return folder

@@ -3,7 +3,7 @@
 Shapes: ``r`` rank, ``in`` and ``out`` the module's features or channels, ``kh, kw`` a convolution's kernel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -39,10 +39,27 @@ class SavedAdapter:
 
     family: Literal["sd", "llama"]
     components: dict[str, dict[str, Delta]]
-    """``model`` for LLaMA; ``unet`` and, if trained, ``text_encoder`` for SD: module path -> change."""
-    format: Literal["peft", "kohya", "diffusers"]
+    """``model`` for LLaMA; ``unet``, ``text_encoder`` and ``text_encoder_2``, what there is, for SD: path -> change."""
+    format: Literal["peft", "kohya", "diffusers", "gguf"]
     metadata: dict[str, str]
     """The file's own strings; for PEFT those of its safetensors header and ``base_model_name_or_path``."""
+
+    def all_deltas(self) -> dict[tuple[str, str], Delta]:
+        """Every change by component and module path."""
+        return {(component, path): d for component, deltas in self.components.items() for path, d in deltas.items()}
+
+
+def rescaled(delta: Delta, scale: float) -> Delta:
+    """The same change written with another scale: B takes the quotient, rounded once to its dtype."""
+    if scale == delta.scale:
+        return delta
+    return replace(delta, B=(delta.B.double() * (delta.scale / scale)).to(delta.B.dtype), scale=scale)
+
+
+def cast(delta: Delta, dtype: torch.dtype) -> Delta:
+    """The same change with all tensors in ``dtype``."""
+    magnitude = None if delta.magnitude is None else delta.magnitude.to(dtype)
+    return replace(delta, A=delta.A.to(dtype), B=delta.B.to(dtype), magnitude=magnitude)
 
 
 def product(delta: Delta) -> Tensor:

@@ -5,28 +5,37 @@ would be ambiguous.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, NamedTuple
 
+from lorakit.adapters.sgm import original_paths
 from lorakit.errors import ModelError
 
-Format = Literal["peft", "kohya", "diffusers"]
+Format = Literal["peft", "kohya", "diffusers", "gguf"]
 Part = Literal["A", "B", "alpha", "magnitude"]
 
 
 class Key(NamedTuple):
-    """One tensor of a file: ``model``, ``unet`` or ``text_encoder``; the module's path or flat name; what it is."""
+    """One tensor of a file: ``model``, ``unet``, ``text_encoder`` or ``text_encoder_2``; the module's path, or its name
+    in the format's own spelling; what it is of the module."""
 
     component: str
     module: str
     part: Part
 
 
-_PREFIXES: dict[Format, tuple[str, ...]] = {
-    "peft": ("base_model.model.",),
-    "kohya": ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"),
-    "diffusers": ("unet.", "text_encoder.", "text_encoder_2."),
+_PREFIXES: dict[Format, dict[str, str]] = {
+    "peft": {"base_model.model.": "model"},
+    "kohya": {
+        "lora_unet_": "unet",
+        "lora_te_": "text_encoder",
+        "lora_te1_": "text_encoder",
+        "lora_te2_": "text_encoder_2",
+    },
+    "diffusers": {"unet.": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2"},
+    "gguf": {"blk.": "model", "output.": "model", "token_embd.": "model"},
 }
+"""How keys begin, and the component that this means."""
 
 _SUFFIXES: dict[Format, dict[str, Part]] = {
     "peft": {
@@ -51,20 +60,29 @@ _SUFFIXES: dict[Format, dict[str, Part]] = {
         ".lora_magnitude_vector": "magnitude",
         ".lora_magnitude_vector.weight": "magnitude",
     },
+    "gguf": {".weight.lora_a": "A", ".weight.lora_b": "B"},
 }
 
 _PROCESSOR = re.compile(r"(.*)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
-_LYCORIS = ("hada_", "lokr_", "lora_mid", "oft_", "glora", "a1.weight", "b1.weight")
-_SDXL = "an adapter for Stable Diffusion XL, which is not supported yet (it comes next)"
+_OTHER_KINDS = {
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "lora_mid": "LoRA with a Tucker core",
+    "oft_": "OFT",
+    "on_input": "(IA)^3",
+    "b1.weight": "GLoRA",
+    ".diff": "a full difference of weights",
+}
+"""LyCORIS kinds by what their keys contain."""
 
 
 def detect(keys: Iterable[str]) -> Format:
     """The format that all keys belong to; ModelError naming a key of none, or one of a second format."""
     first: dict[Format, str] = {}
     for key in keys:
-        found = next((form for form, prefixes in _PREFIXES.items() if key.startswith(prefixes)), None)
+        found = next((form for form, prefixes in _PREFIXES.items() if key.startswith(tuple(prefixes))), None)
         if found is None:
-            raise ModelError("a key of no known adapter format (PEFT, diffusers, kohya)", where=key)
+            raise ModelError("a key of no known adapter format (PEFT, diffusers, kohya, GGUF)", where=key)
         first.setdefault(found, key)
     if len(first) > 1:
         raise ModelError(f"keys of several formats ({', '.join(sorted(first))})", where=", ".join(first.values()))
@@ -73,47 +91,74 @@ def detect(keys: Iterable[str]) -> Format:
     return next(iter(first))
 
 
-def split(key: str, form: Format, component: str = "model") -> Key:
+def split(key: str, form: Format, component: str | None = None) -> Key:
     """A tensor's name taken apart; ``component`` is what a PEFT file is for. ModelError for a part it cannot have."""
     prefix = next(p for p in _PREFIXES[form] if key.startswith(p))
-    if prefix in ("lora_te1_", "lora_te2_", "text_encoder_2."):
-        raise ModelError(_SDXL, where=key)
+    component = component or _PREFIXES[form][prefix]
     if form == "diffusers" and (old := _PROCESSOR.fullmatch(key.removeprefix(prefix))):
         module = f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
-        return Key(prefix.rstrip("."), module, "A" if old[3] == "down" else "B")
+        return Key(component, module, "A" if old[3] == "down" else "B")
     suffix = next((s for s in sorted(_SUFFIXES[form], key=len, reverse=True) if key.endswith(s)), None)
     if suffix is None:
-        kind = "a LyCORIS tensor (LoHa, LoKr, …), not LoRA" if any(k in key for k in _LYCORIS) else "not a part of LoRA"
-        raise ModelError(kind, where=key)
-    names = {"lora_unet_": "unet", "lora_te_": "text_encoder", "unet.": "unet", "text_encoder.": "text_encoder"}
+        kind = next((kind for part, kind in _OTHER_KINDS.items() if part in key), None)
+        reason = "not a part of LoRA" if kind is None else f"the adapter is {kind} (LyCORIS), not LoRA"
+        raise ModelError(reason, where=key)
     module = key.removesuffix(suffix)
-    if form != "kohya":
+    if form in ("peft", "diffusers"):
         module = module.removeprefix(prefix)
-    return Key(names.get(prefix, component), module, _SUFFIXES[form][suffix])
+    return Key(component, module, _SUFFIXES[form][suffix])
 
 
-def kohya_name(component: str, path: str) -> str:
-    """kohya's flat name of a module of ``unet`` or ``text_encoder``."""
-    if component == "text_encoder":
-        return f"lora_te_text_model_{path.removeprefix('text_model.').replace('.', '_')}"
-    return f"lora_unet_{path.replace('.', '_')}"
+def is_xl(layers: Mapping[str, Collection[str]]) -> bool:
+    """Whether the layers, by component, are Stable Diffusion XL's."""
+    return "text_encoder_2" in layers or "add_embedding.linear_1" in layers.get("unet", ())
 
 
-def kohya_table(components: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, str]]:
-    """Flat name -> (component, module path), for all module paths of the components; ModelError when two collide."""
-    table: dict[str, tuple[str, str]] = {}
-    for component, paths in components.items():
-        for path in paths:
-            name = kohya_name(component, path)
-            if name in table:
-                raise ModelError(f"{path} and {table[name][1]} share one flat name", where=name)
-            table[name] = (component, path)
+def kohya_names(layers: Mapping[str, Collection[str]]) -> dict[tuple[str, str], str]:
+    """kohya's flat names for all layers of a base, by (component, path). SDXL's UNet goes by its original names.
+
+    Raises ModelError when two layers share a name.
+    """
+    xl = is_xl(layers)
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}
+    found: dict[tuple[str, str], str] = {}
+    owners: dict[str, str] = {}
+    for component, paths in layers.items():
+        spelt = (
+            original_paths(paths) if xl and component == "unet" else {path: _long(component, path) for path in paths}
+        )
+        for path, spelling in spelt.items():
+            name = f"{prefixes[component]}_{spelling.replace('.', '_')}"
+            if name in owners:
+                raise ModelError(f"{path} and {owners[name]} share one flat name", where=name)
+            found[component, path], owners[name] = name, path
+    return found
+
+
+def _long(component: str, path: str) -> str:
+    """CLIP's paths with the ``text_model.`` in front that newer versions of transformers leave out."""
+    bare = component == "unet" or path.startswith(("text_model.", "text_projection"))
+    return path if bare else f"text_model.{path}"
+
+
+def kohya_table(layers: Mapping[str, Collection[str]]) -> dict[str, tuple[str, str]]:
+    """Flat name -> (component, path), for all layers of a base; for SDXL's UNet diffusers' names are known too."""
+    table = {name: place for place, name in kohya_names(layers).items()}
+    if is_xl(layers):
+        table |= {f"lora_unet_{path.replace('.', '_')}": ("unet", path) for path in layers.get("unet", ())}
     return table
 
 
 def flat_path(name: str, table: Mapping[str, tuple[str, str]]) -> str:
     """The module path behind a flat name; ModelError for a name that the base's table has not."""
     if name not in table:
-        other = any(part in name for part in ("input_blocks", "middle_block", "output_blocks"))
-        raise ModelError(_SDXL if other else "the base has no such module", where=name)
+        original = any(part in name for part in ("input_blocks", "middle_block", "output_blocks"))
+        xl = original or name.startswith(("lora_te1_", "lora_te2_"))
+        reason = "the base has no such module" + (": this adapter is for Stable Diffusion XL" if xl else "")
+        raise ModelError(reason, where=name)
     return table[name][1]
+
+
+def diffusers_name(component: str, path: str) -> str:
+    """A module's name in a diffusers file; the text encoders' with the ``text_model.`` that all its readers know."""
+    return f"{component}.{_long(component, path)}"

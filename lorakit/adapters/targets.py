@@ -132,10 +132,11 @@ def injection(model: nn.Module, adapter: Adapter, groups: Mapping[str, Sequence[
             raise RecipeError(f"{name} shares its weight with another layer", where="adapter.targets")
         targets.append(target)
     alphas = {name: alphas.get(name, adapter.alpha) for name in names}
-    return Injection(adapter, tuple(targets), alphas, _suffixes(model, names))
+    return Injection(adapter, tuple(targets), alphas, suffixes(model, names))
 
 
-def _suffixes(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+def suffixes(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """Ends of module paths that pick out exactly ``names``; the full paths where no ends do."""
     ends = {m[0] for name in names if (m := re.search(r"[^.]+(\.\d+)*$", name))}
     picked = {n for n, _ in model.named_modules() if n in ends or n.endswith(tuple(f".{end}" for end in ends))}
     return tuple(sorted(ends)) if picked == set(names) else tuple(names)

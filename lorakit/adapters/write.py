@@ -1,4 +1,7 @@
-"""Adapters written to disk: PEFT's folder, and kohya's single file that other programs load."""
+"""Adapters written to disk: PEFT's folder, diffusers' file, and kohya's single file that other programs load.
+
+Tensors keep their dtype. Where a format has no room for a module's own scale, the scale goes into B.
+"""
 
 import hashlib
 import json
@@ -11,13 +14,14 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, TaskType
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorakit.adapters.delta import Delta
-from lorakit.adapters.files import WEIGHTS
-from lorakit.adapters.formats import kohya_name
-from lorakit.adapters.targets import Injection
+from lorakit.adapters.delta import Delta, rescaled
+from lorakit.adapters.formats import diffusers_name, kohya_names
+from lorakit.adapters.pieces import CONFIG, WEIGHTS
+from lorakit.adapters.targets import Injection, Target, adaptable, suffixes
 from lorakit.errors import ModelError
+from lorakit.recipe.schema import Adapter
 from lorakit.storage.atomic import write_bytes, write_text
 
 
@@ -33,6 +37,48 @@ def deltas(state: Mapping[str, Tensor], injection: Injection) -> dict[str, Delta
             None if magnitude is None else magnitude.flatten(),
         )
     return changes
+
+
+def taken_apart(changes: Mapping[str, Delta], model: nn.Module | None) -> tuple[dict[str, Tensor], Injection]:
+    """The inverse of ``deltas``, as far as the changes tell: what ``write_peft`` writes. Scales count as alpha / rank.
+
+    With ``model``, on meta if need be, the targets are named by their ends where these pick out exactly them.
+    """
+    state, targets, alphas = {}, [], {}
+    for path, delta in changes.items():
+        state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = delta.A, delta.B
+        if delta.magnitude is not None:
+            shape = (-1,) if delta.A.dim() == 2 else (1, -1, 1, 1)
+            state[f"{path}.lora_magnitude_vector"] = delta.magnitude.reshape(shape)
+        targets.append(Target(path, delta.A.shape[1], delta.B.shape[0], delta.rank))
+        alphas[path] = _alpha(delta)
+    with_dora = {delta.magnitude is not None for delta in changes.values()}
+    if len(with_dora) > 1:
+        raise ModelError("some modules have DoRA magnitudes and some have not: a PEFT adapter has one kind")
+    rank = Counter(target.rank for target in targets).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    adapter = Adapter(rank=rank, alpha=alpha, dora=with_dora.pop())
+    ends = tuple(changes) if model is None else suffixes(model, list(changes))
+    return state, Injection(adapter, tuple(targets), alphas, ends)
+
+
+def _alpha(delta: Delta) -> float:
+    """scale * rank, without the digits that division and multiplication leave behind."""
+    alpha = delta.scale * delta.rank
+    if not alpha > 0:
+        raise ModelError(f"an alpha of {alpha:g} can not be written: it has to be above 0")
+    rounded = (round(alpha, digits) for digits in (0, 3, 6, 9, 12))
+    return next((value for value in rounded if value / delta.rank == delta.scale), alpha)
+
+
+def with_one_alpha(components: Mapping[str, Mapping[str, Delta]]) -> tuple[float, dict[str, dict[str, Delta]]]:
+    """The commonest alpha, and the same changes with scale alpha / rank throughout."""
+    everything = [delta for changes in components.values() for delta in changes.values()]
+    ((alpha, _),) = Counter(_alpha(delta) for delta in everything).most_common(1)
+    return alpha, {
+        component: {path: rescaled(delta, alpha / delta.rank) for path, delta in changes.items()}
+        for component, changes in components.items()
+    }
 
 
 def _whole(alpha: float) -> int:
@@ -55,12 +101,21 @@ def write_peft(
     task: Literal["CAUSAL_LM"] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write one component as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``, float32.
+    """Write one component as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     ``state`` is ``adapter_state``'s, ``metadata`` goes into the safetensors header. LLaMA's adapter goes directly
     into its folder with ``task="CAUSAL_LM"``; SD's into one sub-folder a component. ModelError for NaN or infinity.
     """
     _check_finite(state)
+    table = peft_config(injection, base_name, task)
+    tensors = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in state.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt", **(metadata or {})}))
+    write_text(folder / CONFIG, json.dumps(table, indent=2, sort_keys=True) + "\n")
+
+
+def peft_config(injection: Injection, base_name: str, task: Literal["CAUSAL_LM"] | None = None) -> dict[str, Any]:
+    """The table of adapter_config.json."""
     adapter = injection.adapter
     config = LoraConfig(
         task_type=None if task is None else TaskType(task),
@@ -77,61 +132,105 @@ def write_peft(
         alpha_pattern={f"^{name}": _whole(alpha) for name, alpha in injection.alphas.items() if alpha != adapter.alpha},
     )
     table: dict[str, Any] = cast(Any, config).to_dict()
-    table |= {key: sorted(value) for key, value in table.items() if isinstance(value, set)}
-    tensors = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in state.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt", **(metadata or {})}))
-    write_text(folder / "adapter_config.json", json.dumps(table, indent=2, sort_keys=True) + "\n")
+    return table | {key: sorted(value) for key, value in table.items() if isinstance(value, set)}
+
+
+Version = Literal["sd_v1", "sd_v2", "sdxl_base_v1-0"]
+"""Which Stable Diffusion an adapter is for, in kohya's words."""
+
+
+def base_strings(version: Version, prediction_type: str | None, resolution: int | None) -> dict[str, str]:
+    """What kohya's and modelspec's metadata say of the base; nothing of what is None."""
+    second = "v2-768-v" if prediction_type == "v_prediction" else "v2-512"
+    kind = {"sd_v1": "v1", "sd_v2": second, "sdxl_base_v1-0": "xl-v1-base"}[version]
+    known = {
+        "ss_v2": str(version == "sd_v2"),
+        "ss_base_model_version": version,
+        "modelspec.architecture": f"stable-diffusion-{kind}/lora",
+    }
+    if prediction_type is not None:
+        known["modelspec.prediction_type"] = "v" if prediction_type == "v_prediction" else "epsilon"
+    if resolution is not None:
+        known["modelspec.resolution"] = f"{resolution}x{resolution}"
+    return known
 
 
 def write_kohya(
     path: Path,
     components: Mapping[str, Mapping[str, Delta]],
     *,
-    version: Literal["sd_v1", "sd_v2"],
-    prediction_type: str,
-    resolution: int,
+    version: Version,
+    prediction_type: str | None,
+    resolution: int | None,
+    models: Mapping[str, nn.Module] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write SD's ``unet`` and ``text_encoder`` changes as the one file that A1111, ComfyUI and InvokeAI load.
+    """Write SD's changes as the one file that A1111, ComfyUI and InvokeAI load.
 
-    ``version``: sd_v2 for a base with the 1024-wide text encoder. ``resolution``: training pixels a side. The file's
-    name is its title. Float32. One alpha for all modules, the commonest scale * rank, with what differs taken into
-    ``lora_up``, because diffusers 0.42 drops some modules' own alphas. ModelError for NaN or infinity.
+    ``version``: sd_v2 for a base with the 1024-wide text encoder. ``resolution``: training pixels a side. ``models``:
+    the base's components, on meta if need be; SDXL needs them, because its names count all blocks. The file's name is
+    its title. One alpha for all modules, the commonest one, with what differs taken into ``lora_up``, because
+    diffusers 0.42 drops some modules' own alphas. ModelError for NaN or infinity.
     """
-    tensors = {}
-    everything = [delta for changes in components.values() for delta in changes.values()]
-    ((alpha, _),) = Counter(delta.scale * delta.rank for delta in everything).most_common(1)
-    for component, changes in components.items():
+    layers = {name: list(changes) for name, changes in components.items()}
+    if models is not None:
+        layers = {name: list(adaptable(model)) for name, model in models.items()}
+    elif version == "sdxl_base_v1-0":
+        raise ModelError("the names of an adapter for Stable Diffusion XL are made from its base's layers")
+    names = kohya_names(layers)
+    alpha, even = with_one_alpha(components)
+    tensors, ranks = {}, set()
+    for component, changes in even.items():
         for module, delta in changes.items():
-            name = kohya_name(component, module)
-            tensors[f"{name}.lora_down.weight"] = delta.A.float().contiguous()
-            tensors[f"{name}.lora_up.weight"] = (delta.B.float() * (delta.scale * delta.rank / alpha)).contiguous()
+            name = names[component, module]
+            ranks.add(delta.rank)
+            tensors[f"{name}.lora_down.weight"] = delta.A.contiguous()
+            tensors[f"{name}.lora_up.weight"] = delta.B.contiguous()
             tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
             if delta.magnitude is not None:
                 ones = [1] * (delta.A.dim() - 1)
-                tensors[f"{name}.dora_scale"] = delta.magnitude.float().reshape(-1, *ones).contiguous()
+                tensors[f"{name}.dora_scale"] = delta.magnitude.reshape(-1, *ones).contiguous()
     _check_finite(tensors)
-    ranks = {delta.rank for delta in everything}
     bare = save(tensors)
     body = bare[8 + int.from_bytes(bare[:8], "little") :]
-    kind = "v1" if version == "sd_v1" else "v2-768-v" if prediction_type == "v_prediction" else "v2-512"
     strings = {
-        "ss_v2": str(version == "sd_v2"),
-        "ss_base_model_version": version,
+        "format": "pt",
+        **(metadata or {}),
+        **base_strings(version, prediction_type, resolution),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(alpha),
         "ss_network_args": "{}",
         "sshs_model_hash": hashlib.sha256(body).hexdigest(),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"stable-diffusion-{kind}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": path.stem,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        "format": "pt",
-        **(metadata or {}),
     }
     write_bytes(path, save(tensors, strings))
+
+
+def write_diffusers(
+    path: Path,
+    components: Mapping[str, Mapping[str, Delta]],
+    base_name: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write SD's changes as diffusers does: ``lora_A`` and ``lora_B`` under ``unet.``, ``text_encoder.`` and so on.
+
+    Such a file has no alphas. Every scale is taken into B, so that readers with and without an eye for the
+    configuration in the metadata, which says alpha = rank, agree. ModelError for NaN or infinity.
+    """
+    tensors: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
+    for component, changes in components.items():
+        even = {
+            diffusers_name(component, module).removeprefix(f"{component}."): rescaled(delta, 1.0)
+            for module, delta in changes.items()
+        }
+        state, injection = taken_apart(even, None)
+        tensors |= {f"{component}.{key}": tensor.contiguous() for key, tensor in state.items()}
+        config |= {f"{component}.{key}": value for key, value in peft_config(injection, base_name).items()}
+    _check_finite(tensors)
+    packed = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
+    write_bytes(path, save(tensors, {"format": "pt", **(metadata or {}), **packed}))

@@ -94,6 +94,29 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
         fsync(final.parent)
 
 
+@contextmanager
+def new_file(final: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield the path of an empty file beside ``final`` that takes its place, flushed, when the block ends well.
+
+    An error in the block removes it. Raises as ``new_folder``.
+    """
+    if not replace and os.path.lexists(final):
+        raise ConflictError("exists already", where=str(final), hint="choose another name, or remove it")
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=TMP, suffix=f"-{final.name}", dir=final.parent)
+        os.close(handle)
+        try:
+            yield Path(name)
+            fsync(Path(name))
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, final)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        fsync(final.parent)
+
+
 def check_manifest(folder: Path) -> None:
     """Compare each file with manifest.json; CheckpointError naming the first that is missing, changed or unlisted."""
     try:

@@ -1,0 +1,196 @@
+"""An adapter from one format to another, read back and compared before it takes its place.
+
+A conversion is right when every module's change comes back within the rounding of the target's dtype and no module is
+lost or new.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters import gguf_lora
+from lorakit.adapters.delta import Delta, SavedAdapter
+from lorakit.adapters.delta import cast as to_dtype
+from lorakit.adapters.files import read_adapter
+from lorakit.adapters.formats import Format, is_xl
+from lorakit.adapters.pieces import DIFFUSERS
+from lorakit.adapters.targets import adaptable
+from lorakit.adapters.write import Version, taken_apart, with_one_alpha, write_diffusers, write_kohya, write_peft
+from lorakit.errors import ModelError, RecipeError
+from lorakit.storage.atomic import new_file, new_folder
+
+Models = Mapping[str, nn.Module]
+_ENDINGS: dict[Format, tuple[str, ...]] = {
+    "peft": ("",),
+    "diffusers": ("", ".safetensors"),
+    "kohya": (".safetensors",),
+    "gguf": (".gguf",),
+}
+"""How OUT may end; without an ending it is a folder."""
+_FAMILIES: dict[Format, tuple[str, ...]] = {
+    "peft": ("sd", "llama"),
+    "diffusers": ("sd",),
+    "kohya": ("sd",),
+    "gguf": ("llama",),
+}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written, and how far it is from what was read."""
+
+    out: Path
+    format: Format
+    modules: int
+    dtypes: str
+    """Of the tensors written."""
+    largest: float
+    """Largest |dW_in - dW_out| over all modules; of DoRA's magnitudes too."""
+    where: str
+    """The module where that is."""
+
+
+def convert(
+    saved: SavedAdapter,
+    out: Path,
+    to: Format,
+    *,
+    models: Models | None,
+    base_name: str,
+    dtype: torch.dtype | None = None,
+) -> Conversion:
+    """Write ``saved`` as ``to``, read it back, compare, and only then let it take the place ``out``.
+
+    ``models``: the base's components, on meta if need be; kohya and GGUF need them. ``dtype``: of the tensors; each
+    keeps its own without it, but for GGUF, which gets float32 for bfloat16.
+
+    Raises RecipeError for a format that the family or ``out`` does not fit, ConflictError when ``out`` exists, and
+    ModelError when a module is lost or its change does not come back.
+    """
+    _check(saved, out, to, models, dtype)
+    cast = {c: {path: _cast(d, to, dtype) for path, d in deltas.items()} for c, deltas in saved.components.items()}
+    written = replace(saved, components=cast)
+    if out.suffix:
+        with new_file(out) as path:
+            _write_file(path, out.stem, written, to, models, base_name)
+            return _compared(saved, path, out, to, models)
+    with new_folder(out, manifest=False) as folder:
+        if to == "diffusers":
+            _write_file(folder / DIFFUSERS, out.stem, written, to, models, base_name)
+        else:
+            _write_peft(folder, written, models, base_name)
+        return _compared(saved, folder, out, to, models)
+
+
+def _cast(delta: Delta, to: Format, dtype: torch.dtype | None) -> Delta:
+    if dtype is None and to == "gguf" and delta.B.dtype != torch.float16:
+        dtype = torch.float32
+    return delta if dtype is None else to_dtype(delta, dtype)
+
+
+def _check(saved: SavedAdapter, out: Path, to: Format, models: Models | None, dtype: torch.dtype | None) -> None:
+    if saved.family not in _FAMILIES[to]:
+        family = "Stable Diffusion" if saved.family == "sd" else "a language model"
+        fitting = " or ".join(form for form, families in _FAMILIES.items() if saved.family in families)
+        raise RecipeError(f"{to} is no format for {family}", where="--to", hint=f"choose {fitting}")
+    if out.suffix not in _ENDINGS[to]:
+        kinds = " or ".join(f"a name that ends in {end}" if end else "a folder's name" for end in _ENDINGS[to])
+        raise RecipeError(f"{to} is written as {kinds}", where=str(out))
+    if to == "gguf" and dtype == torch.bfloat16:
+        raise RecipeError("a GGUF adapter is float32 or float16", where="--dtype")
+    if models is None and to in ("kohya", "gguf"):
+        raise ModelError(f"the names in a {to} file are made from the base's layers", hint="give it with --base")
+
+
+def _write_peft(folder: Path, saved: SavedAdapter, models: Models | None, base_name: str) -> None:
+    metadata = _carried(saved)
+    for component, changes in saved.components.items():
+        state, injection = taken_apart(changes, None if models is None else models[component])
+        if saved.family == "llama":
+            write_peft(folder, state, injection, base_name=base_name, task="CAUSAL_LM", metadata=metadata)
+        else:
+            write_peft(folder / component, state, injection, base_name=base_name, metadata=metadata)
+
+
+def _write_file(path: Path, title: str, saved: SavedAdapter, to: Format, models: Models | None, base_name: str) -> None:
+    metadata = _carried(saved)
+    if to == "diffusers":
+        write_diffusers(path, saved.components, base_name, metadata)
+    elif to == "gguf" and models is not None:
+        alpha, even = with_one_alpha(saved.components)
+        gguf_lora.write(path, even["model"], models["model"], alpha=alpha, metadata={"general.name": title, **metadata})
+    elif models is not None:
+        kind = {"v": "v_prediction"}.get(saved.metadata.get("modelspec.prediction_type", ""), "epsilon")
+        write_kohya(
+            path,
+            saved.components,
+            version=version_of(models),
+            prediction_type=kind if "modelspec.prediction_type" in saved.metadata else None,
+            resolution=None,
+            models=models,
+            metadata={"modelspec.title": title, "lorakit_base": base_name, **metadata},
+        )
+
+
+def version_of(models: Models) -> Version:
+    """kohya's word for the base with these components."""
+    if is_xl({component: adaptable(model) for component, model in models.items()}):
+        return "sdxl_base_v1-0"
+    unet: Any = models["unet"]
+    return "sd_v2" if unet.config.cross_attention_dim == 1024 else "sd_v1"
+
+
+def _carried(saved: SavedAdapter) -> dict[str, str]:
+    """The metadata that stay true in another format: where the adapter comes from, not how the file is laid out."""
+    own = ("lorakit_", "ss_", "modelspec.")
+    return {key: value for key, value in saved.metadata.items() if key.startswith(own) and key != "modelspec.title"}
+
+
+def _compared(saved: SavedAdapter, path: Path, out: Path, to: Format, models: Models | None) -> Conversion:
+    again = read_adapter(path, models)
+    before, after = _by_place(saved), _by_place(again)
+    for component, module in before.keys() ^ after.keys():
+        place = "was lost" if (component, module) in before else "is new"
+        raise ModelError(f"the conversion failed: a module {place}", where=f"{component}.{module}")
+    largest, where = 0.0, ""
+    for (component, module), delta in before.items():
+        difference = _difference(delta, after[component, module], f"{component}.{module}")
+        if difference >= largest:
+            largest, where = difference, f"{component}.{module}"
+    dtypes = sorted({str(delta.B.dtype).removeprefix("torch.") for delta in after.values()})
+    return Conversion(out, to, len(before), ", ".join(dtypes), largest, where)
+
+
+def _by_place(saved: SavedAdapter) -> dict[tuple[str, str], Delta]:
+    """Changes by component and path, without the ``text_model.`` that some versions put in front."""
+    return {(component, path.removeprefix("text_model.")): d for (component, path), d in saved.all_deltas().items()}
+
+
+def _difference(before: Delta, after: Delta, where: str) -> float:
+    """Largest |dW_in - dW_out| of one module; ModelError when more than rounding A and B once explains it."""
+    one, other = _product(before), _product(after)
+    step = torch.finfo(after.B.dtype).eps
+    room = 1.01 * step * abs(before.scale) * (_flat(before.B).abs() @ _flat(before.A).abs())
+    distance = (one - other).abs()
+    magnitudes = torch.zeros(1, dtype=torch.float64)
+    if before.magnitude is not None and after.magnitude is not None:
+        magnitudes = (before.magnitude.double() - after.magnitude.double()).abs()
+        too_far = bool((magnitudes > step * before.magnitude.double().abs()).any())
+    else:
+        too_far = before.magnitude is not after.magnitude
+    if too_far or bool((distance > room + 1e-12).any()):
+        reason = f"the conversion failed: the change came back {distance.max():.2e} away, more than rounding explains"
+        raise ModelError(reason, where=where, hint="numbers too small or too large for the dtype? --dtype float32")
+    return max(distance.max().item(), magnitudes.max().item())
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.double().flatten(1)
+
+
+def _product(delta: Delta) -> Tensor:
+    return (_flat(delta.B) @ _flat(delta.A)) * delta.scale

@@ -1,0 +1,133 @@
+"""LoRA for a LLaMA-type model in GGUF, as llama.cpp and ollama load it (``--lora``, ``ADAPTER``).
+
+llama.cpp keeps the rows of q and k of a LLaMA or Mistral in another order, rotary pairs side by side instead of half a
+head apart; the rows of their ``lora_b`` go along. One alpha holds for all modules: scale = alpha / rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.delta import Delta
+from lorakit.errors import ModelError
+from lorakit.storage.headers import gguf_architecture
+
+_ARCHITECTURES = {
+    "llama": (gguf.MODEL_ARCH.LLAMA, True),
+    "mistral": (gguf.MODEL_ARCH.LLAMA, True),
+    "qwen2": (gguf.MODEL_ARCH.QWEN2, False),
+    "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
+}
+"""By transformers' model_type: GGUF's architecture, and whether q and k are permuted."""
+ALPHA = gguf.Keys.Adapter.LORA_ALPHA
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A base as GGUF sees it."""
+
+    architecture: str
+    names: dict[str, str]
+    """GGUF name of each module path, both without ``.weight``."""
+    heads: dict[str, int]
+    """By GGUF name, for the weights whose rows are permuted."""
+
+
+def _layout(model: nn.Module) -> _Layout:
+    config: Any = model.config
+    if config.model_type not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        raise ModelError(f"GGUF adapters are written for {known}, not for {config.model_type!r}")
+    architecture, permuted = _ARCHITECTURES[config.model_type]
+    table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = {path: name for path in linear if (name := table.get_name(path)) is not None}
+    counts = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {name: counts[end] for name in names.values() if permuted and (end := name.split(".")[-1]) in counts}
+    return _Layout(gguf.MODEL_ARCH_NAMES[architecture], names, heads)
+
+
+def _interleave(b: Tensor, heads: int) -> Tensor:
+    """Rows of [out, r] from halves of a head (transformers) to pairs (llama.cpp)."""
+    return b.reshape(heads, 2, b.shape[0] // heads // 2, -1).transpose(1, 2).reshape(b.shape)
+
+
+def _halve(b: Tensor, heads: int) -> Tensor:
+    """The inverse of ``_interleave``."""
+    return b.reshape(heads, b.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(b.shape)
+
+
+def write(
+    path: Path, deltas: Mapping[str, Delta], model: nn.Module, *, alpha: float, metadata: Mapping[str, str]
+) -> None:
+    """Write the changes of ``model`` (on meta if need be), all of which have scale ``alpha`` / rank.
+
+    Tensors are float32 or float16; ``metadata`` are further strings.
+    Raises ModelError for DoRA, for a convolution, and for a layer or an architecture that llama.cpp does not know.
+    """
+    layout = _layout(model)
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for module, delta in deltas.items():
+        if module not in layout.names:
+            raise ModelError("GGUF has no name for it", where=module)
+        if delta.magnitude is not None:
+            raise ModelError("llama.cpp's adapters have no DoRA", where=module, hint="merge it into its base instead")
+        name = layout.names[module]
+        b = _interleave(delta.B, layout.heads[name]) if name in layout.heads else delta.B
+        for letter, value in (("a", delta.A), ("b", b)):
+            tensors[f"{name}.weight.lora_{letter}"] = value.contiguous().numpy()
+    writer = gguf.GGUFWriter(path, layout.architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(ALPHA, alpha)
+    for key, text in metadata.items():
+        writer.add_string(key, text)
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata as strings. Raises ModelError when it is no whole GGUF LoRA."""
+    gguf_architecture(path)
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {key: str(field.contents()) for key, field in reader.fields.items() if len(field.types) == 1}
+        tensors = {}
+        for tensor in reader.tensors:
+            kind = tensor.tensor_type.name
+            if kind not in ("F32", "F16"):
+                raise ModelError(f"dtype {kind}: only F32 and F16 adapters are read", where=tensor.name)
+            tensors[tensor.name] = torch.from_numpy(np.array(tensor.data))
+    except (ValueError, KeyError, IndexError, TypeError, OSError, OverflowError) as error:
+        raise ModelError(f"not a whole GGUF file: {error}", where=str(path)) from error
+    if metadata.get("general.type") != "adapter" or metadata.get(gguf.Keys.Adapter.TYPE) != "lora":
+        raise ModelError("a GGUF file, but not a LoRA", where=str(path))
+    return tensors, metadata
+
+
+def named_by_base(deltas: Mapping[str, Delta], model: nn.Module, architecture: str) -> dict[str, Delta]:
+    """The changes of a GGUF adapter by ``model``'s module paths, rows of q and k in transformers' order.
+
+    Raises ModelError when the adapter was made for another architecture or has a module that ``model`` has not.
+    """
+    layout = _layout(model)
+    if architecture != layout.architecture:
+        raise ModelError(f"made for the architecture {architecture!r}, the base is {layout.architecture!r}")
+    paths = {name: path for path, name in layout.names.items()}
+    found = {}
+    for name, delta in deltas.items():
+        if name not in paths:
+            raise ModelError("the base has no such module", where=name)
+        b = _halve(delta.B, layout.heads[name]) if name in layout.heads else delta.B
+        found[paths[name]] = Delta(delta.A, b, delta.scale)
+    return found

@@ -1,0 +1,120 @@
+"""The files of an adapter opened: tensors, and what their names and configuration say, before any base is known.
+
+Only safetensors, GGUF and JSON are opened, never a pickle.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from lorakit.adapters import formats, gguf_lora
+from lorakit.errors import ModelError
+from lorakit.storage.checks import PICKLES, read_json
+from lorakit.storage.headers import read_header
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One weight file of an adapter."""
+
+    path: Path
+    format: formats.Format
+    tensors: dict[str, Tensor]
+    keys: dict[str, formats.Key]
+    """What each tensor is."""
+    metadata: dict[str, str]
+    """The file's own strings."""
+    config: dict[str, Any]
+    """PEFT's adapter_config.json, or diffusers' ``lora_adapter_metadata`` with its prefixes; else empty."""
+
+    def component_config(self, component: str) -> dict[str, Any] | None:
+        """The PEFT configuration of one component; None where the file has none."""
+        if self.format == "peft":
+            return self.config
+        prefix = f"{component}."
+        return {k.removeprefix(prefix): v for k, v in self.config.items() if k.startswith(prefix)} or None
+
+
+def open_pieces(path: Path) -> list[Piece]:
+    """The weight files of a PEFT folder (or a run folder with one), or the one of the other formats.
+
+    Raises ModelError naming the file and the key: no adapter, several formats in one, a tensor that is no part of LoRA.
+    """
+    try:
+        return _open_folder(path) if path.is_dir() else [_open_file(path)]
+    except ModelError as error:
+        raise located(error, path) from error
+
+
+def located(error: ModelError, path: Path) -> ModelError:
+    """The same error with the adapter's path in front of its place."""
+    inside = error.where if error.where.startswith(str(path)) else f"{path}: {error.where}".removesuffix(": ")
+    return ModelError(error.reason, where=inside, hint=error.hint)
+
+
+def _open_folder(path: Path) -> list[Piece]:
+    if not (path / CONFIG).is_file() and (path / "adapter").is_dir():
+        path = path / "adapter"
+    if (path / DIFFUSERS).is_file():
+        return [_open_file(path / DIFFUSERS)]
+    parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()} or {"model": path}
+    return [_open_peft(component, folder) for component, folder in parts.items()]
+
+
+def _open_peft(component: str, folder: Path) -> Piece:
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"no {CONFIG}: not an adapter's folder", where=str(folder))
+    if not (folder / WEIGHTS).is_file():
+        pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
+        reason = f"only {pickles[0]}, a pickle, which is never opened" if pickles else f"no {WEIGHTS}"
+        raise ModelError(reason, where=str(folder))
+    config = read_json(folder / CONFIG)
+    tensors, metadata = _tensors(folder / WEIGHTS)
+    if (form := formats.detect(tensors)) != "peft":
+        raise ModelError(f"{form} keys in a PEFT folder", where=str(folder / WEIGHTS))
+    keys = {key: formats.split(key, "peft", component) for key in tensors}
+    return Piece(folder / WEIGHTS, "peft", tensors, keys, metadata, config)
+
+
+def _open_file(path: Path) -> Piece:
+    if path.suffix in PICKLES:
+        raise ModelError("a pickle, which is never opened", hint="convert it to safetensors")
+    tensors, metadata = gguf_lora.read(path) if path.suffix == ".gguf" else _tensors(path)
+    form = formats.detect(tensors)
+    if form == "peft":
+        raise ModelError("PEFT's weights without their adapter_config.json", hint="give the folder that holds both")
+    keys = {key: formats.split(key, form) for key in tensors}
+    return Piece(path, form, tensors, keys, metadata, _packed_config(metadata))
+
+
+def _packed_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"not readable as JSON: {error}", where="lora_adapter_metadata") from error
+    if not isinstance(config, dict):
+        raise ModelError("not a JSON object", where="lora_adapter_metadata")
+    return config
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a checked file, and its metadata; ModelError for a dtype that is no float."""
+    header = read_header(path)
+    tensors = {}
+    with safe_open(path, framework="pt") as file:
+        for name, info in header.tensors.items():
+            if info.dtype not in _FLOATS:
+                raise ModelError(f"dtype {info.dtype}, not a float", where=name)
+            tensors[name] = file.get_tensor(name)
+    return tensors, header.metadata

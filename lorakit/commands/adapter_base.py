@@ -1,0 +1,63 @@
+"""The base behind an adapter on the command line: what its module names are held against. No weights are read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorakit.adapters.pieces import Piece
+    from lorakit.storage.bases import BaseLocation
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The base's components on the meta device, and its name."""
+
+    name: str
+    models: "dict[str, nn.Module]"
+
+
+def named_base(pieces: "Sequence[Piece]") -> str:
+    """The base that an adapter's metadata name, as it was named in training; empty when they name none."""
+    for piece in pieces:
+        for text in (piece.config.get("base_model_name_or_path"), piece.metadata.get("lorakit_base")):
+            if text:
+                return str(text).partition(" sha256:")[0]
+    return ""
+
+
+def find_base(pieces: "Sequence[Piece]", given: str | None) -> AdapterBase | None:
+    """``given``, else the base that the metadata name where it is on this machine, else a published Stable Diffusion of
+    the adapter's widths, else None. Nothing is fetched unless ``given`` is a hub id.
+    """
+    from lorakit.adapters.known import known_models, recognise
+    from lorakit.storage.bases import resolve
+
+    if given is not None:
+        return AdapterBase(given, meta_models(resolve(given)))
+    name = named_base(pieces)
+    if name.startswith("builtin:") or (name and Path(name).expanduser().exists()):
+        return AdapterBase(name, meta_models(resolve(name)))
+    version = next((found for piece in pieces if (found := recognise(piece.tensors))), None)
+    return None if version is None else AdapterBase(name, known_models(version))
+
+
+def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":
+    """``model``, or ``unet``, ``text_encoder`` and, of SDXL, ``text_encoder_2``."""
+    import torch
+
+    if location.family == "sd":
+        from lorakit.families.sd.plan import skeleton as sd_skeleton
+
+        bones = sd_skeleton(location, torch.float32)
+        return {"unet": bones.unet, "text_encoder": bones.text_encoder}
+    from transformers import AutoModelForCausalLM
+
+    from lorakit.families.llama.base import load_config
+
+    causal: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        return {"model": causal.from_config(load_config(location))}

@@ -1,0 +1,41 @@
+"""`lorakit convert`: an adapter from one format to another, compared with what was read."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from lorakit.commands.adapter_base import find_base, named_base
+from lorakit.commands.progress import warnings_to
+from lorakit.errors import ModelError
+
+if TYPE_CHECKING:
+    from lorakit.adapters.formats import Format
+
+
+def run(adapter: Path, out: Path, to: "Format", base: str | None, dtype: str | None) -> None:
+    """Convert, and print how far the result is from what was read."""
+    import torch
+
+    from lorakit.adapters.convert import convert
+    from lorakit.adapters.files import assemble
+    from lorakit.adapters.pieces import open_pieces
+
+    console = Console(stderr=True)
+    with warnings_to(console):
+        pieces = open_pieces(adapter)
+        found = find_base(pieces, base)
+        if found is None and pieces[0].format in ("kohya", "gguf"):
+            reason = f"the names in a {pieces[0].format} file can only be read against the base it was made for"
+            raise ModelError(reason, where=str(adapter), hint="name it with --base")
+        models = None if found is None else found.models
+        done = convert(
+            assemble(adapter, pieces, models),
+            out,
+            to,
+            models=models,
+            base_name=(found.name if found else "") or named_base(pieces),
+            dtype=None if dtype is None else getattr(torch, dtype),
+        )
+    print(f"{pieces[0].format} -> {done.format}: {done.modules} modules ({done.dtypes}) in {done.out}")
+    print(f"read back: largest |dW_in - dW_out| {done.largest:.2e}, in {done.where}")

@@ -1,0 +1,168 @@
+"""Adapters from format to format: every change comes back, whatever the rank, alpha and dtype, and nothing is lost."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
+
+from lorakit.adapters.convert import Conversion, convert
+from lorakit.adapters.delta import Delta, SavedAdapter
+from lorakit.adapters.files import read_adapter
+from lorakit.adapters.targets import adaptable
+from lorakit.errors import ConflictError, ModelError, RecipeError
+from tests.tiny import tiny_sdxl_unet
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ENDINGS = {"peft": "", "diffusers": ".safetensors", "kohya": ".safetensors", "gguf": ".gguf"}
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def models(family: str) -> dict[str, nn.Module]:
+    """Tiny bases on the meta device."""
+    with torch.device("meta"):
+        if family == "llama":
+            shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
+            return {"model": LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **shape))}
+        return {
+            "unet": tiny_sdxl_unet(),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT)),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(projection_dim=32, **TEXT)),
+        }
+
+
+MODELS = {family: models(family) for family in ("sd", "llama")}
+
+
+def random_delta(layer: nn.Module, rank: int, alpha: float, dtype: torch.dtype, *, dora: bool, seed: int) -> Delta:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    kernel = layer.kernel_size if isinstance(layer, nn.Conv2d) else ()
+    outputs, inputs = layer.weight.shape[:2]
+    rank = min(rank, outputs, inputs)
+    ones = (1,) * len(kernel)
+    magnitude = normal(outputs).abs() + 0.5 if dora else None
+    return Delta(normal(rank, inputs, *kernel), normal(outputs, rank, *ones), alpha / rank, magnitude)
+
+
+def some_adapter(family: str, choose: Callable[[list[Any]], Any], *, dora: bool = False) -> SavedAdapter:
+    """An adapter for every seventh layer (all of LLaMA's linear layers), each rank, alpha and dtype from ``choose``."""
+    components: dict[str, dict[str, Delta]] = {}
+    dtype = DTYPES[choose(sorted(DTYPES))]
+    for component, model in MODELS[family].items():
+        step = 1 if family == "llama" else 7
+        layers = [(path, layer) for path, layer in adaptable(model).items() if path != "lm_head"][::step]
+        components[component] = {
+            path: random_delta(
+                layer, choose([1, 2, 3, 4, 8]), choose([0.5, 1.0, 3.0, 4.0, 7.3, 64.0]), dtype, dora=dora, seed=number
+            )
+            for number, (path, layer) in enumerate(layers)
+        }
+    return SavedAdapter("llama" if family == "llama" else "sd", components, "peft", {})
+
+
+def product(delta: Delta) -> torch.Tensor:
+    return delta.scale * (delta.B.double().flatten(1) @ delta.A.double().flatten(1))
+
+
+def there_and_back(saved: SavedAdapter, formats: list[str], folder: Path) -> SavedAdapter:
+    """``saved`` through each format in turn, every file read for the next."""
+    family = MODELS[saved.family]
+    for number, form in enumerate(formats):
+        out = folder / f"{number}-{form}{ENDINGS[form]}"
+        done = convert(saved, out, form, models=family, base_name="tiny")  # type: ignore[arg-type]
+        assert isinstance(done, Conversion)
+        saved = read_adapter(out, family)
+        assert saved.format == form
+    return saved
+
+
+ROUNDS = {
+    "sd": [list(order) for order in itertools.permutations(["peft", "diffusers", "kohya"])],
+    "llama": [["peft", "gguf", "peft"], ["gguf", "peft", "gguf"]],
+}
+
+
+@pytest.mark.parametrize("family", ROUNDS)
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**32), dora=st.booleans())
+def test_a_round_through_all_formats_gives_the_same_changes(
+    family: str, seed: int, dora: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    random = Random(seed)
+    saved = some_adapter(family, random.choice, dora=dora and family == "sd")
+    back = there_and_back(saved, random.choice(ROUNDS[family]), tmp_path_factory.mktemp("round"))
+    before, after = saved.all_deltas(), back.all_deltas()
+    assert before.keys() == after.keys()
+    for place, delta in before.items():
+        other = after[place]
+        room = delta.scale * (delta.B.double().flatten(1).abs() @ delta.A.double().flatten(1).abs())
+        distance = (product(delta) - product(other)).abs()
+        assert bool((distance <= 2 * torch.finfo(delta.B.dtype).eps * room).all()), place
+        if delta.magnitude is not None:
+            assert other.magnitude is not None
+            assert torch.equal(delta.magnitude.float(), other.magnitude.float())
+
+
+def test_a_missing_alpha_means_the_rank_in_every_format(tmp_path: Path) -> None:
+    saved = some_adapter("sd", lambda options: options[-1])
+    convert(saved, tmp_path / "a.safetensors", "kohya", models=MODELS["sd"], base_name="")
+    tensors = {k: v for k, v in load_file(tmp_path / "a.safetensors").items() if not k.endswith(".alpha")}
+    save_file(tensors, tmp_path / "b.safetensors")
+    bare = read_adapter(tmp_path / "b.safetensors", MODELS["sd"])
+    assert all(delta.scale == 1 for delta in bare.all_deltas().values())
+    back = there_and_back(bare, ["peft", "kohya", "diffusers"], tmp_path)
+    for place, delta in bare.all_deltas().items():
+        assert torch.equal(product(delta), product(back.all_deltas()[place]))
+
+
+def test_the_difference_that_is_printed_is_the_one_there_is(tmp_path: Path) -> None:
+    """float32 to float16: measured here against the file's own tensors."""
+    saved = some_adapter("llama", lambda options: options[1] if options != sorted(DTYPES) else "float32")
+    done = convert(saved, tmp_path / "a", "peft", models=MODELS["llama"], base_name="", dtype=torch.float16)
+    back = read_adapter(tmp_path / "a").all_deltas()
+    largest = max((product(d) - product(back[p])).abs().max().item() for p, d in saved.all_deltas().items())
+    assert done.largest == pytest.approx(largest, rel=1e-12)
+    assert done.largest > 0
+    assert done.dtypes == "float16"
+    assert done.modules == len(back) == 14
+
+
+def test_what_does_not_survive_the_dtype_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    saved = some_adapter("llama", lambda options: options[0])
+    small = {path: Delta(d.A * 1e-7, d.B, d.scale) for path, d in saved.components["model"].items()}
+    saved = SavedAdapter("llama", {"model": small}, "peft", {})
+    for out, form in ((tmp_path / "a", "peft"), (tmp_path / "a.gguf", "gguf")):
+        with pytest.raises(ModelError, match="more than rounding explains"):
+            convert(saved, out, form, models=MODELS["llama"], base_name="", dtype=torch.float16)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refusals(tmp_path: Path) -> None:
+    llama, sd = (some_adapter(family, lambda options: options[0]) for family in ("llama", "sd"))
+    with pytest.raises(RecipeError, match="no format for a language model"):
+        convert(llama, tmp_path / "a.safetensors", "kohya", models=MODELS["llama"], base_name="")
+    with pytest.raises(RecipeError, match="no format for Stable Diffusion"):
+        convert(sd, tmp_path / "a.gguf", "gguf", models=MODELS["sd"], base_name="")
+    with pytest.raises(RecipeError, match=r"ends in \.safetensors"):
+        convert(sd, tmp_path / "a", "kohya", models=MODELS["sd"], base_name="")
+    with pytest.raises(ModelError, match="base's layers"):
+        convert(sd, tmp_path / "a.safetensors", "kohya", models=None, base_name="")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConflictError):
+        convert(sd, tmp_path / "there", "peft", models=MODELS["sd"], base_name="")
+    dora = some_adapter("llama", lambda options: options[0], dora=True)
+    with pytest.raises(ModelError, match="no DoRA"):
+        convert(dora, tmp_path / "a.gguf", "gguf", models=MODELS["llama"], base_name="")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
