@@ -2,14 +2,15 @@
 
 import os
 import sys
-import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from lorakit import __version__
-from lorakit.errors import LorakitError, NonFiniteError, RecipeError, Stopped
+from lorakit.commands.report import guarded
+from lorakit.errors import RecipeError
 
 app = typer.Typer(
     help="Fine-tune Stable Diffusion and LLaMA with LoRA, merge the result, and generate with it.",
@@ -202,32 +203,17 @@ def doctor() -> None:
     raise typer.Exit(run())
 
 
-def _report(error: LorakitError) -> int:
-    """Print ``lorakit: error: WHERE: REASON`` and what to do about it; the exit code.
-
-    What every rank raises alike is told by rank 0 alone.
-    """
-    rank = os.environ.get("RANK", "0")
-    shared = isinstance(error, Stopped | NonFiniteError | RecipeError) or hasattr(error, "__notes__")
-    if rank != "0" and shared:
-        return error.exit_code
-    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    who = "" if rank == "0" else f" rank {rank}:"
-    print(f"{red}lorakit: error:{plain}{who} {error}", file=sys.stderr)
-    if error.hint:
-        print(f"  {error.hint}", file=sys.stderr)
-    return error.exit_code
+def _run(arguments: Sequence[str] | None) -> object:
+    try:
+        return app(arguments, prog_name="lorakit", standalone_mode=False)
+    except typer.TyperException as error:
+        told = error.format_message() if hasattr(error, "format_message") else str(error)
+        path = getattr(getattr(error, "ctx", None), "command_path", "lorakit")
+        raise RecipeError(told.rstrip(".").replace("Input should be", "must be"), hint=f"see {path} --help") from error
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code that `lorakit.errors` lists."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars for loading; lorakit shows its own
-    try:
-        app()
-    except LorakitError as error:
-        if os.environ.get("LORAKIT_DEBUG"):
-            traceback.print_exc()
-        sys.exit(_report(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(guarded(lambda: _run(arguments)))

@@ -13,20 +13,39 @@ LorakitError
 A run stopped by a signal exits 75 after saving (SIGTERM) or 130 (SIGINT): ``Stopped``.
 """
 
+import errno
+from collections.abc import Sequence
+
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG})
+"""Numbers of the operating system's errors that mean: this disk takes no more."""
+
+
+def shown(name: object) -> str:
+    """A name or message fit for one line of a terminal: control characters and line breaks escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch or the operating system says that memory is short."""
+    words = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)
+
 
 class LorakitError(Exception):
     """A failure told in one line: where (file, line, field), what, and what to do about it.
 
-    ``hint`` is what the reader can do; ``where`` is ``FILE``, ``FILE:LINE`` or a field's name.
+    ``hint`` is what the reader can do; ``where`` is ``FILE``, ``FILE:LINE`` or a field's name. ``details`` are further
+    lines, one a fault, where several are told at once.
     """
 
     exit_code = 1
 
-    def __init__(self, reason: str, *, where: str = "", hint: str = "") -> None:
+    def __init__(self, reason: str, *, where: str = "", hint: str = "", details: Sequence[str] = ()) -> None:
         super().__init__(reason)
         self.reason = reason
         self.where = where
         self.hint = hint
+        self.details = tuple(details)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}" if self.where else self.reason

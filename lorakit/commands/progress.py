@@ -10,6 +10,8 @@ from statistics import median
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lorakit.errors import shown
+
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -83,7 +85,8 @@ def warnings_to(console: Console) -> Iterator[None]:
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            console.print(f"lorakit: {record.levelname.lower()}: {record.getMessage()}", markup=False, highlight=False)
+            text = f"lorakit: {record.levelname.lower()}: {shown(record.getMessage())}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     log, handler = logging.getLogger("lorakit"), Lines(logging.INFO)
     log.addHandler(handler)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from lorakit.data.captions import clean, read_caption
-from lorakit.data.records import HUB_ID, read_records, shown
+from lorakit.data.records import HUB_ID, read_records
 from lorakit.data.tables import ParquetTable, load_datasets_folder, load_hub
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 from lorakit.recipe.schema import PictureData
 
 SUFFIXES = frozenset(

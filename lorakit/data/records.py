@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CSV_FIELD_CHARACTERS = 16 << 20
@@ -55,11 +55,6 @@ def read_records(
             f"no reader for files ending in {local.suffix!r}", where=shown(path), hint=f"known: {', '.join(readers)}"
         )
     return readers[local.suffix.lower()](local, on_bad)
-
-
-def shown(name: object) -> str:
-    """A name fit for one line of a terminal: control characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
 def _utf8(data: bytes, where: str) -> str:

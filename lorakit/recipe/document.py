@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.reader import ReaderError
 
-from lorakit.errors import RecipeError
+from lorakit.errors import RecipeError, shown
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
@@ -69,8 +69,7 @@ class Mapping(Node):
 
 def escape(text: str, limit: int = 80) -> str:
     """``text`` fit for one line of a terminal: control characters escaped, cut after ``limit`` characters."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
-    return shown + ("…" if len(text) > limit else "")
+    return shown(text[:limit]) + ("…" if len(text) > limit else "")
 
 
 def raise_faults(faults: list[Fault], hint: str = HINT) -> None:
@@ -78,9 +77,9 @@ def raise_faults(faults: list[Fault], hint: str = HINT) -> None:
     if len(faults) == 1:
         raise RecipeError(faults[0].reason, where=faults[0].where, hint=hint)
     if faults:
-        lines = [f"  {fault.where}: {fault.reason}" for fault in faults[:MAX_TOLD]]
-        lines += ["  …"] if len(faults) > MAX_TOLD else []
-        raise RecipeError("\n".join([f"{len(faults)} faults in the recipe", *lines]), hint=hint)
+        lines = [f"{fault.where}: {fault.reason}" for fault in faults[:MAX_TOLD]]
+        lines += ["…"] if len(faults) > MAX_TOLD else []
+        raise RecipeError(f"{len(faults)} faults in the recipe", hint=hint, details=lines)
 
 
 def read(path: Path) -> str:

@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorakit.errors import CheckpointError, ConflictError, ResourceError
+from lorakit.errors import DISK_ERRORS, CheckpointError, ConflictError, ResourceError
 
 MANIFEST = "manifest.json"
 TMP = ".tmp-"
-_DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -34,7 +33,7 @@ def disk_errors(where: Path) -> Iterator[None]:
     except Exception as error:
         told = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-        if number not in _DISK:
+        if number not in DISK_ERRORS:
             raise
         hint = "free some space, or write elsewhere" if number != errno.EROFS else "choose a folder that can be written"
         raise ResourceError(f"cannot write: {os.strerror(number)}", where=str(where), hint=hint) from error

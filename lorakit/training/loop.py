@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.errors import DataError, NonFiniteError, RecipeError, ResourceError
+from lorakit.errors import DataError, NonFiniteError, RecipeError, ResourceError, is_out_of_memory
 from lorakit.families.task import Batch, Task
 from lorakit.numerics.order import mix
 from lorakit.recipe.schema import Compute, Optimizer, Train
@@ -293,8 +293,7 @@ def _memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        short = ("not enough memory", "can't allocate memory", "out of memory")
-        if not isinstance(error, MemoryError) and not any(text in str(error) for text in short):
+        if not is_out_of_memory(error):
             raise
         hint = "raise compute.gradient_accumulation, set compute.gradient_checkpointing, or make the examples smaller"
         raise ResourceError("out of memory in training", hint=hint) from error

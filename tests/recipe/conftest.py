@@ -28,4 +28,4 @@ def faults(recipe, text, kind=SDRecipe, *overrides):
     with pytest.raises(RecipeError) as caught:
         recipe(text, kind, *overrides)
     assert caught.value.exit_code == 2
-    return [line.strip() for line in str(caught.value).splitlines() if "faults in the recipe" not in line]
+    return list(caught.value.details) or [str(caught.value)]

@@ -224,8 +224,8 @@ def test_control_characters_in_names_are_escaped(tmp_path):
     path.write_text("data: {path: a, '\x85': 1, cr\u2028op: 2}")
     with pytest.raises(RecipeError) as caught:
         load(path, SDRecipe)
-    assert str(caught.value).replace("\n", "").isprintable()
-    assert "a\\n\\x1b[31mb.yaml" in str(caught.value)
+    assert "".join(caught.value.details).isprintable()
+    assert "a\\n\\x1b[31mb.yaml" in caught.value.details[0]
 
 
 def test_a_recipe_of_the_other_family_is_recognised(recipe):

@@ -97,12 +97,12 @@ def test_other_yaml_readers_read_the_same_dump(valid):
 
 
 def only_recipe_errors(path, kind=SDRecipe, *overrides):
-    told = ""
+    told: list[str] = []
     try:
         assert isinstance(load(path, kind, overrides), kind)
     except RecipeError as error:
-        told = str(error)
-    assert all(c.isprintable() or c == "\n" for c in told)
+        told = [str(error), *error.details]
+    assert "".join(told).isprintable()
 
 
 @FUZZ

@@ -1,0 +1,83 @@
+"""What a person reads when a command fails: one line, what to do about it, and the exit code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from lorakit.errors import (
+    DISK_ERRORS,
+    DataError,
+    LorakitError,
+    ModelError,
+    NonFiniteError,
+    RecipeError,
+    ResourceError,
+    Stopped,
+    is_out_of_memory,
+    shown,
+)
+
+ROOMS: dict[str, type[LorakitError]] = {"recipe": RecipeError, "data": DataError}
+"""What an exception that nobody foresaw is called, by the folder that it came from; elsewhere it is a ModelError."""
+INTERRUPTED = 130
+
+
+def guarded(command: Callable[[], object]) -> int:
+    """Run ``command``; what it raises is told on stderr, and its exit code returned: ``errors`` has the list.
+
+    The traceback is shown only with --debug.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ResourceError.exit_code
+    except Exception as error:
+        if os.environ.get("LORAKIT_DEBUG"):
+            traceback.print_exc()
+        return tell(error if isinstance(error, LorakitError) else _named(error))
+
+
+def tell(error: LorakitError) -> int:
+    """Print ``lorakit: error: WHERE: REASON`` and what to do about it; the exit code.
+
+    What every rank raises alike is told by rank 0 alone.
+    """
+    rank = os.environ.get("RANK", "0")
+    shared = isinstance(error, Stopped | NonFiniteError | RecipeError) or hasattr(error, "__notes__")
+    if rank != "0" and shared:
+        return error.exit_code
+    red, plain = ("\033[31m", "\033[0m") if _in_colour() else ("", "")
+    who = "" if rank == "0" else f" rank {rank}:"
+    first, *more = [str(error), *error.details]
+    print(f"{red}lorakit: error:{plain}{who} {shown(first)}", file=sys.stderr)
+    for line in [*more, *([error.hint] if error.hint else [])]:
+        print(f"  {shown(line)}", file=sys.stderr)
+    return error.exit_code
+
+
+def _in_colour() -> bool:
+    return sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def _named(error: Exception) -> LorakitError:
+    """An exception of Python's or a library's as an error of lorakit's."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if is_out_of_memory(error):
+        return ResourceError("out of memory", hint="free some memory, or take a smaller model or smaller examples")
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return ResourceError(f"cannot write: {error.strerror}", where=str(error.filename or ""))
+    kind: type[LorakitError] = ModelError
+    place = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        _, inside, path = frame.filename.replace(os.sep, "/").rpartition("/lorakit/")
+        if inside:
+            kind, place = ROOMS.get(path.partition("/")[0], ModelError), f"lorakit/{path}:{frame.lineno}"
+    hint = "nobody foresaw this: please report it, with what `lorakit --debug ...` prints"
+    return kind(f"{type(error).__name__}: {text} (at {place})", hint=hint)

@@ -1,0 +1,88 @@
+"""Tiny bases, data and recipes, whole and sound, for a test to break in one place."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import tiny_llama, tiny_sd
+
+LLAMA = """\
+base: {{model: {folder}/base}}
+adapter: {{rank: 4}}
+data:
+  train: [{{path: {folder}/chats.jsonl}}]
+  held_out: 0
+  max_tokens: 64
+train: {{steps: 2, batch_size: 4}}
+output: {{folder: {folder}/runs, name: chats}}
+compute: {{device: cpu, precision: fp32}}
+"""
+SD = """\
+base: {{model: {folder}/base}}
+adapter: {{rank: 4}}
+data:
+  path: {folder}/pictures
+  resolution: 32
+  bucket_step: 8
+  held_out: 0
+train: {{steps: 2, batch_size: 2}}
+output: {{folder: {folder}/runs, name: colours}}
+compute: {{device: cpu, precision: fp32}}
+"""
+
+
+@pytest.fixture(scope="session")
+def whole_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("whole") / "llama", tied=False, max_shard_size="40KB")
+
+
+@pytest.fixture(scope="session")
+def whole_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sd(tmp_path_factory.mktemp("whole") / "sd")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def row(number: int) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": f"What is {number}?"},
+                                    {"role": "assistant", "content": f"It is {number}."}]}) + "\n"  # fmt: skip
+
+
+@pytest.fixture
+def llama(tmp_path: Path, whole_llama: Path) -> Path:
+    """A folder with ``base`` (four shards), ``chats.jsonl`` of eight rows and ``recipe.yaml``."""
+    shutil.copytree(whole_llama, tmp_path / "base")
+    (tmp_path / "chats.jsonl").write_text("".join(row(i) for i in range(8)))
+    (tmp_path / "recipe.yaml").write_text(LLAMA.format(folder=tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def sd(tmp_path: Path, whole_sd: Path) -> Path:
+    """A folder with ``base``, ``pictures`` (four PNGs with captions) and ``recipe.yaml``."""
+    shutil.copytree(whole_sd, tmp_path / "base")
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        noise = np.random.default_rng(i).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"pictures/{i}.png")
+        (tmp_path / f"pictures/{i}.txt").write_text(f"colour {i}")
+    (tmp_path / "recipe.yaml").write_text(SD.format(folder=tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def edit() -> Callable[..., None]:
+    """``edit(path, key=value)`` changes keys of a JSON object in a file."""
+
+    def edit(path: Path, **changes: object) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit

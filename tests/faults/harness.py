@@ -1,0 +1,107 @@
+"""The command line run as a user runs it, and what must be true of every refusal."""
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit import cli
+
+CODES = frozenset({0, 2, 3, 4, 5, 6, 7, 8, 9, 75, 130})
+"""Every exit code that a command may end with."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command left: its exit code and its two streams."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that names the failure."""
+        lines = [line for line in self.err.splitlines() if line.startswith("lorakit: error: ")]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+    def refused(self, code: int, *words: str) -> "Told":
+        """Assert a refusal with ``code``, told in one printable line that holds ``words``, without a traceback."""
+        assert self.code == code, (self.code, self.err)
+        assert "Traceback" not in self.err + self.out
+        assert "nobody foresaw" not in self.err
+        assert self.error.isprintable()
+        missing = [word for word in words if word not in self.error]
+        assert not missing, (missing, self.err)
+        return self
+
+
+def lorakit(*words: object) -> Told:
+    """Run a command in this process."""
+    out, err, environment = io.StringIO(), io.StringIO(), dict(os.environ)
+    code: object = None
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    assert isinstance(code, int)
+    return Told(code, out.getvalue(), err.getvalue())
+
+
+def process(*words: object, prelude: str = "", seconds: float = 60, env: Mapping[str, str] | None = None) -> Told:
+    """Run a command in a process of its own, after ``prelude`` (Python); it must end within ``seconds``."""
+    code = f"import sys\n{prelude}\nfrom lorakit.cli import main\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+        env={**os.environ, **(env or {})},
+        errors="surrogateescape",
+    )
+    return Told(done.returncode, done.stdout, done.stderr)
+
+
+def limited(megabytes: int) -> str:
+    """A ``prelude`` that lets the process have so much memory of its own, beside what torch's import takes."""
+    return (
+        "import resource, torch, transformers, diffusers\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (used + {megabytes} * 2**20,) * 2)"
+    )
+
+
+def files(root: Path) -> dict[str, str]:
+    """Every file and link below ``root`` with a hash of its content, mode included; what is being written left out."""
+    found = {}
+    for below, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".tmp-")]
+        for name in [*names, *folders]:
+            path = Path(below) / name
+            if path.is_symlink():
+                found[str(path)] = f"-> {os.readlink(path)}"
+            elif path.is_file() and not re.match(r"\.tmp-|\.lock$", name):
+                found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() + oct(path.stat().st_mode)
+    return found
+
+
+@contextlib.contextmanager
+def untouched(root: Path) -> Iterator[None]:
+    """Nothing below ``root`` is changed, removed or added in the block."""
+    before = files(root)
+    yield
+    after = files(root)
+    assert {name: after.get(name) for name in before} == before
+    assert set(after) == set(before)
