@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta, merged
+from lorakit.adapters.linear import LoraLinear
 from lorakit.adapters.targets import Injection, fit, injection, plan
 from lorakit.errors import ModelError
 from lorakit.recipe.schema import Adapter
@@ -80,6 +81,8 @@ def _wrap(
         alpha_pattern=pattern(alphas),
         **options,
     )
+    if not any(map(_quantized, model.parameters())):
+        config._register_custom_module({nn.Linear: LoraLinear})
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, model, adapter_name=name)

@@ -72,9 +72,10 @@ class _MatmulAttention(torch.autograd.Function):
         kept: list[Tensor] = []
         for start in range(0, q.shape[2], BLOCK):
             stop = min(start + BLOCK, q.shape[2])
-            rows = q[:, :, start:stop]
-            probabilities = _probabilities(rows, k[:, :stop], start, scale)
-            out[:, :, start:stop] = (probabilities @ v[:, :stop]).view_as(rows)
+            rows, keys = q[:, :, start:stop].flatten(1, 2), k[:, :stop].transpose(1, 2)
+            scores = torch.baddbmm(_causal_mask(q, start, stop), rows, keys, alpha=scale)
+            probabilities = scores.softmax(-1)
+            out[:, :, start:stop] = (probabilities @ v[:, :stop]).view_as(out[:, :, start:stop])
             kept.append(probabilities)
         ctx.save_for_backward(q, k, v, *(kept if any(ctx.needs_input_grad) else ()))
         ctx.scale = scale
@@ -82,33 +83,21 @@ class _MatmulAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """With dP = dO V^T: dS = scale * P * (dP - rowsum(P * dP)), dQ = dS K, dK = dS^T Q, dV = P^T dO."""
+        """With dP = dO V^T: dS = P * (dP - rowsum(P * dP)), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO."""
         q, k, v, *kept = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for start, probabilities in zip(range(0, q.shape[2], BLOCK), kept, strict=True):
             stop = min(start + BLOCK, q.shape[2])
-            rows = q[:, :, start:stop].flatten(1, 2)
-            d_rows = grads[0][:, :, start:stop].flatten(1, 2)
+            rows, d_rows = (x[:, :, start:stop].flatten(1, 2) for x in (q, grads[0]))
             d_prob = d_rows @ v[:, :stop].transpose(1, 2)
-            weighted = probabilities * d_prob
-            d_scores = torch.addcmul(
-                weighted, probabilities, weighted.sum(-1, keepdim=True, dtype=_wide(q)).to(q.dtype), value=-1
-            ).mul_(ctx.scale)
+            d_scores = torch._softmax_backward_data(d_prob, probabilities, -1, q.dtype)
             dq[:, :, start:stop] = (d_scores @ k[:, :stop]).view_as(dq[:, :, start:stop])
             dk[:, :stop] += d_scores.transpose(1, 2) @ rows
             dv[:, :stop] += probabilities.transpose(1, 2) @ d_rows
-        return dq, dk, dv, None
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    """float32 for half precisions, else the dtype itself."""
-    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-
-
-def _probabilities(rows: Tensor, keys: Tensor, start: int, scale: float) -> Tensor:
-    """softmax(scale * rows keys^T), causal: rows [K, G, b, D] at positions from ``start`` -> [K, G * b, keys]."""
-    key_heads, groups, count, _ = rows.shape
-    scores = (rows.flatten(1, 2) @ keys.transpose(1, 2)).to(_wide(rows)).mul_(scale)
-    later = torch.ones(count, count, dtype=torch.bool, device=rows.device).triu_(1)
-    scores.view(key_heads, groups, count, -1)[..., start:].masked_fill_(later, float("-inf"))
-    return scores.softmax(-1).to(rows.dtype)
+def _causal_mask(q: Tensor, start: int, stop: int) -> Tensor:
+    """0 where a query of the block may look, else -inf: [G * b, stop], once for each query head of a key head."""
+    mask = torch.full((stop - start, stop), float("-inf"), dtype=q.dtype, device=q.device).triu_(start + 1)
+    return mask.repeat(q.shape[1], 1)

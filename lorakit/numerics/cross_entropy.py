@@ -45,12 +45,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, CHUNK_NUMBERS // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = (rows @ weight.T).to(wide)
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            loss += (normalizer - logits.gather(1, labels)).sum()
+            log_probabilities = (rows @ weight.T).to(wide).log_softmax(-1)
+            loss -= log_probabilities.gather(1, labels).sum()
             if gradient is not None:
-                d_logits = logits.sub_(normalizer).exp_()
-                d_logits.scatter_add_(1, labels, torch.full_like(normalizer, -1))
+                d_logits = log_probabilities.exp_()
+                d_logits.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=wide))
                 gradient[start : start + chunk] = d_logits.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)

@@ -77,7 +77,7 @@ def test_peft_loads_what_we_write(llama: Path, tmp_path: Path, kind: str) -> Non
     injection = disturbed(model, ADAPTERS[kind], ATTENTION)
     write_peft(tmp_path, adapter_state(model), injection, base_name="builtin:x", task="CAUSAL_LM", metadata={"a": "b"})
     theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llama), tmp_path)
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=0)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=2e-5)
     ours = LlamaForCausalLM.from_pretrained(llama)
     saved = read_adapter(tmp_path, {"model": ours})
     assert (saved.family, saved.format) == ("llama", "peft")

@@ -160,6 +160,22 @@ def test_quantized_bases_train(folder, quantization):
     assert loss.item() == pytest.approx(mean_loss(load(folder), "train", 1).item(), rel=0.1)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_an_answer_in_between_does_not_end_the_training_of_a_quantized_base(folder, quantization):
+    def gradients(answer_first):
+        task = load(folder, base={"quantization": quantization})
+        if answer_first:
+            task.model.eval()
+            with torch.inference_mode():
+                task.model.lm(torch.tensor([[1, 2, 3]]))
+            task.model.train()
+        mean_loss(task, "train", 1).backward()
+        return [p.grad for p in adapter_parameters(task.model.lm).values()]
+
+    for before, after in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(after, before)
+
+
 def test_bfloat16_base_keeps_a_float32_adapter(folder):
     task = load(folder, place=Place(torch.device("cpu"), torch.bfloat16, gradient_checkpointing=True))
     task.model.train()

@@ -76,6 +76,8 @@ def load_model(
         model: Any = AutoModelForCausalLM.from_pretrained(**_source(location), **options)
     if location.layout == "gguf":
         _clear_gguf_mark(model)
+    if quantization == "nf4":
+        _keep_trainable(model)
     return model if quantization != "none" else model.to(place.device)
 
 
@@ -106,6 +108,14 @@ def _bitsandbytes(quantization: Quantization, place: Place) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=place.dtype,
     )
+
+
+def _keep_trainable(model: Any) -> None:
+    """On a CPU with AVX512-BF16 bitsandbytes repacks 4-bit weights the first time that a layer infers, in a layout that
+    gives no gradient ever after: sample answers would end the training of everything below."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _clear_gguf_mark(model: Any) -> None:

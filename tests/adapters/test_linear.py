@@ -1,0 +1,81 @@
+"""``LoraLinear`` computes what PEFT's own layer computes."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
+from torch import nn
+
+from lorakit.adapters.delta import Delta
+from lorakit.adapters.inject import apply, inject, lora_layers, set_scale, without_adapter
+from lorakit.adapters.linear import LoraLinear
+from lorakit.recipe.schema import Adapter
+
+GROUPS = {"attention": ("0", "2"), "attention+mlp": ("0", "2")}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 7, bias=False)).double()
+
+
+def pair(**options: Any) -> tuple[nn.Module, nn.Module]:
+    """The same network and adapter by lorakit's layers and by PEFT's, in float64."""
+    ours = network()
+    inject(ours, Adapter.model_validate({"rank": 3, "alpha": 6, **options}), GROUPS, seed=1)
+    theirs = network().requires_grad_(False)
+    dora = options.get("dora", False)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["0", "2"], use_dora=dora)
+    inject_adapter_in_model(config, theirs)
+    torch.manual_seed(2)
+    mine, other = lora_layers(ours), lora_layers(theirs)
+    assert {type(layer) for layer in mine.values()} == {LoraLinear}
+    assert {type(layer) for layer in other.values()} == {Linear}
+    for path, layer in mine.items():
+        for name in ("lora_A", "lora_B"):
+            weight = getattr(layer, name)["default"].weight
+            weight.data = torch.randn_like(weight.double())
+            getattr(other[path], name)["default"].weight.data = weight.data.clone()
+        if dora:
+            magnitude = layer.lora_magnitude_vector["default"].weight
+            magnitude.data = magnitude.data.double() * 1.1
+            other[path].lora_magnitude_vector["default"].weight.data = magnitude.data.clone()
+    return ours, theirs
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_output_and_gradients_are_pefts(dora: bool) -> None:
+    ours, theirs = pair(dora=dora)
+    x = torch.randn(4, 5, 12, dtype=torch.float64)
+    for model in (ours, theirs):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(ours(x), theirs(x))
+    grads = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert len(grads) == (6 if dora else 4)
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, grads[name])
+
+
+def test_scale_and_absence_are_as_asked() -> None:
+    ours, _ = pair()
+    x = torch.randn(5, 12, dtype=torch.float64)
+    with without_adapter(ours):
+        torch.testing.assert_close(ours(x), network()(x))
+    set_scale(ours, 0.0)
+    torch.testing.assert_close(ours(x), network()(x))
+
+
+def test_two_adapters_add_up() -> None:
+    torch.manual_seed(4)
+    model, x = network(), torch.randn(5, 12, dtype=torch.float64)
+    deltas = [Delta(torch.randn(2, 12), torch.randn(9, 2), 0.5, None) for _ in range(2)]
+    for number, delta in enumerate(deltas):
+        apply(model, {"0": delta}, weight=1.0, name=f"a{number}")
+    wanted = network()
+    with torch.no_grad():
+        for delta in deltas:
+            wanted[0].weight += (delta.scale * delta.B @ delta.A).double()
+    torch.testing.assert_close(model(x), wanted(x), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,102 @@
+"""The LoRA linear function beside the same formula in plain autograd, in float64, and beside PEFT's own layers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from lorakit.numerics.lora import Magnitude, lora_linear, norms, row_squares
+
+
+def tensors(inputs: int, outputs: int, rank: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(inputs * 100 + outputs * 10 + rank)
+    shapes = ((outputs, inputs), (outputs,), (rank, inputs), (outputs, rank), (outputs,))
+    w, bias, a, b, m = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    return [w, bias, a.requires_grad_(), b.requires_grad_(), (m.abs() + 0.5).requires_grad_()]
+
+
+def plain(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, m: Tensor | None) -> Tensor:
+    if m is None:
+        return functional.linear(x, w + scale * b @ a, bias)
+    whole = w + scale * b @ a
+    direction = whole / whole.detach().norm(dim=1, keepdim=True)
+    return functional.linear(x, m[:, None] * direction, bias)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    leading=st.lists(st.integers(1, 4), max_size=3),
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5)),
+    scale=st.sampled_from([1.0, 0.25, 3.0]),
+    dora=st.booleans(),
+    biased=st.booleans(),
+    learned_input=st.booleans(),
+)
+def test_the_loss_and_every_gradient_are_plain_autograds(
+    leading: list[int], sizes: tuple[int, int, int], scale: float, dora: bool, biased: bool, learned_input: bool
+) -> None:
+    w, bias, a, b, m = tensors(*sizes)
+    x = torch.randn(*leading, sizes[0], dtype=torch.float64, requires_grad=learned_input)
+    magnitude = Magnitude(m, row_squares(w, torch.float64)) if dora else None
+    inputs = [t for t in (x, a, b, *([m] if dora else [])) if t.requires_grad]
+    ours = lora_linear(x, (w, bias if biased else None), (a, b), scale, 0.0, magnitude)
+    theirs = plain(x, w, bias if biased else None, a, b, scale, m if dora else None)
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn_like(ours)
+    for mine, wanted in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, wanted)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_hides_numbers_from_the_adapter_alone(dora: bool) -> None:
+    w, _, a, b, m = tensors(64, 6, 3)
+    x = torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(3)
+    kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - 0.3)
+    assert 0 < kept.sum() < kept.numel()
+    magnitude = Magnitude(m, row_squares(w, torch.float64)) if dora else None
+    inputs = [x, a, b, *([m] if dora else [])]
+    torch.manual_seed(3)
+    ours = lora_linear(x, (w, None), (a, b), 0.5, 0.3, magnitude)
+    theirs = x @ w.T + 0.5 * (x * kept / 0.7) @ a.T @ b.T
+    if dora:
+        theirs = theirs * m / (w + 0.5 * b @ a).detach().norm(dim=1)
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn_like(ours)
+    for mine, wanted in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_norms_need_no_sum() -> None:
+    w, _, a, b, _ = tensors(40, 7, 4)
+    torch.testing.assert_close(norms(w, (a, b), 0.7, row_squares(w, torch.float64)), (w + 0.7 * b @ a).norm(dim=1))
+
+
+def test_bfloat16_is_as_near_as_its_digits_allow() -> None:
+    """Inputs rounded to bfloat16 once, then exact arithmetic in float64, is what it is measured against."""
+    w, bias, a, b, _ = (t.detach() for t in tensors(96, 48, 8, torch.float32))
+    x = torch.randn(200, 96)
+    low = [t.bfloat16() for t in (x, w, bias)]
+    a, b = a.requires_grad_(), b.requires_grad_()
+    ours = lora_linear(low[0].requires_grad_(), (low[1], low[2]), (a, b), 0.5)
+    exact = [t.detach().double().requires_grad_() for t in (low[0], a.bfloat16(), b.bfloat16())]
+    theirs = plain(exact[0], low[1].double(), low[2].double(), exact[1], exact[2], 0.5, None)
+    upstream = torch.randn(200, 48).bfloat16()
+    mine = torch.autograd.grad(ours, (low[0], a, b), upstream)
+    wanted = torch.autograd.grad(theirs, exact, upstream.double())
+    assert [g.dtype for g in mine] == [torch.bfloat16, torch.float32, torch.float32]
+    for got, expected in zip((ours, *mine), (theirs, *wanted), strict=True):
+        assert (got.double() - expected).norm() < 0.01 * expected.norm()
+
+
+def test_a_base_that_learns_is_refused() -> None:
+    w, _, a, b, _ = tensors(4, 3, 2)
+    with pytest.raises(ValueError, match="freeze"):
+        lora_linear(torch.ones(1, 4, dtype=torch.float64), (w.requires_grad_(), None), (a, b), 1.0)
