@@ -85,7 +85,9 @@ def train_llama(
 def merge(
     base: Annotated[str, typer.Argument(metavar="BASE", help="A base model, named as in a recipe.")],
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter, or a run folder.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the merged model.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder; for a single-file base also a .safetensors file.")
+    ],
     scale: Annotated[float, typer.Option(help="Factor on the adapter's change.")] = 1.0,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,

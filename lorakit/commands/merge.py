@@ -28,9 +28,15 @@ def run(base: str, adapter: Path, out: Path, options: Options) -> None:
     import torch
 
     from lorakit.adapters.merge import merge
+    from lorakit.adapters.merge_plan import plan_merge
     from lorakit.storage.bases import resolve
 
-    console = Console(stderr=True)
+    console, location = Console(stderr=True), resolve(base, options.revision)
+    original = None
+    if location.layout == "single-file":
+        from lorakit.families.sd.original import open_original
+
+        original = open_original(location)
     bar = Progress(
         TextColumn("merging"),
         BarColumn(bar_width=None),
@@ -41,12 +47,16 @@ def run(base: str, adapter: Path, out: Path, options: Options) -> None:
     )
     with bar, warnings_to(console):
         task = bar.add_task("merging", total=None)
-        report = merge(
-            resolve(base, options.revision),
-            adapter,
+        plan = plan_merge(
+            location,
+            [(adapter, options.scale)],
             out,
-            scale=options.scale,
             dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            overwrite=options.overwrite,
+            original=original,
+        )
+        report = merge(
+            plan,
             overwrite=options.overwrite,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

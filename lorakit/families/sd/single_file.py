@@ -25,6 +25,9 @@ from lorakit.errors import ModelError
 from lorakit.storage.headers import read_header
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+PREFIXES = {"unet": UNET, "vae": VAE, "text_encoder": TEXT}
+OPEN_CLIP = f"{TEXT}model.ln_final.weight"
+"""A tensor that OpenCLIP's text encoder, which SD 2.x has, alone has."""
 CLIP = "openai/clip-vit-large-patch14"
 # diffusers has no types
 _unet: Any = UNet2DConditionModel
@@ -57,7 +60,7 @@ def read_configs(path: Path) -> Configs:
     """The configs of a checked single file, from its header alone. Raises: ModelError for a layout it cannot tell."""
     header = read_header(path)
     shapes = {name: tuple(info.shape) for name, info in header.tensors.items()}
-    second = f"{TEXT}model.ln_final.weight" in shapes
+    second = OPEN_CLIP in shapes
     kind = _prediction_type(path, header.metadata, second)
     try:
         return Configs(_unet_config(shapes, kind), _vae_config(shapes), _text_config(shapes, second), _schedule(kind))
@@ -71,21 +74,29 @@ def load_single_file(path: Path, dtype: torch.dtype) -> SingleFile:
     Raises: ModelError when a tensor is missing, left over or misshapen, or CLIP's vocabulary is not on this machine.
     """
     configs = read_configs(path)
-    second = f"{TEXT}model.ln_final.weight" in read_header(path).tensors
-    tokenizer = _tokenizer(path, second, configs.text_encoder["vocab_size"])
+    tokenizer = load_tokenizer(path, configs.text_encoder["vocab_size"])
     unet, vae = _unet(**configs.unet), _vae(**configs.vae)
-    _fill(unet, _rename_unet(_tensors(path, UNET), unet.config), path)
-    _fill(vae, _rename_vae(_tensors(path, VAE), vae.config), path)
     text_encoder: Any = CLIPTextModel(CLIPTextConfig(**configs.text_encoder))
-    text = _tensors(path, TEXT)
-    if second:
-        text = _rename_open_clip(text_encoder, text)
-    else:
-        text = {name.removeprefix(f"{TEXT}transformer."): tensor for name, tensor in text.items()}
-    text = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
-    derived = ("embeddings.position_ids", "text_projection.weight", "logit_scale")
-    _fill(text_encoder, {name: tensor for name, tensor in text.items() if name not in derived}, path)
+    for component, module in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
+        _fill(module, rename(component, _tensors(path, PREFIXES[component]), module), path)
     return SingleFile(tokenizer, text_encoder.to(dtype), unet.to(dtype), vae.float(), configs.schedule)
+
+
+def rename(component: str, tensors: Mapping[str, Tensor], module: Any) -> dict[str, Tensor]:
+    """A component's tensors under diffusers' names, given those of the file that start with its prefix."""
+    if component == "unet":
+        return dict(_rename_unet(tensors, module.config))
+    if component == "vae":
+        return dict(_rename_vae(tensors, module.config))
+    if OPEN_CLIP in tensors:
+        unused = f"{TEXT}model.transformer.resblocks.{module.config.num_hidden_layers}."
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+        tensors = _rename_open_clip(module, tensors)
+    else:
+        tensors = {name.removeprefix(f"{TEXT}transformer."): tensor for name, tensor in tensors.items()}
+    bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    derived = ("embeddings.position_ids", "text_projection.weight", "logit_scale")
+    return {name: tensor for name, tensor in bare.items() if name not in derived}
 
 
 def _tensors(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -202,12 +213,15 @@ def _schedule(kind: str) -> dict[str, Any]:
     }
 
 
-def _tokenizer(path: Path, second: bool, size: int) -> CLIPTokenizer:
-    """CLIP's, with ``size`` tokens: counted, as transformers makes an empty one where files are missing."""
+def load_tokenizer(path: Path, size: int) -> CLIPTokenizer:
+    """CLIP's, with ``size`` tokens: counted, as transformers makes an empty one where files are missing.
+
+    Raises: ModelError when its files are neither beside the checkpoint nor in the hub's cache.
+    """
     beside = path.parent / "tokenizer"
     source = str(beside) if beside.is_dir() else CLIP
     found: CLIPTokenizer | None = None
-    options: dict[str, Any] = {"pad_token": "!"} if second else {}
+    options: dict[str, Any] = {"pad_token": "!"} if OPEN_CLIP in read_header(path).tensors else {}
     with suppress(OSError, ValueError):
         found = CLIPTokenizer.from_pretrained(source, local_files_only=True, **options)
     if found is None or len(found) < size:

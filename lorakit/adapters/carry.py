@@ -1,0 +1,76 @@
+"""What a merged model's folder holds beside its weights: configs, tokenizer and licence of the base, and the index."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from lorakit.adapters.stream import OutFile
+from lorakit.storage import checks
+from lorakit.storage.bases import BaseLocation
+
+LOG = logging.getLogger("lorakit")
+_LEFT_BEHIND = {*checks.PICKLES, ".safetensors", ".py", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
+
+
+def copy_rest(base: BaseLocation, out: Path, dtype: torch.dtype | None) -> None:
+    """Copy what a base's folder holds beside its weights; configs get ``dtype`` where there is one."""
+    for path in _rest(base.path):
+        shutil.copyfile(path, out / path.name)
+    if base.layout == "transformers":
+        _set_dtype(out / "config.json", dtype)
+        return
+    index_path = out / "model_index.json"
+    index = checks.read_json(index_path)
+    for component in [name for name, pair in index.items() if isinstance(pair, list) and pair != [None, None]]:
+        source = base.path / component
+        optional = component in ("safety_checker", "image_encoder")
+        complete = source.is_dir() and (not optional or (source / "model.safetensors").is_file())
+        if not complete:
+            LOG.warning("%s: no %s to carry along; the merged model goes without", base.name, component)
+            index[component] = [None, None]
+            continue
+        (out / component).mkdir()
+        for path in _rest(source):
+            shutil.copyfile(path, out / component / path.name)
+        if optional:
+            shutil.copyfile(source / "model.safetensors", out / component / "model.safetensors")
+        elif component.startswith("text_encoder"):
+            _set_dtype(out / component / "config.json", dtype)
+    if index.get("safety_checker") == [None, None]:
+        index["requires_safety_checker"] = False
+    index_path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _rest(folder: Path) -> Iterator[Path]:
+    """Files that come along: configs, tokenizer, licence; no weights of any kind, no code."""
+    for path in sorted(folder.iterdir()):
+        hidden, index = path.name.startswith("."), path.name.endswith(".index.json")
+        if path.is_file() and path.suffix not in _LEFT_BEHIND and not hidden and not index:
+            yield path
+
+
+def _set_dtype(path: Path, dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        return
+    config = checks.read_json(path)
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+        config[key] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def write_indexes(out: Path, files: Mapping[str, OutFile]) -> None:
+    """Write the index of every sharded component, with the right total size."""
+    shards: dict[Path, dict[str, OutFile]] = {}
+    for name, file in files.items():
+        if "-of-" in name:
+            shards.setdefault((out / name).parent, {})[Path(name).name] = file
+    for folder, members in shards.items():
+        weight_map = {name: shard for shard, file in members.items() for name in file.tensors}
+        total = sum(file.size for file in members.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        stem = next(iter(members)).split("-")[0]
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

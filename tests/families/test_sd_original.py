@@ -1,0 +1,148 @@
+"""A single-file checkpoint merged into a single file in its own names, and into a diffusers folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lorakit.adapters.files import read_adapter
+from lorakit.adapters.inject import adapter_state, apply, fold, inject, load_adapter_state
+from lorakit.adapters.merge import merge
+from lorakit.adapters.merge_plan import plan_merge
+from lorakit.adapters.write import write_peft
+from lorakit.errors import ConflictError, ModelError
+from lorakit.families.place import Place
+from lorakit.families.sd.base import Parts, load_parts
+from lorakit.families.sd.original import open_original
+from lorakit.families.sd.targets import TEXT_GROUPS, UNET_GROUPS
+from lorakit.recipe.schema import Adapter
+from lorakit.storage.bases import BaseLocation, resolve
+from tests.families.test_sd_single_file import models, write
+from tests.tiny import tiny_clip_tokenizer
+
+__all__ = ["models"]
+PLACE = Place(torch.device("cpu"), torch.float32)
+EVERYTHING = Adapter(rank=2, targets=["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "time_emb_proj"])
+GROUPS = {"unet": UNET_GROUPS, "text_encoder": TEXT_GROUPS}
+
+
+def open_clip(text: nn.Module) -> dict[str, Tensor]:
+    """The text encoder as OpenCLIP names it, with the last layer that Stable Diffusion 2 never uses."""
+    prefix, old = "cond_stage_model.model.", {k.removeprefix("text_model."): v for k, v in text.state_dict().items()}
+    names = {
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm.weight": "ln_final.weight",
+        "final_layer_norm.bias": "ln_final.bias",
+    }
+    tensors = {new: old[name] for name, new in names.items()}
+    layer = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    layer["self_attn.out_proj"] = "attn.out_proj"
+    for number in range(3):
+        source, target = f"encoder.layers.{min(number, 1)}.", f"transformer.resblocks.{number}."
+        for kind in ("weight", "bias"):
+            tensors |= {f"{target}{new}.{kind}": old[f"{source}{name}.{kind}"] for name, new in layer.items()}
+            stacked = [old[f"{source}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            tensors[f"{target}attn.in_proj_{kind}"] = torch.cat(stacked)
+    return {prefix + name: tensor.clone() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(params=["clip", "open clip"])
+def base(request: pytest.FixtureRequest, models: dict[str, Any], tmp_path: Path) -> BaseLocation:
+    (tmp_path / "base").mkdir()
+    path = write(tmp_path / "base", models)
+    if request.param == "open clip":
+        tensors = {k: v for k, v in load_file(path).items() if not k.startswith("cond_stage_model.")}
+        shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
+        torch.manual_seed(1)
+        text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tiny_clip_tokenizer()), **shape, hidden_act="gelu"))
+        save_file(tensors | open_clip(text), path, {"modelspec.prediction_type": "epsilon"})
+    else:
+        save_file({k: v.half() if k.startswith("model.") else v for k, v in load_file(path).items()}, path)
+    return resolve(str(path))
+
+
+@pytest.fixture
+def adapter(base: BaseLocation, tmp_path: Path) -> Path:
+    """A LoRA for UNet and text encoder that changes what they compute."""
+    parts = load_parts(base, PLACE)
+    sections = {"unet": EVERYTHING, "text_encoder": Adapter(rank=2, alpha=3, targets="attention+mlp")}
+    for component, section in sections.items():
+        module = getattr(parts, component)
+        injection = inject(module, section, GROUPS[component], seed=0)
+        generator = torch.Generator().manual_seed(2)
+        state = {k: 0.2 * torch.randn(v.shape, generator=generator) for k, v in adapter_state(module).items()}
+        load_adapter_state(module, state)
+        write_peft(tmp_path / "adapter" / component, adapter_state(module), injection, base_name="x")
+    return tmp_path / "adapter"
+
+
+def expected(base: BaseLocation, adapter: Path) -> Parts:
+    """Base + adapter, folded by the code that `generate` uses."""
+    parts = load_parts(base, PLACE)
+    modules = {"unet": parts.unet, "text_encoder": parts.text_encoder}
+    for component, deltas in read_adapter(adapter, modules).components.items():
+        apply(modules[component], deltas, weight=1.0, name="a")
+        fold(modules[component])
+    return parts
+
+
+def equal(found: nn.Module, wanted: nn.Module) -> None:
+    state = wanted.state_dict()
+    assert state.keys() == found.state_dict().keys()
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor.float(), state[name].float(), rtol=2**-10, atol=1e-6, msg=name)
+
+
+def test_single_file_to_single_file(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "base" / "merged.safetensors"
+    report = merge(plan_merge(base, [(adapter, 1.0)], out, original=open_original(base)))
+    before, after = load_file(base.path), load_file(out)
+    assert list(before) == list(after)
+    with safe_open(base.path, "pt") as one, safe_open(out, "pt") as two:
+        assert one.metadata() == two.metadata()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    layers = {"cond_stage_model", "model"}
+    assert {key.split(".")[0] for key in changed} == layers
+    assert all(before[key].dtype == after[key].dtype for key in before)
+    assert report.modules >= len(changed)
+    wanted, parts = expected(base, adapter), load_parts(resolve(str(out)), PLACE)
+    for component in ("unet", "text_encoder", "vae"):
+        equal(getattr(parts, component), getattr(wanted, component))
+
+
+def test_single_file_to_folder_and_diffusers_reads_both(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
+    original, folder, file = open_original(base), tmp_path / "folder", tmp_path / "base" / "merged.safetensors"
+    merge(plan_merge(base, [(adapter, 1.0)], folder, original=original))
+    merge(plan_merge(base, [(adapter, 1.0)], file, original=original))
+    wanted = expected(base, adapter)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    for component in ("unet", "text_encoder", "vae"):
+        equal(getattr(pipeline, component), getattr(wanted, component))
+    single = StableDiffusionPipeline.from_single_file(
+        str(file), config=str(folder), local_files_only=True, dtype=torch.float32, safety_checker=None
+    )
+    for component in ("unet", "text_encoder", "vae"):
+        equal(getattr(single, component), getattr(wanted, component))
+    assert json.loads((folder / "model_index.json").read_text())["text_encoder"] == ["transformers", "CLIPTextModel"]
+
+
+def test_what_is_refused(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
+    original = open_original(base)
+    with pytest.raises(ConflictError, match="OUT is the base"):
+        plan_merge(base, [(adapter, 1.0)], base.path, overwrite=True, original=original)
+    (tmp_path / "there.safetensors").write_bytes(b"x")
+    with pytest.raises(ConflictError, match="exists"):
+        plan_merge(base, [(adapter, 1.0)], tmp_path / "there.safetensors", original=original)
+    (tmp_path / "base" / "tokenizer").rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="vocabulary"):
+        merge(plan_merge(base, [(adapter, 1.0)], tmp_path / "folder", original=original))
+    assert not (tmp_path / "folder").exists()
+    assert not list(tmp_path.glob(".tmp-*"))
