@@ -150,7 +150,9 @@ def _put(target: Any, value: Any, key: str) -> Any:
         return value
     if not isinstance(value, Tensor) or target.shape != value.shape or target.dtype != value.dtype:
         raise CheckpointError("optimizer state of another shape or dtype than this run's", where=key)
-    return target.detach().copy_(value)
+    with torch.no_grad():
+        target.copy_(value)  # in place: quantization maps stay shared
+    return target
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[int, int, nn.Parameter]]:

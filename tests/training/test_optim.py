@@ -100,6 +100,9 @@ def test_state_goes_through_files_bit_for_bit(name: str, tmp_path: Path) -> None
         assert old.keys() == new.keys()
         for key, value in old.items():
             assert torch.equal(value, new[key]) if isinstance(value, Tensor) else value == new[key]
+    again_tensors, again_meta = optim.state_to_tensors(restored)
+    assert again_tensors.keys() == tensors.keys(), "quantization maps are no longer shared"
+    assert again_meta == meta
 
     straight, _ = run(name, 6, *shapes)
     for step in range(3, 6):
