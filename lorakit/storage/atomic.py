@@ -5,6 +5,7 @@ A folder can carry ``manifest.json``: the SHA-256 and the size of each file, wri
 killed process left.
 """
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -12,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lorakit.errors import DISK_ERRORS, CheckpointError, ConflictError, Resource
 
 MANIFEST = "manifest.json"
 TMP = ".tmp-"
+_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -33,9 +35,10 @@ def disk_errors(where: Path) -> Iterator[None]:
     except Exception as error:
         told = re.search(r"\(os error (\d+)\)", str(error))
         number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-        if number not in DISK_ERRORS:
+        if number not in DISK_ERRORS | _FORBIDDEN:
             raise
-        hint = "free some space, or write elsewhere" if number != errno.EROFS else "choose a folder that can be written"
+        forbidden = number in _FORBIDDEN
+        hint = "choose a folder that can be written" if forbidden else "free some space, or write elsewhere"
         raise ResourceError(f"cannot write: {os.strerror(number)}", where=str(where), hint=hint) from error
 
 
@@ -72,25 +75,35 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
     """Yield an empty folder beside ``final`` that takes its place, complete and flushed, when the block ends well.
 
     An error in the block removes it. ``manifest`` adds manifest.json. A ``final`` that exists is a ConflictError
-    unless ``replace`` is set; it is then moved away and removed only after the new one is complete.
+    unless ``replace`` is set; it then changes places with the new one in one step, and is removed.
     ResourceError when the disk refuses.
     """
     if not replace and os.path.lexists(final):
         raise ConflictError("exists already", where=str(final), hint="choose another name, or remove it")
     with disk_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         folder = Path(tempfile.mkdtemp(prefix=f"{TMP}{final.name}-", dir=final.parent))
         try:
             yield folder
             os.chmod(folder, 0o777 & ~_umask())
             _flush(folder, manifest)
-            if replace and os.path.lexists(final):
-                discard(final)
-            os.rename(folder, final)
+            if not (replace and _exchange(folder, final)):
+                if replace and os.path.lexists(final):
+                    discard(final)
+                os.rename(folder, final)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         fsync(final.parent)
+        _remove(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and what is missing above it, flushed, so that what is put in it later cannot vanish with it."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync(folder.parent)
 
 
 @contextmanager
@@ -102,7 +115,7 @@ def new_file(final: Path, *, replace: bool = False) -> Iterator[Path]:
     if not replace and os.path.lexists(final):
         raise ConflictError("exists already", where=str(final), hint="choose another name, or remove it")
     with disk_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         handle, name = tempfile.mkstemp(prefix=TMP, suffix=f"-{final.name}", dir=final.parent)
         os.close(handle)
         try:
@@ -117,10 +130,16 @@ def new_file(final: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def check_manifest(folder: Path) -> None:
-    """Compare each file with manifest.json; CheckpointError naming the first that is missing, changed or unlisted."""
+    """Compare each file with manifest.json; CheckpointError naming the first that is missing, changed or unlisted.
+
+    The manifest itself must be what this module writes, byte for byte: a changed space in it counts as damage too.
+    """
     try:
-        listed = json.loads((folder / MANIFEST).read_bytes())["files"]
+        written = (folder / MANIFEST).read_bytes()
+        listed = json.loads(written)["files"]
         expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
+        if written != _manifest(listed):
+            raise ValueError("not as it was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError("the manifest is missing or cannot be read", where=str(folder / MANIFEST)) from error
     present = {name: path for name, path in _files(folder) if name != MANIFEST}
@@ -137,7 +156,7 @@ def discard(path: Path) -> None:
     """Remove a file or folder so that no half-removed one is ever seen under its name."""
     aside = Path(tempfile.mkdtemp(prefix=f"{TMP}old-", dir=path.parent))
     os.rename(path, aside / path.name)
-    shutil.rmtree(aside)
+    _remove(aside)
 
 
 def sweep(folder: Path) -> None:
@@ -145,19 +164,32 @@ def sweep(folder: Path) -> None:
     if not folder.is_dir():
         return
     for path in folder.glob(f"{TMP}*"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
 
 
 def fsync(path: Path) -> None:
     """Flush one file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two entries of a folder change places in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_working_folder, rename_exchange = -100, 2
+    paths = at_working_folder, os.fsencode(one), at_working_folder, os.fsencode(other)
+    return renameat2 is not None and renameat2(*paths, rename_exchange) == 0
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(folder: Path, manifest: bool) -> None:
@@ -170,10 +202,14 @@ def _flush(folder: Path, manifest: bool) -> None:
         if manifest:
             entries[name] = {"sha256": sha256(path), "size": path.stat().st_size}
     if manifest:
-        (folder / MANIFEST).write_text(json.dumps({"version": 1, "files": entries}, indent=1) + "\n")
+        (folder / MANIFEST).write_bytes(_manifest(entries))
         fsync(folder / MANIFEST)
     for below, _, _ in os.walk(folder, topdown=False):
         fsync(Path(below))
+
+
+def _manifest(entries: Mapping[str, object]) -> bytes:
+    return (json.dumps({"version": 1, "files": entries}, indent=1) + "\n").encode()
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:

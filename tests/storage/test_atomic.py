@@ -19,6 +19,10 @@ def make(final: Path, **options: bool) -> None:
         (folder / "deep" / "b.txt").write_text("b")
 
 
+def replace(path: Path, old: bytes, new: bytes) -> None:
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     atomic.write_text(path, "one")
@@ -46,6 +50,14 @@ def test_folder_appears_complete_with_its_manifest(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == ["step"]
 
 
+def test_a_folder_behind_a_link_takes_new_ones(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to("disk")
+    make(tmp_path / "runs" / "out")
+    make(tmp_path / "runs" / "deep" / "er" / "out")
+    atomic.check_manifest(tmp_path / "disk" / "deep" / "er" / "out")
+
+
 def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
     def fail() -> None:
         with atomic.new_folder(tmp_path / "out", manifest=False) as folder:
@@ -70,6 +82,27 @@ def test_existing_folder_is_kept_unless_replaced(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_replacing_is_one_step_where_the_system_can_and_works_elsewhere_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "out")
+    seen: list[bool] = []
+    exchange = atomic._exchange
+
+    def watched(new: Path, old: Path) -> bool:
+        done = exchange(new, old)
+        seen.append(done and (old / "new").exists() and (new / "a.bin").exists())
+        return done
+
+    for able in (watched, lambda *_: False):
+        monkeypatch.setattr(atomic, "_exchange", able)
+        with atomic.new_folder(tmp_path / "out", manifest=False, replace=True) as folder:
+            (folder / "new").write_text("n")
+        assert os.listdir(tmp_path / "out") == ["new"]
+        assert os.listdir(tmp_path) == ["out"]
+    assert seen == [True] or sys.platform != "linux"
+
+
 @pytest.mark.parametrize(
     ("harm", "named"),
     [
@@ -80,6 +113,8 @@ def test_existing_folder_is_kept_unless_replaced(tmp_path: Path) -> None:
         (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json"),
         (lambda f: (f / "manifest.json").write_text('{"files": []}'), "manifest.json"),
+        (lambda f: replace(f / "manifest.json", b'"version": 1', b'"version": 3'), "manifest.json"),
+        (lambda f: replace(f / "manifest.json", b"\n", b"\r"), "manifest.json"),
     ],
 )
 def test_manifest_names_the_bad_file(tmp_path: Path, harm, named: str) -> None:
@@ -114,7 +149,7 @@ def test_sweep_removes_only_leftovers(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["keep"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EACCES])
 @pytest.mark.fault(58)
 def test_disk_errors_become_resource_errors(tmp_path: Path, number: int) -> None:
     with pytest.raises(ResourceError, match="cannot write"), atomic.new_folder(tmp_path / "a", manifest=False):
