@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 from pathlib import Path
 from typing import Self
 
@@ -33,7 +34,7 @@ class RunFolder:
         run = cls(root)
         if rank == 0:
             with atomic.disk_errors(root):
-                root.mkdir(parents=True, exist_ok=True)
+                atomic.make_folder(root)
                 run._take_lock()
             if any(not p.name.startswith(atomic.TMP) and p != run._lock_path for p in root.iterdir()):
                 run.close()
@@ -58,6 +59,12 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint after ``step`` updates."""
         return self.checkpoints / f"step-{step:06d}"
+
+    def saved(self) -> list[tuple[int, Path]]:
+        """Every checkpoint, sound or not, as (step, folder) in the order of steps."""
+        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else []
+        named = [(re.fullmatch(r"step-(\d{6,})", path.name), path) for path in found if path.is_dir()]
+        return sorted((int(match[1]), path) for match, path in named if match)
 
     def samples(self, step: int) -> Path:
         """The folder of the samples made after ``step`` updates."""

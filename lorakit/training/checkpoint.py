@@ -8,7 +8,6 @@ step says it all.
 import dataclasses
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,30 +90,36 @@ def save(
     """
     final = run.checkpoint(state.step)
     tensors, meta = optim.state_to_tensors(optimizer)
+    if run.metrics.exists():
+        with atomic.disk_errors(run.metrics):
+            atomic.fsync(run.metrics)
     with atomic.new_folder(final, manifest=True, replace=True) as folder:
         save_file({k: v.detach().cpu().contiguous() for k, v in adapter.items()}, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors", metadata={"optimizer": meta})
         (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n", encoding="utf-8")
     atomic.check_manifest(final)
-    earlier = [folder for step, folder in _folders(run) if step <= state.step]
+    earlier = [folder for step, folder in run.saved() if step <= state.step]
     for folder in earlier[:-keep]:
         atomic.discard(folder)
 
 
-def newest(run: RunFolder) -> Checkpoint:
+def newest(run: RunFolder) -> Checkpoint | None:
     """The newest checkpoint whose manifest holds, with a warning for each newer one that fails.
 
-    CheckpointError when there is none.
+    None, with a warning, for a run that was stopped before its first one. CheckpointError when all fail.
     """
-    folders = _folders(run)
+    folders = run.saved()
+    if not folders:
+        log.warning("%s: stopped before its first checkpoint; training starts at the first step", run.root)
+        return None
     for _, folder in reversed(folders):
         try:
             atomic.check_manifest(folder)
             return _read(folder)
         except CheckpointError as error:
             log.warning("%s; using the checkpoint before it", error)
-    reason = "no checkpoint is intact" if folders else "there is no checkpoint to resume from"
-    raise CheckpointError(reason, where=str(run.checkpoints), hint="start a new run under another output.name")
+    hint = "start a new run under another output.name"
+    raise CheckpointError("no checkpoint is intact", where=str(run.checkpoints), hint=hint)
 
 
 def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
@@ -162,12 +167,6 @@ def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         elif old[key] != new[key]:
             changed.append(key)
     return changed
-
-
-def _folders(run: RunFolder) -> list[tuple[int, Path]]:
-    found = run.checkpoints.iterdir() if run.checkpoints.is_dir() else []
-    named = [(re.fullmatch(r"step-(\d{6,})", path.name), path) for path in found if path.is_dir()]
-    return sorted((int(match[1]), path) for match, path in named if match)
 
 
 def _read(folder: Path) -> Checkpoint:

@@ -1,7 +1,7 @@
 """What a run measures: metrics.jsonl, the loss curve as a picture, trackers, and the progress a caller may show."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,20 +78,30 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     DataError naming the line when another one is no JSON object with a step.
     """
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    rows = []
+    return list(_rows(path))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines[:-1], start=1):
         try:
             row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
+            yield {**row, "step": int(row["step"])}
         except (ValueError, TypeError, KeyError) as error:
             raise DataError("not a line of metrics", where=f"{path}:{number}") from error
-    return rows
 
 
 def cut(path: Path, *, step: int, evaluated: int) -> None:
-    """Keep the training lines up to ``step`` and the held-out lines up to ``evaluated``."""
-    rows = read(path)
+    """Keep the training lines up to ``step`` and the held-out lines up to ``evaluated``.
+
+    Lines that a power cut spoilt can only come after those of ``step``, which were flushed; DataError for others.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        rows.extend(_rows(path))
+    except DataError:
+        if step and not any(row["step"] == step and "loss" in row for row in rows):
+            raise
     kept = [row for row in rows if row["step"] <= (evaluated if "held_out_loss" in row else step)]
     atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 

@@ -63,6 +63,17 @@ def test_cut_keeps_what_a_checkpoint_knows(tmp_path: Path) -> None:
     assert (tmp_path / "new.jsonl").read_text() == ""
 
 
+@pytest.mark.parametrize("spoilt", [b"\0" * 40 + b"\n", b'{"st\n{"step": 3, "loss": 1}\n', b"\xff\n"])
+def test_what_a_power_cut_spoilt_after_the_checkpoint_is_cut_too(tmp_path: Path, spoilt: bytes) -> None:
+    path, good = tmp_path / "metrics.jsonl", b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+    path.write_bytes(good + spoilt)
+    metrics.cut(path, step=2, evaluated=-1)
+    assert path.read_bytes() == good
+    path.write_bytes(spoilt + good)
+    with pytest.raises(DataError, match=r"jsonl:1\b"):
+        metrics.cut(path, step=2, evaluated=-1)
+
+
 def test_a_spoilt_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n[]\n')
