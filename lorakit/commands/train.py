@@ -50,12 +50,15 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
     from lorakit.storage import atomic
     from lorakit.storage.runs import RunFolder
     from lorakit.training import launch, loop
+    from lorakit.training.stop import stopping_at_once
 
     session = launch.open_session(recipe.compute)
     root = recipe.output.folder / recipe.output.name
+    resume_command = _resume_command(words, session.world)
     try:
         opened = RunFolder.open_existing if mode.resume else RunFolder.open_new
         with (
+            stopping_at_once(resume_command),
             opened(root, rank=session.rank) as run_folder,
             Terminal(quiet=not session.is_main) as terminal,
             warnings_to(terminal.console),
@@ -70,7 +73,7 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
             )
             place = Place(session.device, session.dtype, recipe.compute.gradient_checkpointing)
             task = load_task(recipe, layout, place)
-            if session.is_main and not mode.resume:
+            if session.is_main and not run_folder.saved():
                 atomic.write_text(run_folder.recipe, load.dump(recipe))
             plan = loop.Plan(
                 train=recipe.train,
@@ -81,7 +84,7 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
                 recipe=load.as_dict(recipe),
                 resume=mode.resume,
                 allow=mode.allow,
-                resume_command=_resume_command(words, session.world),
+                resume_command=resume_command,
             )
             outcome = loop.train(task, session, plan, run_folder, terminal)
             finished_before = mode.resume and not terminal.trained

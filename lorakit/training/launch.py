@@ -1,7 +1,7 @@
 """One process or many: ranks, devices and precision by Accelerate, and the start of N ranks by its launcher.
 
 A rank fails either with all the others (an error that ``Session`` shares, so that every rank raises the same one), or
-alone; then the launcher ends the rest, and ``relaunch`` returns RankError's exit code.
+alone; then the launcher and the ranks' ``watch`` end the rest.
 """
 
 import logging
@@ -23,6 +23,8 @@ from torch import Tensor, distributed
 
 from lorakit.errors import ConflictError, LorakitError, RankError, RecipeError
 from lorakit.recipe.schema import Compute
+from lorakit.training.stop import INTERRUPTED, TERMINATED
+from lorakit.training.watch import Watch
 
 OWN_EXIT_CODES = frozenset({0, 2, 3, 4, 5, 6, 7, 8, 9, 75, 130})
 _PATIENCE = timedelta(minutes=60)
@@ -45,6 +47,8 @@ class Session:
     world: int
     device: torch.device
     dtype: torch.dtype
+    watch: Watch | None
+    """Over the other ranks, where there are any."""
 
     @property
     def is_main(self) -> bool:
@@ -107,6 +111,8 @@ class Session:
         """End trackers and the process group; another session may be opened afterwards."""
         self.accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
+        if self.watch is not None:
+            self.watch.close()
 
 
 def open_session(compute: Compute) -> Session:
@@ -124,7 +130,9 @@ def open_session(compute: Compute) -> Session:
     if accelerator.distributed_type not in _REPLICATED:
         reason = f"{accelerator.distributed_type.value} would split the model, which lorakit does not do"
         raise RecipeError(reason, hint="use plain data-parallel ranks: accelerate launch --multi_gpu")
-    return Session(accelerator, accelerator.process_index, accelerator.num_processes, accelerator.device, dtype)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    watch = Watch(rank, world).start() if world > 1 else None
+    return Session(accelerator, rank, world, accelerator.device, dtype, watch)
 
 
 def _dtype(precision: str, on_cpu: bool) -> torch.dtype:
@@ -148,9 +156,8 @@ def _multiplies_bf16(on_cpu: bool) -> bool:
 def relaunch(argv: Sequence[str], processes: int, *, device: str = "auto", module: str = "lorakit") -> int:
     """Run ``python -m lorakit ARGV`` as ``processes`` ranks of this machine and return their exit code.
 
-    SIGTERM and SIGINT go to every rank; a second one ends them at once (130). RankError's code when a rank ended by
-    anything but one of lorakit's own exit codes; no rank is left behind. For several machines use ``accelerate launch``
-    itself.
+    SIGTERM and SIGINT go to every rank; a second one ends them at once (130). RankError when a rank ended by anything
+    but one of lorakit's own exit codes; no rank is left behind. For several machines use ``accelerate launch`` itself.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -172,10 +179,21 @@ def relaunch(argv: Sequence[str], processes: int, *, device: str = "auto", modul
             launch_command(arguments)
         except ChildFailedError as failed:
             if len(received) > 1:
-                return 130
-            code = failed.get_first_failure()[1].exitcode
-            return code if code in OWN_EXIT_CODES else RankError.exit_code
+                return INTERRUPTED
+            rank, failure = failed.get_first_failure()
+            if received and failure.exitcode == -received[0]:  # it had only begun to start
+                return TERMINATED if received[0] == signal.SIGTERM else INTERRUPTED
+            if failure.exitcode in OWN_EXIT_CODES:
+                return int(failure.exitcode)
+            raise _lost(rank, failure.exitcode) from failed
     return 0
+
+
+def _lost(rank: int, code: int) -> RankError:
+    """The error of a rank that ended with an exit code of the system's: minus a signal, or a crash of Python."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    memory = "; the system kills by SIGKILL when memory runs out" if code == -signal.SIGKILL else ""
+    return RankError(f"rank {rank} {how}", hint=f"go on with --resume{memory}")
 
 
 @contextmanager
@@ -212,7 +230,7 @@ def _lost_rank() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankError("another rank is gone or does not answer", hint="its own message is above") from error
+        raise RankError("another rank is gone", hint="go on with --resume") from error
 
 
 def _portable(error: Exception) -> LorakitError:

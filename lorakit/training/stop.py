@@ -3,11 +3,13 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from lorakit.errors import Stopped
 
+TERMINATED = 75
 INTERRUPTED = 130
 
 
@@ -53,5 +55,27 @@ class StopSignals:
 
 def stopped(*, by_sigterm: bool, step: int, resume_command: str) -> Stopped:
     """The error of a run that was stopped and has saved: exit code 75 for SIGTERM, 130 for SIGINT."""
-    name, code = ("SIGTERM", 75) if by_sigterm else ("SIGINT", INTERRUPTED)
+    name, code = ("SIGTERM", TERMINATED) if by_sigterm else ("SIGINT", INTERRUPTED)
     return Stopped(f"{name}: stopped after step {step} and saved", exit_code=code, hint=f"go on with: {resume_command}")
+
+
+@contextmanager
+def stopping_at_once(resume_command: str) -> Iterator[None]:
+    """Around loading and training: a SIGTERM that comes before the first step has nothing to wait for.
+
+    It raises Stopped at once. While training, ``StopSignals`` takes its place.
+    """
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        hint = f"go on with: {resume_command}"
+        raise Stopped("SIGTERM: stopped before the first step", exit_code=TERMINATED, hint=hint)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is stop:
+            signal.signal(signal.SIGTERM, earlier)

@@ -38,7 +38,7 @@ class Told:
 
 
 def main(folder: Path, options: dict[str, Any]) -> int:
-    more = {key: options.pop(key) for key in ("nan_at", "delay", "samples", "die") if key in options}
+    more = {key: options.pop(key) for key in ("nan_at", "delay", "samples", "fate") if key in options}
     resume, at = bool(options.pop("resume", False)), options.pop("at", {})
     try:
         plan = make_plan(options, resume=resume)

@@ -113,9 +113,17 @@ def test_nan_on_one_rank_is_named_by_all_and_nothing_is_saved(
 
 
 @pytest.mark.fault(51)
-def test_a_killed_rank_ends_the_others(tmp_path: Path) -> None:
-    assert relaunch(tmp_path / "run", steps=1000, die=1, delay=0.02) == RankError.exit_code
+@pytest.mark.parametrize("fate", ["SIGKILL", "SIGSTOP"])
+def test_a_rank_killed_or_frozen_ends_all_in_time(tmp_path: Path, capfd: pytest.CaptureFixture[str], fate: str) -> None:
+    """The frozen one is killed by the other, because it heeds no other signal."""
+    with pytest.raises(RankError, match="rank 1 was killed by SIGKILL"):
+        relaunch(tmp_path / "run", steps=1000, fate=fate, delay=0.02)
+    ended = time.time()
     assert not ranks_alive(tmp_path / "run")
+    out, err = capfd.readouterr()
+    (since,) = (float(line.split()[1]) for line in out.splitlines() if line.startswith("fate "))
+    assert ended - since < 15
+    assert "rank 1 (process" in err or fate == "SIGKILL"
 
 
 def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:

@@ -46,17 +46,17 @@ class LoRA(nn.Module):
 
 
 class TinyTask:
-    """``nan_at``: name of an example whose input is NaN. ``delay``: seconds that a loss takes. ``die``: a rank that is
-    killed when it makes its ninth micro-batch.
+    """``nan_at``: name of an example whose input is NaN. ``delay``: seconds that a loss takes. ``fate``: a signal that
+    rank 1 gets as it makes its ninth micro-batch.
     """
 
     base_id = "tiny"
     data_hash = "0" * 64
 
     def __init__(
-        self, layout: Layout, *, share: float, nan_at: str = "", delay: float = 0, samples: bool = False, die: int = -1
+        self, layout: Layout, *, share: float, nan_at: str = "", delay: float = 0, samples: bool = False, fate: str = ""
     ) -> None:
-        self.layout, self.nan_at, self.delay, self.samples, self.die = layout, nan_at, delay, samples, die
+        self.layout, self.nan_at, self.delay, self.samples, self.fate = layout, nan_at, delay, samples, fate
         self.steps_per_epoch = EXAMPLES / layout.batch_size
         with torch.random.fork_rng([]):
             torch.manual_seed(layout.seed)
@@ -85,8 +85,9 @@ class TinyTask:
                 yield self.batch([EXAMPLES + index] if index < HELD_OUT else [])
             return
         for number, draws in enumerate(micro_batches(self.layout, self.lengths[:EXAMPLES], start)):
-            if number == 8 and self.layout.rank == self.die:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if number == 8 and self.layout.rank == 1 and self.fate:
+                print(f"fate {time.time()}", flush=True)
+                os.kill(os.getpid(), getattr(signal, self.fate))
             yield self.batch([draw.index for draw in draws])
 
     def loss(self, model: nn.Module, batch: TinyBatch) -> Tensor:
