@@ -175,6 +175,21 @@ def convert(
 
 
 @app.command()
+def verify(
+    recipe: RecipeFile,
+    resume: Annotated[  # noqa: ARG001 (the one thing to verify)
+        bool, typer.Option("--resume", help="Stop a run, resume it, compare with one never stopped.")
+    ],
+    set_: Set = None,
+    num_processes: Processes = 1,
+) -> None:
+    """Prove on your own recipe that a resumed run is bit-equal to one that was never stopped (a few steps)."""
+    from lorakit.commands import verify as command
+
+    command.resume(recipe, set_ or [], num_processes)
+
+
+@app.command()
 def init(
     family: Annotated[Literal["sd", "llama"], typer.Argument(help="Which kind of recipe.")],
     path: Annotated[Path | None, typer.Argument(help="Default: sd.yaml or llama.yaml.")] = None,
@@ -217,5 +232,6 @@ def _run(arguments: Sequence[str] | None) -> object:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code that `lorakit.errors` lists."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every lost connection prints a stack of C++
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars for loading; lorakit shows its own
     sys.exit(guarded(lambda: _run(arguments)))
