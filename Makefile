@@ -6,7 +6,7 @@ RUNS ?= runs
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench mini-sd clean
+.PHONY: help install demo test torture check format bench mini-sd clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ demo: install ## Train, merge and generate with both families on what ships (15 
 
 test: install ## Run the tests.
 	$(BIN)/python -m pytest
+
+torture: install ## Kill, freeze and damage real runs, resume them, compare (goes on where it was stopped).
+	$(BIN)/python -m tests.torture $(RUNS)/torture
 
 check: install ## Lint, formatting and types.
 	$(BIN)/ruff check .

@@ -1,0 +1,184 @@
+"""Runs of the real command line that are killed, and what became of them."""
+
+import random
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from lorakit.errors import RankError
+from tests.torture import check, flips, runs
+from tests.torture.check import Reference
+from tests.torture.launched import Launched
+from tests.torture.warm import Done
+
+EVERY = ["--set", "train.checkpoint_every=1", "--set", "train.keep_checkpoints=99"]
+
+
+@dataclass
+class Tally:
+    """Figures of a case or of many: runs killed, runs resumed to a bit-equal end, and what went wrong.
+
+    ``flips``: bits turned over in checkpoints; ``missed``: those that were not found.
+    """
+
+    kills: int = 0
+    resumed: int = 0
+    divergent: int = 0
+    lost: int = 0
+    flips: int = 0
+    missed: int = 0
+    told: list[str] = field(default_factory=list)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(**{key: value + asdict(other)[key] for key, value in asdict(self).items()})
+
+
+class Runner(Protocol):
+    """``Warm``, or ``Launched`` for two ranks."""
+
+    def run(self, words: Sequence[object], cwd: Path, hooks: Mapping[str, Any] | None = None) -> Done: ...
+
+
+class Bench:
+    """A family's recipe with its straight runs, made once below ``folder``, and what runs it.
+
+    ``name`` tells benches apart that differ in ``changes`` (as --set takes them) or ranks.
+    """
+
+    def __init__(self, family: str, folder: Path, runner: Runner, name: str = "", *changes: str) -> None:
+        self.family, self.runner = family, runner
+        self.ranks = 2 if isinstance(runner, Launched) else 1
+        recipe = runs.make(family, folder / family)
+        self.command = [f"train-{family}", recipe, *(word for change in changes for word in ("--set", change))]
+        self.work, straight, every = (folder / f"{family}{name}-{part}" for part in ("work", "straight", "every"))
+        self.reference = Reference(straight / "runs/run", every / "runs/run")
+        self.seconds = 0.0
+        for cwd, more in ((straight, []), (every, EVERY)):
+            if not (cwd / "whole").exists():
+                shutil.rmtree(cwd, ignore_errors=True)
+                done = self.finish(cwd, more)
+                (cwd / "whole").write_text(str(done.seconds))
+        self.seconds = float((straight / "whole").read_text())
+
+    def finish(self, cwd: Path, more: Sequence[str] = (), hooks: dict[str, Any] | None = None) -> Done:
+        done = self.runner.run([*self.command, *more], cwd, hooks)
+        if done.code != 0:
+            raise AssertionError(f"exit {done.code}: {done.err}")
+        return done
+
+    def fresh(self, name: str) -> Path:
+        """An empty working folder for one case."""
+        cwd = self.work / name
+        shutil.rmtree(cwd, ignore_errors=True)
+        cwd.mkdir(parents=True)
+        return cwd
+
+    def resume(self, cwd: Path, without: str = "") -> Done:
+        """Go on as a user would: with --resume, when there is a run to resume."""
+        words = ["--resume"] if (cwd / "runs/run").is_dir() else []
+        return self.runner.run([*self.command, *words], cwd, {"without": without} if without else None)
+
+    def stopped(self, name: str, micro_batch: int, number: str, *, without: str = "") -> Tally:
+        """One run (rank 1 of it, if there are two) that gets a signal as it takes a micro-batch, then resumed.
+
+        SIGTERM: saved after the update that the micro-batch belongs to; else the last checkpoint is what counts.
+        """
+        tally, cwd, update = Tally(), self.fresh(name), micro_batch // runs.ACCUMULATION
+        done = self.runner.run(self.command, cwd, {"signal_at": (micro_batch, number), "without": without})
+        killed = RankError.exit_code if self.ranks == 2 else -9
+        expected = 75 if number == "SIGTERM" else killed
+        if done.code != expected:
+            tally.told.append(f"{name}: ended with {done.code} instead of {expected}: {done.err[-2000:]}")
+            tally.lost += 1
+            return tally
+        self.after(name, cwd, tally)
+        saved = update + 1 if number == "SIGTERM" else update - update % 2
+        if max(check.steps(cwd / "runs/run"), default=0) != saved:
+            tally.lost += 1
+            tally.told.append(f"{name}: checkpoints {check.steps(cwd / 'runs/run')} where {saved} belongs")
+        self.end(name, cwd, tally, 1, without)
+        return tally
+
+    def after(self, name: str, cwd: Path, tally: Tally, before: Sequence[int] = ()) -> None:
+        """Look at what a kill has left; ``before``: the checkpoints that were there when the run started."""
+        faults = check.broken(cwd / "runs/run", self.reference)
+        tally.kills += 1
+        tally.divergent += bool(faults)
+        tally.told += [f"{name}: after the kill: {fault}" for fault in faults]
+        if before and max(check.steps(cwd / "runs/run"), default=-1) < max(before):
+            tally.lost += 1
+            tally.told.append(f"{name}: checkpoints {list(before)} became {check.steps(cwd / 'runs/run')}")
+
+    def end(self, name: str, cwd: Path, tally: Tally, kills: int, without: str = "") -> None:
+        """Resume to the end; the ``kills`` before it count as resumed when the end is the straight run's."""
+        done = self.resume(cwd, without)
+        if done.code != 0:
+            tally.lost += kills
+            tally.told.append(f"{name}: the resume ended with {done.code}: {done.err[-2000:]}")
+            return
+        faults = check.divergent(cwd / "runs/run", self.reference)
+        tally.divergent += bool(faults)
+        tally.told += [f"{name}: after the resume: {fault}" for fault in faults]
+        tally.resumed += 0 if faults else kills
+        if not faults:
+            shutil.rmtree(cwd)
+
+    def flipped(self) -> Tally:
+        """Bits of a stopped run's newest checkpoint turned over, one at a time."""
+        cwd = self.fresh("flips")
+        self.runner.run(self.command, cwd, {"signal_at": (9, "SIGTERM")})
+        tried, missed = flips.try_all(cwd / "runs/run", seed=0, count=500)
+        return Tally(flips=tried, missed=len(missed), told=missed)
+
+    def random_kills(self, seed: int, without: str = "") -> Tally:
+        """One run killed one to four times at random moments, resumed each time, and finished."""
+        draw, tally, name = random.Random(seed), Tally(), f"{self.family} seed {seed}"
+        cwd = self.fresh(f"seed-{seed}")
+        planned = draw.randint(1, 4)
+        for _ in range(planned):
+            before = check.steps(cwd / "runs/run")
+            words = ["--resume"] if (cwd / "runs/run").is_dir() else []
+            hooks: dict[str, Any] = {"kill_after": draw.uniform(0.0, self.seconds)}
+            done = self.runner.run([*self.command, *words], cwd, {**hooks, "without": without})
+            if done.code != -9:
+                if done.code != 0:
+                    tally.lost += 1
+                    tally.told.append(f"{name}: ended by itself with {done.code}: {done.err[-2000:]}")
+                break
+            self.after(name, cwd, tally, before)
+        self.end(name, cwd, tally, tally.kills, without)
+        return tally
+
+    def random_stop(self, seed: int) -> Tally:
+        """One run that gets SIGTERM at a random moment: it exits 75 (or 0, if it was all but over), and goes on."""
+        tally, name = Tally(), f"{self.family} SIGTERM {seed}"
+        cwd, after = self.fresh(f"term-{seed}"), random.Random(seed).uniform(0.05, self.seconds)
+        done = self.runner.run(self.command, cwd, {"kill_after": after, "number": signal.SIGTERM})
+        not_begun = done.code == -signal.SIGTERM and not (cwd / "runs/run").exists()
+        if done.code not in (0, 75) and not not_begun:
+            tally.lost += 1
+            tally.told.append(f"{name}: ended with {done.code}: {done.err[-2000:]}")
+        self.after(name, cwd, tally)
+        self.end(name, cwd, tally, 1)
+        return tally
+
+    def operations(self, without: str = "") -> list[tuple[str, str, str]]:
+        """Every operation on files of a straight run, in order."""
+        cwd = self.fresh("traced")
+        traced = self.finish(cwd, hooks={"trace": {"root": str(cwd / "runs")}, "without": without})
+        return [(call, first, second) for call, first, second in traced.operations]
+
+    def kill_at(self, number: int, *, torn: bool) -> Tally:
+        """One run killed at its ``number``-th operation on files, then resumed to its end."""
+        name, tally = f"{self.family} operation {number}{' torn' if torn else ''}", Tally()
+        cwd = self.fresh(f"operation-{number}-{torn}")
+        trace = {"root": str(cwd / "runs"), "kill_at": number, "torn": torn}
+        done = self.runner.run(self.command, cwd, {"trace": trace})
+        if done.code != -9:
+            raise AssertionError(f"{name}: not killed but ended with {done.code}: {done.err}")
+        self.after(f"{name} {done.operations[-1]}", cwd, tally)
+        self.end(name, cwd, tally, 1)
+        return tally

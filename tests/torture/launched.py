@@ -1,0 +1,43 @@
+"""The command line as a user starts it: Python anew, and ``--num-processes 2`` through Accelerate's launcher."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.torture.warm import QUIET, Done
+
+ROOT = Path(__file__).parents[2]
+
+
+class Launched:
+    """As ``Warm.run``, on two ranks; ``hooks`` are those of rank 1."""
+
+    def __init__(self, folder: Path) -> None:
+        self._environment = {**os.environ, **QUIET, "LORAKIT_CACHE": str(folder / "cache")}
+
+    def run(self, words: Sequence[object], cwd: Path, hooks: Mapping[str, Any] | None = None) -> Done:
+        cwd.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "lorakit", *map(str, words), "--num-processes", "2"]
+        path = os.pathsep.join([str(Path(__file__).parent / "site"), str(ROOT)])
+        environment = {**self._environment, "PYTHONPATH": path, "TORTURE_HOOKS": json.dumps({"1": hooks or {}})}
+        marker = environment["TORTURE_MARK"] = secrets.token_hex(8)
+        began = time.monotonic()
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+        if left := [process for process in psutil.process_iter() if _mark(process) == marker]:
+            raise AssertionError(f"left behind: {left}")
+        return Done(done.returncode, done.stderr, time.monotonic() - began)
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("TORTURE_MARK")
+    except psutil.Error:
+        return None

@@ -1,0 +1,78 @@
+"""The short form of ``make torture``: real runs of the command line, really killed, beside runs never stopped."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.torture import runs, trace
+from tests.torture.cases import STOPS
+from tests.torture.hooks import TEETH
+from tests.torture.killing import Bench, Tally
+from tests.torture.launched import Launched
+
+traced = pytest.mark.skipif(not trace.SUPPORTED, reason="the tracer knows Linux on x86-64 only")
+
+
+def check(tally: Tally, kills: int = 1) -> None:
+    assert tally.told == []
+    assert (tally.resumed, tally.divergent, tally.lost) == (tally.kills, 0, 0)
+    assert tally.kills >= kills
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_random_kills_of_a_llama(llama: Bench, seed: int) -> None:
+    check(llama.random_kills(seed))
+
+
+def test_random_kills_of_a_stable_diffusion(sd: Bench) -> None:
+    check(sd.random_kills(1))
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_run_stopped_at_a_chosen_moment_goes_on_bit_for_bit(llama: Bench, stop: str) -> None:
+    check(llama.stopped(stop, *STOPS[stop]))
+
+
+def test_the_state_of_lora_is_really_in_8_bit(llama: Bench, sd: Bench) -> None:
+    for bench in (llama, sd):
+        path = bench.reference.straight / f"checkpoints/step-{runs.STEPS:06d}/optimizer.safetensors"
+        moments = [v for k, v in load_file(path).items() if k.split(".")[1] in ("state1", "state2")]
+        assert len(moments) >= 32
+        assert {str(moment.dtype) for moment in moments} == {"torch.uint8"}
+
+
+def test_two_ranks_one_killed_in_mid_accumulation(folder: Path) -> None:
+    bench = Bench("llama", folder, Launched(folder / "warm"), "-2")
+    check(bench.stopped("ranks", *STOPS["killed in mid-accumulation"]))
+
+
+@traced
+def test_killed_at_operations_of_a_save(llama: Bench) -> None:
+    """Every tenth operation of the second save, which also removes an older checkpoint."""
+    touched = [number for number, (_, path, _) in enumerate(llama.operations()) if "step-000004" in path]
+    assert len(touched) > 20
+    for number in touched[::10]:
+        check(llama.kill_at(number, torn=True))
+
+
+@traced
+def test_all_is_flushed_before_it_is_renamed(llama: Bench, sd: Bench) -> None:
+    for bench in (llama, sd):
+        operations = bench.operations()
+        assert trace.unsynced(operations, "run") == []
+        assert len([1 for call, _, to in operations if call == "rename" and "checkpoints/step-" in to]) == 4
+
+
+@traced
+def test_the_harness_sees_a_missing_flush(llama: Bench) -> None:
+    faults = trace.unsynced(llama.operations(without="fsync"), "run")
+    told = [line for line in faults if "checkpoints/step-000002" in line]
+    assert any("optimizer.safetensors was not flushed before its rename" in line for line in told)
+    assert any("its folder never flushed" in line or "its folder not flushed" in line for line in told)
+
+
+@pytest.mark.parametrize("taken", sorted(TEETH.keys() - {"fsync", "manifest"}))
+def test_the_harness_sees_a_resume_that_is_not_exact(llama: Bench, taken: str) -> None:
+    tally = llama.stopped(f"without {taken}", *STOPS["killed in mid-accumulation"], without=taken)
+    assert (tally.divergent, tally.resumed) == (1, 0), tally
