@@ -87,8 +87,9 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
             yield folder
             os.chmod(folder, 0o777 & ~_umask())
             _flush(folder, manifest)
-            if not (replace and _exchange(folder, final)):
-                if replace and os.path.lexists(final):
+            there = replace and os.path.lexists(final)
+            if not (there and _exchange(folder, final)):
+                if there:
                     discard(final)
                 os.rename(folder, final)
         except BaseException:

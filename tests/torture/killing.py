@@ -11,8 +11,7 @@ from typing import Any, Protocol
 from lorakit.errors import RankError
 from tests.torture import check, flips, runs
 from tests.torture.check import Reference
-from tests.torture.launched import Launched
-from tests.torture.warm import Done
+from tests.torture.warm import Done, Warm
 
 EVERY = ["--set", "train.checkpoint_every=1", "--set", "train.keep_checkpoints=99"]
 
@@ -37,7 +36,7 @@ class Tally:
 
 
 class Runner(Protocol):
-    """``Warm``, or ``Launched`` for two ranks."""
+    """``Warm``; for two ranks ``Pair`` or ``Launched``."""
 
     def run(self, words: Sequence[object], cwd: Path, hooks: Mapping[str, Any] | None = None) -> Done: ...
 
@@ -45,12 +44,14 @@ class Runner(Protocol):
 class Bench:
     """A family's recipe with its straight runs, made once below ``folder``, and what runs it.
 
-    ``name`` tells benches apart that differ in ``changes`` (as --set takes them) or ranks.
+    ``name`` tells benches apart that differ in ``changes`` (as --set takes them), ranks, or in ``without``: the
+    safeguard that all runs go without (``hooks.TEETH``).
     """
 
-    def __init__(self, family: str, folder: Path, runner: Runner, name: str = "", *changes: str) -> None:
-        self.family, self.runner = family, runner
-        self.ranks = 2 if isinstance(runner, Launched) else 1
+    def __init__(
+        self, family: str, folder: Path, runner: Runner, name: str = "", *changes: str, without: str = ""
+    ) -> None:
+        self.family, self.runner, self.without = family, runner, without
         recipe = runs.make(family, folder / family)
         self.command = [f"train-{family}", recipe, *(word for change in changes for word in ("--set", change))]
         self.work, straight, every = (folder / f"{family}{name}-{part}" for part in ("work", "straight", "every"))
@@ -64,7 +65,7 @@ class Bench:
         self.seconds = float((straight / "whole").read_text())
 
     def finish(self, cwd: Path, more: Sequence[str] = (), hooks: dict[str, Any] | None = None) -> Done:
-        done = self.runner.run([*self.command, *more], cwd, hooks)
+        done = self.runner.run([*self.command, *more], cwd, {"without": self.without, **(hooks or {})})
         if done.code != 0:
             raise AssertionError(f"exit {done.code}: {done.err}")
         return done
@@ -76,19 +77,19 @@ class Bench:
         cwd.mkdir(parents=True)
         return cwd
 
-    def resume(self, cwd: Path, without: str = "") -> Done:
-        """Go on as a user would: with --resume, when there is a run to resume."""
+    def start(self, cwd: Path, hooks: dict[str, Any] | None = None) -> Done:
+        """Start or go on as a user would: with --resume, when there is a run to resume."""
         words = ["--resume"] if (cwd / "runs/run").is_dir() else []
-        return self.runner.run([*self.command, *words], cwd, {"without": without} if without else None)
+        return self.runner.run([*self.command, *words], cwd, {"without": self.without, **(hooks or {})})
 
-    def stopped(self, name: str, micro_batch: int, number: str, *, without: str = "") -> Tally:
+    def stopped(self, name: str, micro_batch: int, number: str) -> Tally:
         """One run (rank 1 of it, if there are two) that gets a signal as it takes a micro-batch, then resumed.
 
         SIGTERM: saved after the update that the micro-batch belongs to; else the last checkpoint is what counts.
         """
         tally, cwd, update = Tally(), self.fresh(name), micro_batch // runs.ACCUMULATION
-        done = self.runner.run(self.command, cwd, {"signal_at": (micro_batch, number), "without": without})
-        killed = RankError.exit_code if self.ranks == 2 else -9
+        done = self.start(cwd, {"signal_at": (micro_batch, number)})
+        killed = -9 if isinstance(self.runner, Warm) else RankError.exit_code
         expected = 75 if number == "SIGTERM" else killed
         if done.code != expected:
             tally.told.append(f"{name}: ended with {done.code} instead of {expected}: {done.err[-2000:]}")
@@ -99,7 +100,7 @@ class Bench:
         if max(check.steps(cwd / "runs/run"), default=0) != saved:
             tally.lost += 1
             tally.told.append(f"{name}: checkpoints {check.steps(cwd / 'runs/run')} where {saved} belongs")
-        self.end(name, cwd, tally, 1, without)
+        self.end(name, cwd, tally, 1)
         return tally
 
     def after(self, name: str, cwd: Path, tally: Tally, before: Sequence[int] = ()) -> None:
@@ -112,9 +113,9 @@ class Bench:
             tally.lost += 1
             tally.told.append(f"{name}: checkpoints {list(before)} became {check.steps(cwd / 'runs/run')}")
 
-    def end(self, name: str, cwd: Path, tally: Tally, kills: int, without: str = "") -> None:
+    def end(self, name: str, cwd: Path, tally: Tally, kills: int) -> None:
         """Resume to the end; the ``kills`` before it count as resumed when the end is the straight run's."""
-        done = self.resume(cwd, without)
+        done = self.start(cwd)
         if done.code != 0:
             tally.lost += kills
             tally.told.append(f"{name}: the resume ended with {done.code}: {done.err[-2000:]}")
@@ -129,34 +130,32 @@ class Bench:
     def flipped(self) -> Tally:
         """Bits of a stopped run's newest checkpoint turned over, one at a time."""
         cwd = self.fresh("flips")
-        self.runner.run(self.command, cwd, {"signal_at": (9, "SIGTERM")})
+        self.start(cwd, {"signal_at": (9, "SIGTERM")})
         tried, missed = flips.try_all(cwd / "runs/run", seed=0, count=500)
         return Tally(flips=tried, missed=len(missed), told=missed)
 
-    def random_kills(self, seed: int, without: str = "") -> Tally:
+    def random_kills(self, seed: int) -> Tally:
         """One run killed one to four times at random moments, resumed each time, and finished."""
         draw, tally, name = random.Random(seed), Tally(), f"{self.family} seed {seed}"
         cwd = self.fresh(f"seed-{seed}")
         planned = draw.randint(1, 4)
         for _ in range(planned):
             before = check.steps(cwd / "runs/run")
-            words = ["--resume"] if (cwd / "runs/run").is_dir() else []
-            hooks: dict[str, Any] = {"kill_after": draw.uniform(0.0, self.seconds)}
-            done = self.runner.run([*self.command, *words], cwd, {**hooks, "without": without})
+            done = self.start(cwd, {"kill_after": draw.uniform(0.0, self.seconds)})
             if done.code != -9:
                 if done.code != 0:
                     tally.lost += 1
                     tally.told.append(f"{name}: ended by itself with {done.code}: {done.err[-2000:]}")
                 break
             self.after(name, cwd, tally, before)
-        self.end(name, cwd, tally, tally.kills, without)
+        self.end(name, cwd, tally, tally.kills)
         return tally
 
     def random_stop(self, seed: int) -> Tally:
         """One run that gets SIGTERM at a random moment: it exits 75 (or 0, if it was all but over), and goes on."""
         tally, name = Tally(), f"{self.family} SIGTERM {seed}"
         cwd, after = self.fresh(f"term-{seed}"), random.Random(seed).uniform(0.05, self.seconds)
-        done = self.runner.run(self.command, cwd, {"kill_after": after, "number": signal.SIGTERM})
+        done = self.start(cwd, {"kill_after": after, "number": signal.SIGTERM})
         not_begun = done.code == -signal.SIGTERM and not (cwd / "runs/run").exists()
         if done.code not in (0, 75) and not not_begun:
             tally.lost += 1
@@ -165,10 +164,10 @@ class Bench:
         self.end(name, cwd, tally, 1)
         return tally
 
-    def operations(self, without: str = "") -> list[tuple[str, str, str]]:
+    def operations(self) -> list[tuple[str, str, str]]:
         """Every operation on files of a straight run, in order."""
         cwd = self.fresh("traced")
-        traced = self.finish(cwd, hooks={"trace": {"root": str(cwd / "runs")}, "without": without})
+        traced = self.finish(cwd, hooks={"trace": {"root": str(cwd / "runs")}})
         return [(call, first, second) for call, first, second in traced.operations]
 
     def kill_at(self, number: int, *, torn: bool) -> Tally:
@@ -176,7 +175,7 @@ class Bench:
         name, tally = f"{self.family} operation {number}{' torn' if torn else ''}", Tally()
         cwd = self.fresh(f"operation-{number}-{torn}")
         trace = {"root": str(cwd / "runs"), "kill_at": number, "torn": torn}
-        done = self.runner.run(self.command, cwd, {"trace": trace})
+        done = self.start(cwd, {"trace": trace})
         if done.code != -9:
             raise AssertionError(f"{name}: not killed but ended with {done.code}: {done.err}")
         self.after(f"{name} {done.operations[-1]}", cwd, tally)

@@ -81,6 +81,7 @@ def run(request: dict[str, Any], *, traced: bool) -> None:
         for target, source in ((0, null), (1, log), (2, log)):
             os.dup2(source, target)
         os.chdir(request["cwd"])
+        os.environ.update(request["env"])
         if traced:
             trace.be_traced()
         hooks.install(**request["hooks"])

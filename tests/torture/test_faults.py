@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.storage import atomic
-from tests.torture import check, flips
+from tests.torture import check, flips, trace
 from tests.torture.cases import STOPS
 from tests.torture.killing import Bench
 
@@ -23,17 +24,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 def stop(bench: Bench, name: str, micro_batch: int = 9) -> Path:
     """A run stopped by SIGTERM after its fifth update, with the checkpoints of steps 4 and 5."""
     cwd = bench.fresh(name)
-    done = bench.runner.run(bench.command, cwd, {"signal_at": (micro_batch, "SIGTERM")})
+    done = bench.start(cwd, {"signal_at": (micro_batch, "SIGTERM")})
     assert done.code == 75, done.err
     return cwd
 
 
 def goes_on(bench: Bench, cwd: Path) -> None:
-    done = bench.resume(cwd)
+    done = bench.start(cwd)
     assert done.code == 0, done.err
     assert check.divergent(cwd / "runs/run", bench.reference) == []
 
 
+@pytest.mark.fault(47)
 def test_flipped_bits_are_found(llama: Bench) -> None:
     cwd = stop(llama, "flips")
     tried, missed = flips.try_all(cwd / "runs/run", seed=0, count=500, stride=17)
@@ -48,29 +50,31 @@ def test_without_the_manifests_check_flips_are_missed(llama: Bench, monkeypatch:
     assert len(missed) > tried / 4
 
 
+@pytest.mark.fault(47)
 def test_a_flip_makes_the_run_go_on_from_the_checkpoint_before_or_not_at_all(llama: Bench) -> None:
     cwd = stop(llama, "flip")
     saved = cwd / "runs/run/checkpoints"
     flips.flip(saved / "step-000005/optimizer.safetensors", 4321, 3)
     other = shutil.copytree(cwd, llama.fresh("flip-both"), dirs_exist_ok=True)
-    done = llama.resume(cwd)
+    done = llama.start(cwd)
     assert done.code == 0
     assert "step-000005/optimizer.safetensors: the file differs from its manifest; using the checkpoint" in done.err
     assert check.divergent(cwd / "runs/run", llama.reference) == []
 
     flips.flip(other / "runs/run/checkpoints/step-000004/state.json", 5, 0)
     before = contents(other / "runs")
-    done = llama.resume(other)
+    done = llama.start(other)
     assert done.code == 9, done.err
     assert "no checkpoint is intact" in done.err
     assert contents(other / "runs") == before
 
 
+@pytest.mark.fault(46)
 def test_a_file_over_the_limit_leaves_the_old_checkpoints(llama: Bench) -> None:
     """The kernel's own refusal in the middle of a save."""
     cwd = stop(llama, "limit")
     before = contents(cwd / "runs/run/checkpoints")
-    done = llama.runner.run([*llama.command, "--resume"], cwd, {"file_limit": 15_000})
+    done = llama.start(cwd, {"file_limit": 15_000})
     assert done.code == 6, done.err
     assert "File too large" in done.err
     assert len(done.err.split("lorakit: error:")) == 2
@@ -91,12 +95,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.fault(46)
 def test_a_full_disk_leaves_the_old_checkpoints(llama: Bench, small_disk: Path) -> None:
     cwd = shutil.copytree(stop(llama, "full"), small_disk / "work")
     before = contents(cwd / "runs/run/checkpoints")
     filler = small_disk / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 40_000))
-    done = llama.resume(cwd)
+    done = llama.start(cwd)
     assert done.code == 6, done.err
     assert "No space left on device" in done.err
     assert contents(cwd / "runs/run/checkpoints") == before
@@ -104,6 +109,7 @@ def test_a_full_disk_leaves_the_old_checkpoints(llama: Bench, small_disk: Path) 
     goes_on(llama, cwd)
 
 
+@pytest.mark.fault(58)
 def test_a_folder_that_cannot_be_written(llama: Bench, small_disk: Path) -> None:
     cwd = shutil.copytree(stop(llama, "closed"), small_disk / "work")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -118,6 +124,7 @@ def test_a_folder_that_cannot_be_written(llama: Bench, small_disk: Path) -> None
     goes_on(llama, cwd)
 
 
+@pytest.mark.fault(53)
 def test_a_second_run_is_told_who_has_the_folder_and_a_dead_ones_lock_is_taken(llama: Bench) -> None:
     cwd = llama.fresh("two")
     first = llama.runner.start([*llama.command, "--set", "train.steps=100000"], cwd)
@@ -136,17 +143,32 @@ def test_a_second_run_is_told_who_has_the_folder_and_a_dead_ones_lock_is_taken(l
     goes_on(llama, cwd)
 
 
+@pytest.mark.skipif(not trace.SUPPORTED, reason="the tracer knows Linux on x86-64 only")
+@pytest.mark.fault(45)
+def test_sigterm_in_the_middle_of_a_save_lets_it_complete(llama: Bench) -> None:
+    cwd = llama.fresh("term-saving")
+    writes = [n for n, (call, path, _) in enumerate(llama.operations()) if call == "write" and "step-000002" in path]
+    request = {"root": str(cwd / "runs"), "kill_at": writes[1], "number": signal.SIGTERM}
+    done = llama.start(cwd, {"trace": request})
+    assert done.code == 75, done.err
+    assert check.broken(cwd / "runs/run", llama.reference) == []
+    assert check.steps(cwd / "runs/run") == [2, 3]
+    goes_on(llama, cwd)
+
+
+@pytest.mark.fault(44)
 def test_a_second_signal_ends_at_once(llama: Bench) -> None:
     cwd = llama.fresh("twice")
-    done = llama.runner.run(llama.command, cwd, {"signal_at": (STOPS["in mid-epoch"][0], "SIGINT"), "signals": 2})
+    done = llama.start(cwd, {"signal_at": (STOPS["in mid-epoch"][0], "SIGINT"), "signals": 2})
     assert done.code == 130, done.err
     assert check.steps(cwd / "runs/run") == [2]
     goes_on(llama, cwd)
 
 
+@pytest.mark.fault(44)
 def test_sigint_saves_and_tells_the_way_back(llama: Bench) -> None:
     cwd = llama.fresh("sigint")
-    done = llama.runner.run(llama.command, cwd, {"signal_at": (STOPS["in mid-epoch"][0], "SIGINT")})
+    done = llama.start(cwd, {"signal_at": (STOPS["in mid-epoch"][0], "SIGINT")})
     assert done.code == 130, done.err
     assert "SIGINT: stopped after step 4 and saved" in done.err
     assert "go on with: lorakit train-llama" in done.err

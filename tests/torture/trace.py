@@ -53,12 +53,14 @@ def be_traced() -> None:
 class Tracer:
     """Runs a traced child to its end. ``operations``: (call, path, second path or "") of each call below ``root``.
 
-    ``kill_at``: SIGKILL at the operation of this number (from 0); with ``torn`` a write is cut to half its bytes and
-    done first.
+    ``kill_at``: the signal ``number`` at the operation of this number (from 0); with ``torn`` a write is cut to half
+    its bytes and done first.
     """
 
-    def __init__(self, pid: int, root: str, kill_at: int = -1, torn: bool = False) -> None:
-        self.pid, self.root, self.kill_at, self.torn = pid, root, kill_at, torn
+    def __init__(
+        self, pid: int, root: str, kill_at: int = -1, torn: bool = False, number: int = signal.SIGKILL
+    ) -> None:
+        self.pid, self.root, self.kill_at, self.torn, self.number = pid, root, kill_at, torn, number
         self.operations: list[tuple[str, str, str]] = []
 
     def run(self) -> int:
@@ -98,7 +100,7 @@ class Tracer:
             _libc.ptrace(_POKEUSER, pid, 8 * _DX, registers[_DX] // 2)
             _libc.ptrace(_SYSCALL, pid, None, None)
             os.waitpid(pid, _WALL)
-        os.kill(self.pid, signal.SIGKILL)
+        os.kill(self.pid, self.number)
         return _CONT
 
     def _local(self, path: str) -> str:
@@ -151,6 +153,8 @@ def unsynced(operations: list[tuple[str, str, str]], folder: str) -> list[str]:
                 above = {path for path in made if second.startswith(f"{path}/")}
                 faults += [f"{path} was not flushed before its rename to {second}" for path in sorted(moved | above)]
                 renamed.add(second)
+            elif second:
+                dirty |= {second + path.removeprefix(first) for path in moved}
             dirty -= moved
             made -= {path for path in made if path == first or path.startswith(f"{first}/")}
     return faults + [f"{path} was renamed and its folder never flushed" for path in sorted(renamed)]

@@ -7,6 +7,7 @@ process with everything imported and no thread started; each request makes it fo
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -57,12 +58,15 @@ class Warm:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def start(self, words: Sequence[object], cwd: Path, hooks: Mapping[str, Any] | None = None) -> Child:
+    def start(
+        self, words: Sequence[object], cwd: Path, hooks: Mapping[str, Any] | None = None, **environment: str
+    ) -> Child:
         """``lorakit WORDS`` in the folder ``cwd``. ``hooks``: see ``tests.torture.hooks``; ``trace`` traces it."""
         self._count += 1
         log = self._folder / f"{self._count}.log"
         cwd.mkdir(parents=True, exist_ok=True)
         request = {"words": [str(w) for w in words], "cwd": str(cwd), "hooks": dict(hooks or {}), "log": str(log)}
+        request["env"] = environment
         return Child(self, self.ask(request)["pid"], log)
 
     def run(self, words: Sequence[object], cwd: Path, hooks: Mapping[str, Any] | None = None) -> Done:
@@ -89,3 +93,23 @@ class Warm:
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+
+class Pair:
+    """As ``Warm.run``, on two ranks, given what ``accelerate launch`` gives to each; ``hooks`` are rank 1's."""
+
+    def __init__(self, warm: Warm) -> None:
+        self._warm = warm
+
+    def run(self, words: Sequence[object], cwd: Path, hooks: Mapping[str, Any] | None = None) -> Done:
+        """Both ranks to their end; what rank 0 came to."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        ranks = [
+            self._warm.start(words, cwd, hooks if rank else None, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+            for rank in (0, 1)
+        ]
+        first, _ = (rank.wait() for rank in ranks)
+        return first

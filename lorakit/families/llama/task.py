@@ -33,7 +33,7 @@ from lorakit.families.place import Place
 from lorakit.families.task import Batch
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
-from lorakit.storage.atomic import write_text
+from lorakit.storage.atomic import new_folder, write_text
 from lorakit.storage.bases import BaseLocation, digest, resolve
 
 log = logging.getLogger("lorakit")
@@ -116,14 +116,15 @@ class LlamaTask:
     def save(self, out: Path, name: str) -> None:
         """``adapter/`` as PEFT has it: config and safetensors."""
         metadata = {"lorakit_name": name, "lorakit_base": self.base_id}
-        write_peft(
-            out / "adapter",
-            self.adapter_state(),
-            self._loaded.injection,
-            base_name=self._loaded.location.name,
-            task="CAUSAL_LM",
-            metadata=metadata,
-        )
+        with new_folder(out / "adapter", manifest=False, replace=True) as folder:
+            write_peft(
+                folder,
+                self.adapter_state(),
+                self._loaded.injection,
+                base_name=self._loaded.location.name,
+                task="CAUSAL_LM",
+                metadata=metadata,
+            )
 
 
 def load(

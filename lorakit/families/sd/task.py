@@ -22,6 +22,7 @@ from lorakit.families.sd.targets import split_adapter
 from lorakit.families.task import Batch
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Diffusion, PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
+from lorakit.storage.atomic import new_folder
 from lorakit.storage.bases import BaseLocation, digest, resolve
 
 
@@ -128,10 +129,11 @@ class SDTask:
     def save(self, out: Path, name: str) -> None:
         """Write ``adapter/unet`` (and ``adapter/text_encoder``) as PEFT, and NAME.safetensors as kohya."""
         changes = {}
-        for component, module in self._components.items():
-            state, injection = adapter_state(module), self._loaded.injections[component]
-            write_peft(out / "adapter" / component, state, injection, base_name=self._loaded.location.name)
-            changes[component] = deltas(state, injection)
+        with new_folder(out / "adapter", manifest=False, replace=True) as folder:
+            for component, module in self._components.items():
+                state, injection = adapter_state(module), self._loaded.injections[component]
+                write_peft(folder / component, state, injection, base_name=self._loaded.location.name)
+                changes[component] = deltas(state, injection)
         width = cast(Any, self.parts.text_encoder).config.hidden_size
         write_kohya(
             out / f"{name}.safetensors",
