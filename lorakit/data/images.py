@@ -37,6 +37,9 @@ def decode(data: bytes, where: str) -> Image.Image:
     Raises: DataError naming ``where`` for another format, more than PIXEL_CAP pixels, or a damaged file.
     """
     with _opened(data, where) as image:
+        if image.format == "PNG":  # Pillow decodes pixels without their checksums and the end mark; this reads them
+            with Image.open(io.BytesIO(data), formats=FORMATS) as twin:
+                twin.verify()
         image.load()
         return _to_srgb(ImageOps.exif_transpose(image), where)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from lorakit.data.captions import clean, read_caption
-from lorakit.data.records import HUB_ID, read_records
+from lorakit.data.records import HUB_ID, Stamp, read_records
 from lorakit.data.tables import ParquetTable, load_datasets_folder, load_hub
 from lorakit.errors import DataError, shown
 from lorakit.recipe.schema import PictureData
@@ -97,11 +97,14 @@ def read_inside(root: Path, name: str, where: str) -> bytes:
     label = shown(name)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name) or name.startswith("data:"):
         raise DataError(f"a URL, not a file of the data set: {label}", where=where)
+    outside = DataError(f"outside the data set's folder: {label}", where=where)
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise outside
     try:
         base = root.resolve(strict=True)
         path = (base / name).resolve(strict=True)
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_relative_to(base):
-            raise DataError(f"outside the data set's folder: {label}", where=where)
+        if not path.is_relative_to(base):
+            raise outside
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb") as file:
             status = os.fstat(file.fileno())
@@ -109,7 +112,9 @@ def read_inside(root: Path, name: str, where: str) -> bytes:
                 raise DataError(f"not a regular file: {label}", where=where)
             if status.st_size > FILE_CAP:
                 raise DataError(f"larger than {FILE_CAP >> 20} MiB: {label}", where=where)
-            return file.read(FILE_CAP)
+            content = file.read(FILE_CAP)
+            Stamp.of(status).check(os.fstat(file.fileno()), where)
+            return content
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the name; RuntimeError: a loop of links
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"cannot be read: {label}: {reason}", where=where) from error

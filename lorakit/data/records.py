@@ -6,12 +6,14 @@ lines is named by its line; a row of parquet or a data set by its number from 1.
 
 import csv
 import json
+import os
 import re
 import stat
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorakit.data.dataset_folder import first_line, load_folder, plain_rows
 from lorakit.errors import DataError, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -44,7 +46,7 @@ def read_records(
         raise DataError("URLs are not read", where=shown(path), hint="download the file and give its path")
     local = Path(path)
     if local.is_dir():
-        return _dataset_folder(local, split)
+        return _numbered(plain_rows(load_folder(local, split)), shown(path))
     if not local.exists():
         return _hub(path, split, revision)
     if not stat.S_ISREG(local.stat().st_mode):
@@ -54,7 +56,35 @@ def read_records(
         raise DataError(
             f"no reader for files ending in {local.suffix!r}", where=shown(path), hint=f"known: {', '.join(readers)}"
         )
-    return readers[local.suffix.lower()](local, on_bad)
+    return _steadily(local, readers[local.suffix.lower()](local, on_bad))
+
+
+class Stamp(NamedTuple):
+    """What tells that a file is still the same one: its number, size, and time of change in nanoseconds."""
+
+    inode: int
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Stamp":
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def check(self, now: os.stat_result, where: str) -> None:
+        """Raises DataError when the file is no longer the one that was stamped."""
+        if Stamp.of(now) != self:
+            raise DataError("changed while it was read", where=where, hint="start again when nothing writes to it")
+
+
+def _steadily(path: Path, rows: Iterator[Record]) -> Iterator[Record]:
+    """``rows``, of a file that must not change before the last one is read."""
+    stamp = Stamp.of(path.stat())
+    try:
+        yield from rows
+    except DataError:
+        stamp.check(path.stat(), shown(path))
+        raise
+    stamp.check(path.stat(), shown(path))
 
 
 def _utf8(data: bytes, where: str) -> str:
@@ -94,6 +124,8 @@ def _json_line(line: bytes, where: str) -> object:
         if not line.endswith(b"\n"):
             raise DataError("the last line is truncated", where=where, hint="write the file again") from None
         raise DataError(f"bad JSON: {error.msg} at column {error.colno}", where=where) from None
+    except ValueError:
+        raise DataError("bad JSON: a number of too many digits", where=where) from None
 
 
 def _json(path: Path, on_bad: OnBad) -> Iterator[Record]:
@@ -116,6 +148,8 @@ def _json(path: Path, on_bad: OnBad) -> Iterator[Record]:
         if not text[error.pos :].strip():
             raise DataError("the file is truncated", where=where, hint="write the file again") from None
         raise DataError(f"bad JSON: {error.msg} at column {error.colno}", where=where) from None
+    except ValueError:
+        raise DataError("bad JSON: a number of too many digits", where=name) from None
 
 
 def _items(text: str) -> Iterator[tuple[object, int]]:
@@ -217,24 +251,6 @@ def _parquet(path: Path, _on_bad: OnBad) -> Iterator[Record]:
         raise DataError(f"corrupt parquet after row {number}: {reason}", where=name) from None
 
 
-def _dataset_folder(path: Path, split: str) -> Iterator[Record]:
-    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
-        raise DataError(
-            "this folder was not made by datasets.save_to_disk", where=shown(path), hint="give a file inside it"
-        )
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except Exception as error:
-        raise DataError(f"the data set cannot be read: {_first_line(error)}", where=shown(path)) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise DataError(f"no split {split!r}", where=shown(path), hint=f"it has {', '.join(map(str, loaded))}")
-        loaded = loaded[split]
-    return _numbered(loaded, shown(path))
-
-
 def _hub(path: str, split: str, revision: str | None) -> Iterator[Record]:
     if not HUB_ID.fullmatch(path) or Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet"):
         raise DataError("no such file or folder", where=shown(path))
@@ -243,14 +259,10 @@ def _hub(path: str, split: str, revision: str | None) -> Iterator[Record]:
     try:
         loaded = datasets.load_dataset(path, split=split, revision=revision)
     except Exception as error:
-        reason = f"neither a local file nor a data set of the hub that can be loaded: {_first_line(error)}"
+        reason = f"neither a local file nor a data set of the hub that can be loaded: {first_line(error)}"
         raise DataError(reason, where=shown(path)) from error
-    return _numbered(loaded, path)
+    return _numbered(plain_rows(loaded), path)
 
 
-def _numbered(rows: Any, name: str) -> Iterator[Record]:
+def _numbered(rows: Iterator[dict[str, Any]], name: str) -> Iterator[Record]:
     return (Record(row, f"{name}:{number}") for number, row in enumerate(rows, 1))
-
-
-def _first_line(error: Exception) -> str:
-    return shown((str(error) or type(error).__name__).splitlines()[0])

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lorakit.data.dataset_folder import first_line, load_folder, names_files
+from lorakit.data.records import Stamp
 from lorakit.errors import DataError
 from lorakit.recipe.schema import PictureData
 
@@ -29,10 +31,12 @@ class ParquetTable:
         self.name = path.name
         self.roots: Sequence[Path] = (path.parent,)
         self._columns = (image_column, caption_column)
+        self._path = path
         try:
-            self._file = pq.ParquetFile(path, memory_map=True)
+            self._stamp = Stamp.of(path.stat())
+            self._file = pq.ParquetFile(path, memory_map=False)  # a mapped file that is cut short kills its reader
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"not a sound parquet file: {error}", where=str(path)) from error
+            raise DataError(f"not a sound parquet file: {first_line(error)}", where=str(path)) from error
         _check_columns(self._file.schema_arrow.names, self._columns, str(path))
         self._starts = [0]
         for group in range(self._file.num_row_groups):
@@ -51,10 +55,11 @@ class ParquetTable:
         return self._read(group, self._columns[0])
 
     def _read(self, group: int, column: str) -> Any:
+        self._stamp.check(self._path.stat(), str(self._path))
         try:
             return self._file.read_row_group(group, columns=[column]).column(0)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"row group {group} is damaged: {error}", where=self.name) from error
+            raise DataError(f"row group {group} is damaged: {first_line(error)}", where=self.name) from error
 
 
 class DatasetTable:
@@ -66,6 +71,10 @@ class DatasetTable:
         _check_columns(dataset.column_names, (data.image_column, data.caption_column), name)
         if isinstance(dataset.features[data.image_column], datasets.Image):
             dataset = dataset.cast_column(data.image_column, datasets.Image(decode=False))
+        elif names_files(dataset.features[data.image_column]):
+            raise DataError(f"the column {data.image_column!r} holds no pictures", where=name)
+        if names_files(dataset.features[data.caption_column]):
+            raise DataError(f"the column {data.caption_column!r} holds no captions", where=name)
         self.name = name
         self.roots = roots
         self._images = dataset.select_columns([data.image_column])
@@ -82,19 +91,7 @@ class DatasetTable:
 
 def load_datasets_folder(path: Path, data: PictureData) -> DatasetTable:
     """A folder written by ``datasets.save_to_disk``; ``data.split`` chooses when it has several."""
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(path)
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise DataError(f"not a sound datasets folder: {error}", where=str(path)) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if data.split not in loaded:
-            raise DataError(
-                f"no split {data.split!r}; it has {', '.join(loaded)}", where=str(path), hint="set data.split"
-            )
-        loaded = loaded[data.split]
-    return DatasetTable(loaded, path.name, (path,), data)
+    return DatasetTable(load_folder(path, data.split), path.name, (path,), data)
 
 
 def load_hub(data: PictureData) -> DatasetTable:
@@ -106,7 +103,7 @@ def load_hub(data: PictureData) -> DatasetTable:
     try:
         loaded = datasets.load_dataset(data.path, split=data.split, revision=data.revision)
     except (pa.ArrowException, OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
-        reason = f"not a folder here, and not to be had from the hub: {error}"
+        reason = f"not a folder here, and not to be had from the hub: {first_line(error)}"
         raise DataError(reason, where=data.path, hint="check the name and the network") from error
     roots = (Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
     return DatasetTable(loaded, data.path, roots, data)

@@ -205,7 +205,7 @@ def test_a_missing_split_and_a_damaged_datasets_folder(tmp_path: Path) -> None:
         find(path, split="valid")
     assert len(find(path, split="test")[0]) == 1
     next((path / "train").glob("*.arrow")).write_bytes(b"junk")
-    with pytest.raises(DataError, match="not a sound datasets folder"):
+    with pytest.raises(DataError, match="the data set cannot be read"):
         find(path)
 
 

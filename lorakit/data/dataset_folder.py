@@ -1,0 +1,79 @@
+"""Data sets of the datasets library, kept from what it would do by itself: follow file names out of the folder, and
+open or download every picture and sound that a row names.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import DataError, shown
+
+PLAIN = frozenset({"Value", "ClassLabel", "Json", "Translation", "TranslationVariableLanguages"})
+"""Kinds of columns that are what they hold; the others (Image, Audio, Video, ...) name files, which reading opens."""
+
+
+def load_folder(path: Path, split: str) -> Any:
+    """The data set that ``datasets.save_to_disk`` wrote to ``path``; ``split`` chooses when it has several.
+
+    Raises DataError: no such folder or split, damaged, or names in its JSON that lead out of it.
+    """
+    where = shown(path)
+    if (path / "dataset_dict.json").is_file():
+        splits = _names(path / "dataset_dict.json", "splits")
+        if split not in splits:
+            raise DataError(f"no split {split!r}; it has {', '.join(splits)}", where=where)
+        path = _inside(path, split, path / "dataset_dict.json")
+    elif not (path / "state.json").is_file():
+        raise DataError("this folder was not made by datasets.save_to_disk", where=where, hint="give a file inside it")
+    for field in ("_data_files", "_indices_data_files"):
+        for name in _names(path / "state.json", field):
+            _inside(path, name, path / "state.json")
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(f"the data set cannot be read: {first_line(error)}", where=where) from error
+
+
+def plain_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """A data set's rows without the columns that name files."""
+    return iter(dataset.remove_columns([name for name, kind in dataset.features.items() if names_files(kind)]))
+
+
+def names_files(kind: Any) -> bool:
+    """Whether a column of this kind makes the library open files."""
+    if isinstance(kind, dict):
+        return any(names_files(inner) for inner in kind.values())
+    if isinstance(kind, list | tuple):
+        return any(names_files(inner) for inner in kind)
+    if hasattr(kind, "feature"):
+        return names_files(kind.feature)
+    return type(kind).__name__ not in PLAIN
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a library says."""
+    return shown((str(error) or type(error).__name__).splitlines()[0])
+
+
+def _names(path: Path, field: str) -> list[str]:
+    """The names listed under ``field`` of a JSON file, as they are or as ``filename``."""
+    try:
+        if path.stat().st_size > 10_000_000:
+            raise ValueError("larger than 10 MB")
+        listed = json.loads(path.read_bytes()).get(field) or []
+        names = [entry["filename"] if isinstance(entry, dict) else entry for entry in listed]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{field} is not a list of names")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f"the data set cannot be read: {first_line(error)}", where=shown(path)) from error
+    return names
+
+
+def _inside(folder: Path, name: str, where: Path) -> Path:
+    """``folder / name``, one step down and no link; DataError when it is not."""
+    if Path(name).name != name or (folder / name).is_symlink():
+        raise DataError(f"outside the data set's folder: {shown(name)}", where=shown(where))
+    return folder / name
