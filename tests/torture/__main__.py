@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from tests.torture import runs, trace
 from tests.torture.cases import FROZEN, STOPS
 from tests.torture.killing import Bench, Tally
-from tests.torture.launched import Launched
+from tests.torture.launched import Launched, launch
 from tests.torture.merging import MergeBench
 from tests.torture.warm import Warm
 
@@ -63,6 +64,22 @@ def matrix(folder: Path, warm: Warm) -> Iterator[Case]:
             yield case, lambda b=bench, c=case, w=when: b().stopped(c, *w)
 
 
+def verifications(folder: Path) -> Iterator[Case]:
+    """``lorakit verify --resume``: says equal, on one rank and on two, and exits 9 where a safeguard is taken away."""
+
+    def verify(family: str, hooks: dict[str, Any], *more: str) -> Tally:
+        words = ["verify", runs.make(family, folder / family), "--resume", "--set", "train.steps=5000", *more]
+        done = launch(folder / "warm", words, folder / "verify", hooks)
+        if done.code == (9 if hooks else 0):
+            return Tally(kills=1, resumed=1)
+        return Tally(kills=1, divergent=1, told=[f"verify {family} {more}: exit {done.code}: {done.err[-2000:]}"])
+
+    for family in runs.FAMILIES:
+        yield f"verify {family}", partial(verify, family, {})
+        yield f"verify {family} 2", partial(verify, family, {}, "--num-processes", "2")
+    yield "verify llama without", partial(verify, "llama", {"": {"without": "rng"}})
+
+
 class Journal:
     """The results so far, by case, in a file."""
 
@@ -98,6 +115,7 @@ def cases(folder: Path, warm: Warm, kills: int) -> Iterator[Case]:
     for bench, over in itertools.product(benches, (False, True)):
         yield from merges(bench, over=over)
     yield from matrix(folder, warm)
+    yield from verifications(folder)
     for bench in benches:
         yield from file_operations(bench)
 

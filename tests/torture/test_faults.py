@@ -69,6 +69,16 @@ def test_a_flip_makes_the_run_go_on_from_the_checkpoint_before_or_not_at_all(lla
     assert contents(other / "runs") == before
 
 
+@pytest.mark.fault(57)
+def test_checkpoints_without_the_step_that_all_random_numbers_follow_from(llama: Bench) -> None:
+    cwd = stop(llama, "stepless")
+    for path in cwd.glob("runs/run/checkpoints/*/state.json"):
+        path.unlink()
+    done = llama.start(cwd)
+    assert done.code == 9, done.err
+    assert "state.json: a file is missing; using the checkpoint before it" in done.err
+
+
 @pytest.mark.fault(46)
 def test_a_file_over_the_limit_leaves_the_old_checkpoints(llama: Bench) -> None:
     """The kernel's own refusal in the middle of a save."""

@@ -9,6 +9,7 @@ from tests.torture import runs, trace
 from tests.torture.cases import STOPS
 from tests.torture.hooks import TEETH
 from tests.torture.killing import Bench, Tally
+from tests.torture.merging import MergeBench
 from tests.torture.warm import Pair, Warm
 
 traced = pytest.mark.skipif(not trace.SUPPORTED, reason="the tracer knows Linux on x86-64 only")
@@ -59,6 +60,14 @@ def test_killed_at_operations_of_a_save(llama: Bench) -> None:
     assert len(touched) > 20
     for number in touched[::10]:
         check(llama.kill_at(number, torn=True))
+
+
+@traced
+@pytest.mark.fault(59)
+def test_a_merge_killed_leaves_the_old_model_or_the_new_one(llama: Bench) -> None:
+    merging = MergeBench(llama, over=True)
+    for number in range(0, len(merging.operations()), 9):
+        check(merging.kill_at(number, torn=True))
 
 
 @traced

@@ -1,11 +1,10 @@
-"""Runs when Python starts in a rank that ``tests.torture.launched`` has Accelerate's launcher start: its hooks."""
+"""Runs when Python starts in what ``tests.torture.launched`` starts: the hooks of a rank, or of a run without ranks."""
 
 import json
 import os
 
-if "RANK" in os.environ:
-    wish = json.loads(os.environ["TORTURE_HOOKS"])
-    if os.environ["RANK"] in wish:
-        from tests.torture import hooks
+wish = json.loads(os.environ.get("TORTURE_HOOKS", "{}"))
+if os.environ.get("RANK", "") in wish:
+    from tests.torture import hooks
 
-        hooks.install(**wish[os.environ["RANK"]])
+    hooks.install(**wish[os.environ.get("RANK", "")])
