@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -53,16 +54,17 @@ class Peer:
         pid, _, host = told.partition(" ")
         try:
             return cls(int(pid), host, psutil.Process(int(pid)) if host == here else None)
-        except psutil.NoSuchProcess:
+        except psutil.Error:
             return cls(int(pid), host)
 
     def is_gone(self) -> bool:
         """Whether its process has ended; False where that cannot be seen."""
+        if self.process is None:
+            return False
         try:
-            running = self.process is None or self.process.is_running()
-            return not running or (self.process is not None and self.process.status() == psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return True
+            return not self.process.is_running() or self.process.status() == psutil.STATUS_ZOMBIE
+        except psutil.Error as error:
+            return isinstance(error, psutil.NoSuchProcess)
 
     def look(self, count: str) -> None:
         """Count this look as silent, or not: a new ``count`` and processor time are signs of life."""
@@ -75,13 +77,14 @@ class Peer:
 
     def kill(self) -> None:
         """End its process, where it is on this machine: one that is stopped heeds no other signal."""
-        if self.process is not None and not self.is_gone():
-            self.process.kill()
+        if self.process is not None:
+            with suppress(psutil.Error):
+                self.process.kill()
 
     def _seconds(self) -> float:
         try:
             return sum(self.process.cpu_times()[:2]) if self.process is not None else -1.0
-        except psutil.NoSuchProcess:
+        except psutil.Error:
             return -1.0
 
 

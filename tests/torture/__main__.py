@@ -33,7 +33,7 @@ def random_kills(bench: Bench, count: int) -> Iterator[Case]:
 
 def file_operations(bench: Bench) -> Iterator[Case]:
     """Each operation on files of a whole run, those of its saves first, and each write half done."""
-    if not trace.SUPPORTED:
+    if not trace.supported():
         return
     saving = [(n, call, "checkpoints" in path) for n, (call, path, _) in enumerate(bench.operations())]
     for number, call, _ in sorted(saving, key=lambda one: not one[2]):
@@ -44,7 +44,7 @@ def file_operations(bench: Bench) -> Iterator[Case]:
 
 def merges(bench: Bench, *, over: bool) -> Iterator[Case]:
     """Each operation on files of a merge."""
-    if not trace.SUPPORTED:
+    if not trace.supported():
         return
     merging = MergeBench(bench, over=over)
     for number, (call, _, _) in enumerate(merging.operations()):

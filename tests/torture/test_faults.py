@@ -153,7 +153,7 @@ def test_a_second_run_is_told_who_has_the_folder_and_a_dead_ones_lock_is_taken(l
     goes_on(llama, cwd)
 
 
-@pytest.mark.skipif(not trace.SUPPORTED, reason="the tracer knows Linux on x86-64 only")
+@pytest.mark.skipif(not trace.supported(), reason="no tracing here: it takes Linux on x86-64")
 @pytest.mark.fault(45)
 def test_sigterm_in_the_middle_of_a_save_lets_it_complete(llama: Bench) -> None:
     cwd = llama.fresh("term-saving")

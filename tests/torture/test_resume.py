@@ -12,7 +12,7 @@ from tests.torture.killing import Bench, Tally
 from tests.torture.merging import MergeBench
 from tests.torture.warm import Pair, Warm
 
-traced = pytest.mark.skipif(not trace.SUPPORTED, reason="the tracer knows Linux on x86-64 only")
+traced = pytest.mark.skipif(not trace.supported(), reason="no tracing here: it takes Linux on x86-64")
 
 
 def check(tally: Tally, kills: int = 1) -> None:
