@@ -31,15 +31,15 @@ def random_kills(bench: Bench, count: int) -> Iterator[Case]:
         yield f"SIGTERM {bench.family} {seed}", lambda seed=seed: bench.random_stop(seed)
 
 
-def file_operations(bench: Bench) -> Iterator[Case]:
-    """Each operation on files of a whole run, those of its saves first, and each write half done."""
+def file_operations(bench: Bench, *, saving: bool) -> Iterator[Case]:
+    """Each operation on files of a whole run, and each write half done: those of its saves, or all others."""
     if not trace.supported():
         return
-    saving = [(n, call, "checkpoints" in path) for n, (call, path, _) in enumerate(bench.operations())]
-    for number, call, _ in sorted(saving, key=lambda one: not one[2]):
+    for number, (call, path, _) in enumerate(bench.operations()):
         for torn in (False, True) if call == "write" else (False,):
-            name = f"operation {bench.family} {number}{' torn' if torn else ''}"
-            yield name, lambda n=number, t=torn: bench.kill_at(n, torn=t)
+            name = f"{'saving' if saving else 'operation'} {bench.family} {number}{' torn' if torn else ''}"
+            if ("checkpoints" in path) is saving:
+                yield name, lambda n=number, t=torn: bench.kill_at(n, torn=t)
 
 
 def merges(bench: Bench, *, over: bool) -> Iterator[Case]:
@@ -111,13 +111,15 @@ def cases(folder: Path, warm: Warm, kills: int) -> Iterator[Case]:
     for bench in benches:
         yield from random_kills(bench, kills)
     for bench in benches:
+        yield from file_operations(bench, saving=True)
+    for bench in benches:
         yield f"flips {bench.family}", bench.flipped
+    yield from matrix(folder, warm)
     for bench, over in itertools.product(benches, (False, True)):
         yield from merges(bench, over=over)
-    yield from matrix(folder, warm)
     yield from verifications(folder)
     for bench in benches:
-        yield from file_operations(bench)
+        yield from file_operations(bench, saving=False)
 
 
 def main() -> int:
