@@ -168,7 +168,7 @@ def test_an_answer_in_between_does_not_end_the_training_of_a_quantized_base(fold
             task.model.eval()
             with torch.inference_mode():
                 task.model.lm(torch.tensor([[1, 2, 3]]))
-            task.model.train()
+        task.model.train()
         mean_loss(task, "train", 1).backward()
         return [p.grad for p in adapter_parameters(task.model.lm).values()]
 
