@@ -56,8 +56,8 @@ def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":
         return {"unet": bones.unet, "text_encoder": bones.text_encoder}
     from transformers import AutoModelForCausalLM
 
-    from lorakit.families.llama.base import load_config
+    from lorakit.families.llama.base import as_folder, load_config
 
     causal: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        return {"model": causal.from_config(load_config(location))}
+        return {"model": causal.from_config(load_config(as_folder(location, torch.float16)))}

@@ -31,12 +31,12 @@ def run(path: Path, overrides: Sequence[str], rows: int) -> None:
 
 def _chats(recipe: LlamaRecipe, rows: int, console: Console) -> None:
     from lorakit.data.show import show_row, token_histogram
-    from lorakit.families.llama.task import check_family, load_data
-    from lorakit.storage.bases import resolve
+    from lorakit.families.llama.base import find_base, load_data
+    from lorakit.training.device import choose
 
-    location = resolve(recipe.base.model, recipe.base.revision)
-    check_family(location)
-    _, tokenizer, chats = load_data(location, recipe.data, recipe.train.seed)
+    _, dtype = choose(recipe.compute)
+    _, folder = find_base(recipe.base, dtype)
+    _, tokenizer, chats = load_data(folder, recipe.data, recipe.train.seed)
     for row in spread(chats.train, rows):
         shown = show_row(row, tokenizer)
         cut = f", {shown.cut} cut" if shown.cut else ""

@@ -79,10 +79,9 @@ def _prompts(request: Request) -> list[str]:
 def _place(device: str) -> "Place":
     from lorakit.families.place import Place
     from lorakit.recipe.schema import Compute
-    from lorakit.training.launch import open_session
+    from lorakit.training.device import choose
 
-    session = open_session(Compute.model_validate({"device": device}))
-    return Place(session.device, session.dtype)
+    return Place(*choose(Compute.model_validate({"device": device})))
 
 
 def _draw(

@@ -12,9 +12,9 @@ from rich.table import Column, Table
 from lorakit.recipe.schema import LlamaRecipe, Optimizer, SDRecipe
 
 if TYPE_CHECKING:
-    from lorakit.families.llama import LlamaPlan
+    from lorakit.families.llama.plan import LlamaPlan
+    from lorakit.families.place import Place
     from lorakit.families.sd import SDPlan
-    from lorakit.training.launch import Session
 
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion_8bit": 1.02}
 """Optimizer state a trainable parameter: two float32 moments, or one byte a moment and a float32 scale a 256 block."""
@@ -22,14 +22,17 @@ STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion
 
 def run(recipe: SDRecipe | LlamaRecipe, processes: int) -> None:
     """Print the plan. Raises what training would raise before its first step."""
-    from lorakit.training import launch, loop, optim
+    from lorakit.families.place import Place
+    from lorakit.training.device import choose
 
-    session = launch.open_session(recipe.compute)
-    try:
-        plan = _plan(recipe, session, processes)
-    finally:
-        session.close()
-    total = loop.total_steps(recipe.train, plan.steps_per_epoch)
+    place = Place(*choose(recipe.compute), recipe.compute.gradient_checkpointing)
+    _show(recipe, _plan(recipe, place, processes), place, processes)
+
+
+def _show(recipe: SDRecipe | LlamaRecipe, plan: "LlamaPlan | SDPlan", place: "Place", processes: int) -> None:
+    from lorakit.training import optim
+
+    total = optim.total_steps(recipe.train, plan.steps_per_epoch)
     console = Console(highlight=False)
     console.print(_modules(plan))
     trained = plan.trainable_parameters
@@ -45,23 +48,21 @@ def run(recipe: SDRecipe | LlamaRecipe, processes: int) -> None:
     points = sorted({0, round(total * 0.05), total // 4, total // 2, 3 * total // 4, total - 1})
     rates = "  ".join(f"{step}: {optim.learning_rate_at(recipe.optimizer, step, total):.2e}" for step in points)
     console.print(f"learning rate after so many steps ({recipe.optimizer.schedule}):  {rates}")
-    console.print(_memory(plan, recipe.optimizer, str(session.device), str(session.dtype).removeprefix("torch.")))
+    console.print(_memory(plan, recipe.optimizer, str(place.device), str(place.dtype).removeprefix("torch.")))
     console.print(_disk(recipe, trained))
     for note in notes:
         console.print(f"[yellow]{note}[/]")
 
 
-def _plan(recipe: SDRecipe | LlamaRecipe, session: "Session", processes: int) -> "LlamaPlan | SDPlan":
-    from lorakit.families.place import Place
+def _plan(recipe: SDRecipe | LlamaRecipe, place: "Place", processes: int) -> "LlamaPlan | SDPlan":
     from lorakit.numerics.order import Layout
 
     layout = Layout(recipe.train.seed, recipe.train.batch_size, recipe.compute.gradient_accumulation, 0, processes)
-    place = Place(session.device, session.dtype, recipe.compute.gradient_checkpointing)
     if isinstance(recipe, SDRecipe):
         from lorakit.families import sd
 
         return sd.plan(recipe.base, recipe.adapter, recipe.data, layout, place)
-    from lorakit.families import llama
+    from lorakit.families.llama import plan as llama
 
     return llama.plan(recipe.base, recipe.adapter, recipe.data, layout, place)
 

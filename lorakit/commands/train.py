@@ -103,7 +103,7 @@ def load_task(recipe: SDRecipe | LlamaRecipe, layout: "Layout", place: "Place") 
 
         learning = sd.Learning.of(recipe.train, recipe.optimizer)
         return sd.load(recipe.base, recipe.adapter, recipe.data, learning, recipe.sample, layout, place)
-    from lorakit.families import llama
+    from lorakit.families.llama import task as llama
 
     rate = recipe.optimizer.learning_rate
     return llama.load(recipe.base, recipe.adapter, recipe.data, recipe.sample, layout, place, learning_rate=rate)

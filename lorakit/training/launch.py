@@ -23,15 +23,13 @@ from torch import Tensor, distributed
 
 from lorakit.errors import ConflictError, LorakitError, RankError, RecipeError
 from lorakit.recipe.schema import Compute
+from lorakit.training.device import choose
 from lorakit.training.stop import INTERRUPTED, TERMINATED
 from lorakit.training.watch import Watch
 
 OWN_EXIT_CODES = frozenset({0, 2, 3, 4, 5, 6, 7, 8, 9, 75, 130})
 _PATIENCE = timedelta(minutes=60)
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-log = logging.getLogger("lorakit")
 
 
 @dataclass(frozen=True)
@@ -117,13 +115,10 @@ class Session:
 
 def open_session(compute: Compute) -> Session:
     """Join the ranks that the launcher started, or be the only one; RecipeError when ``compute`` cannot be had here."""
-    on_cpu = compute.device == "cpu" or not torch.cuda.is_available()
-    if compute.device == "cuda" and on_cpu:
-        raise RecipeError("there is no CUDA device", where="compute.device", hint="set it to auto or cpu")
-    dtype = _dtype(compute.precision, on_cpu)
+    device, dtype = choose(compute)
     _die_with_launcher()
     accelerator = Accelerator(
-        cpu=on_cpu,
+        cpu=device.type == "cpu",
         mixed_precision="fp16" if dtype == torch.float16 else "no",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
@@ -133,24 +128,6 @@ def open_session(compute: Compute) -> Session:
     rank, world = accelerator.process_index, accelerator.num_processes
     watch = Watch(rank, world).start() if world > 1 else None
     return Session(accelerator, rank, world, accelerator.device, dtype, watch)
-
-
-def _dtype(precision: str, on_cpu: bool) -> torch.dtype:
-    fast = _multiplies_bf16(on_cpu)
-    if precision == "auto":
-        return torch.bfloat16 if fast else torch.float32
-    if precision == "fp16" and on_cpu:
-        raise RecipeError("fp16 needs a GPU", where="compute.precision", hint="set it to auto, bf16 or fp32")
-    if precision == "bf16" and not fast:
-        log.warning("this device has no bf16 instructions: bf16 will be much slower than fp32")
-    return _DTYPES[precision]
-
-
-def _multiplies_bf16(on_cpu: bool) -> bool:
-    if not on_cpu:
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    can = torch.cpu.get_capabilities()
-    return bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))
 
 
 def relaunch(argv: Sequence[str], processes: int, *, device: str = "auto", module: str = "lorakit") -> int:

@@ -72,12 +72,6 @@ class Update:
     save_is_due: bool
 
 
-def total_steps(train: Train, steps_per_epoch: float) -> int:
-    """Updates in the whole run: ``train.steps``, or as many as the epochs (1 when neither is given) take."""
-    epochs = 1.0 if train.epochs is None else train.epochs
-    return train.steps if train.steps is not None else max(1, math.ceil(epochs * steps_per_epoch - 1e-9))
-
-
 def train(task: Task, session: Session, plan: Plan, run: RunFolder, progress: Progress) -> Outcome:
     """Train ``task`` to its last step, from the newest checkpoint of ``run`` when ``plan.resume`` is set, and save it.
 
@@ -98,7 +92,7 @@ class _Loop:
 
     def __init__(self, task: Task, session: Session, plan: Plan, run: RunFolder) -> None:
         self.task, self.session, self.plan, self.folder = task, session, plan, run
-        self.total = total_steps(plan.train, task.steps_per_epoch)
+        self.total = optim.total_steps(plan.train, task.steps_per_epoch)
         _check_division(plan, session)
         self.state = State(
             base_id=task.base_id,

@@ -19,13 +19,19 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lorakit.errors import CheckpointError
-from lorakit.recipe.schema import Optimizer
+from lorakit.recipe.schema import Optimizer, Train
 
 MIN_8BIT_SIZE = 256
 _SCALARS = "scalars"
 _SHARED = "shared"
 
 log = logging.getLogger("lorakit")
+
+
+def total_steps(train: Train, steps_per_epoch: float) -> int:
+    """Updates in the whole run: ``train.steps``, or as many as the epochs (1 when neither is given) take."""
+    epochs = 1.0 if train.epochs is None else train.epochs
+    return train.steps if train.steps is not None else max(1, math.ceil(epochs * steps_per_epoch - 1e-9))
 
 
 def learning_rate_at(optimizer: Optimizer, step: int, total: int) -> float:

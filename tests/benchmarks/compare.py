@@ -17,7 +17,7 @@ TITLES = {
     "sd15": "train-sd: a UNet of SD 1.5's shape (random weights) at 512 px, LoRA r=4 on attention",
 }
 GIGA = 1e9
-UNPACKED = " lorakit unpacks the GGUF file before its first step; the peers are given the unpacked weights."
+UNPACKED = " All load the unpacked GGUF file from the same folder."
 CACHED = " lorakit finds latents and text states in its cache; `start` says what filling it takes."
 
 

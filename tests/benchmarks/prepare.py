@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit.commands.train import load_task
-from lorakit.families.llama.base import load_config, load_model, load_tokenizer
+from lorakit.families.llama.base import find_base, load_config
 from lorakit.families.llama.task import LlamaTask
 from lorakit.families.place import Place
 from lorakit.families.sd.task import SDTask
@@ -87,13 +87,9 @@ def recipe_of(given: argparse.Namespace, dtype: str) -> dict[str, Any]:
     return {"base": {"model": model}, "data": shown, **common}
 
 
-def share_base(location: BaseLocation, work: Path, lm: Any) -> None:
-    """WORK/base: the base's own folder, or for a GGUF file its unpacked weights and tokenizer."""
-    if location.layout != "gguf":
-        (work / "base").symlink_to(location.path.resolve(), target_is_directory=True)
-        return
-    lm.save_pretrained(work / "base")
-    load_tokenizer(location).save_pretrained(work / "base")
+def share_base(folder: BaseLocation, work: Path) -> None:
+    """WORK/base: the folder that lorakit loads, for a GGUF file what it unpacks to."""
+    (work / "base").symlink_to(folder.path.resolve(), target_is_directory=True)
 
 
 def llama_steps(task: LlamaTask, count: int) -> list[list[list[list[int]]]]:
@@ -114,13 +110,11 @@ def llama_steps(task: LlamaTask, count: int) -> list[list[list[list[int]]]]:
 
 def prepare_llama(recipe: LlamaRecipe, task: LlamaTask, given: argparse.Namespace) -> dict[str, Any]:
     """Writes base/ and the steps; gives the plan's own fields."""
-    location = resolve(recipe.base.model)
-    dtype = DTYPES[recipe.compute.precision]
-    lm = load_model(location, Place(torch.device("cpu"), dtype, False), "none") if location.layout == "gguf" else None
-    share_base(location, given.work, lm)
+    _, folder = find_base(recipe.base, DTYPES[recipe.compute.precision])
+    share_base(folder, given.work)
     rows = llama_steps(task, given.steps)
     write_steps(given.work, rows)
-    shape = flops.LlamaShape.of(load_config(location), recipe.adapter.rank)
+    shape = flops.LlamaShape.of(load_config(folder), recipe.adapter.rank)
     lengths = [[len(tokens) for tokens, _ in step] for step in rows]
     labelled = [sum(label != MASKED for _, labels in step for label in labels) for step in rows]
     return {
@@ -135,7 +129,7 @@ def prepare_llama(recipe: LlamaRecipe, task: LlamaTask, given: argparse.Namespac
 def prepare_sd(recipe: SDRecipe, task: SDTask, given: argparse.Namespace) -> dict[str, Any]:
     """Writes base, the steps and their noise; gives the plan's own fields."""
     location = resolve(recipe.base.model)
-    share_base(location, given.work, None)
+    share_base(location, given.work)
     layout = Layout(recipe.train.seed, recipe.train.batch_size)
     maker, folder = task._loaded.maker, Path(recipe.data.path)
     found: dict[str, list[Tensor]] = {"noise": [], "sample": [], "timesteps": []}

@@ -12,10 +12,10 @@ from lorakit.adapters.inject import adapter_state, inject
 from lorakit.adapters.write import write_peft
 from lorakit.data.chat import Message
 from lorakit.errors import ModelError, NonFiniteError, RecipeError
-from lorakit.families.llama.base import GROUPS, load_model, load_tokenizer
+from lorakit.families.llama.base import GROUPS, find_base, load_model, load_tokenizer
 from lorakit.families.llama.generate import Settings, choose, open_chat
 from lorakit.families.place import Place
-from lorakit.recipe.schema import Adapter
+from lorakit.recipe.schema import Adapter, LlamaBase
 from lorakit.storage.bases import resolve
 from tests.tiny import tiny_llama
 
@@ -142,16 +142,26 @@ def write_gguf(path, base):
     return path
 
 
-def test_a_gguf_file_is_the_same_model_and_can_be_saved(base, tmp_path):
-    location = resolve(str(write_gguf(tmp_path / "tiny.gguf", base)))
-    plain, model = AutoModelForCausalLM.from_pretrained(base), load_model(location, PLACE, "none", attention="sdpa")
-    tokens = torch.tensor([load_tokenizer(location)("What does sorted do?")["input_ids"]])
-    assert tokens.tolist()[0] == AutoTokenizer.from_pretrained(base)("What does sorted do?")["input_ids"]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gguf_file_unpacks_once_to_a_folder_of_the_same_model(base, tmp_path, monkeypatch, dtype):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    file = write_gguf(tmp_path / "tiny.gguf", base)
+    location, folder = find_base(LlamaBase(model=str(file)), dtype)
+    assert (location.path, folder.name, folder.layout) == (file, location.name, "transformers")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = load_model(folder, Place(torch.device("cpu"), dtype), "none", attention="sdpa")
+    text = "What does sorted do?<|im_end|> x"
+    tokens = torch.tensor([load_tokenizer(folder)(text)["input_ids"]])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert tokens.tolist()[0] == tokenizer(text)["input_ids"]
+    assert load_tokenizer(folder).chat_template == tokenizer.chat_template
+    state = plain.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     with torch.no_grad():
-        assert torch.allclose(model(tokens).logits, plain(tokens).logits, atol=1e-4)
-    model.save_pretrained(tmp_path / "saved")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    with torch.no_grad():
-        assert torch.equal(again(tokens).logits, model(tokens).logits)
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    written = {path: path.stat().st_mtime_ns for path in folder.path.iterdir()}
+    again = find_base(LlamaBase(model=str(file)), dtype)
+    assert again == (location, folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.path.iterdir()} == written
     with pytest.raises(RecipeError, match="GGUF"):
-        load_model(location, PLACE, "nf4")
+        find_base(LlamaBase(model=str(file), quantization="nf4"), dtype)

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit.adapters.inject import adapter_parameters
 from lorakit.errors import ModelError, RecipeError
-from lorakit.families import llama
+from lorakit.families.llama import task as llama
+from lorakit.families.llama.plan import plan as plan_llama
 from lorakit.families.place import Place
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
@@ -213,7 +214,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(folder, tmp_pat
 def test_the_plan_counts_what_loading_makes(folder):
     adapter = Adapter(rank=4, dora=True, targets="attention+mlp", layers=[1], rank_pattern={"down_proj": 2})
     data = ChatData(train=[{"path": str(folder / "chats.jsonl")}], held_out=0.2, max_tokens=128)
-    plan = llama.plan(LlamaBase(model=str(folder / "base")), adapter, data, Layout(0, 4), PLACE)
+    plan = plan_llama(LlamaBase(model=str(folder / "base")), adapter, data, Layout(0, 4), PLACE)
     task = load(folder, adapter=adapter)
     trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     assert plan.trainable_parameters == trainable
@@ -223,5 +224,5 @@ def test_the_plan_counts_what_loading_makes(folder):
     assert plan.memory["adapter"] == trainable * 4
     assert plan.chats.digest() == task.data_hash
     assert 0 < plan.chats.label_share < 1
-    small = llama.plan(LlamaBase(model=str(folder / "base"), quantization="nf4"), adapter, data, Layout(0, 4), PLACE)
+    small = plan_llama(LlamaBase(model=str(folder / "base"), quantization="nf4"), adapter, data, Layout(0, 4), PLACE)
     assert small.memory["base weights"] < plan.memory["base weights"]

@@ -1,7 +1,1 @@
-"""LLaMA-type language models."""
-
-from lorakit.families.llama.generate import Chat, Settings, open_chat
-from lorakit.families.llama.plan import LlamaPlan, plan
-from lorakit.families.llama.task import LlamaTask, load
-
-__all__ = ["Chat", "LlamaPlan", "LlamaTask", "Settings", "load", "open_chat", "plan"]
+"""LLaMA-type language models: ``task`` trains, ``plan`` looks ahead, ``generate`` answers."""

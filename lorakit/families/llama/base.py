@@ -1,26 +1,21 @@
 """LLaMA-type bases by transformers: tokenizer, config and weights from a checked folder or GGUF file."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, Literal
 
+import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GgufConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
+from lorakit.data.chat_set import ChatSet, load_chats
 from lorakit.errors import ModelError, RecipeError
 from lorakit.families.llama import packed
+from lorakit.families.llama.gguf import unpacked
 from lorakit.families.place import Place
-from lorakit.storage.bases import BaseLocation
+from lorakit.recipe.schema import ChatData, LlamaBase
+from lorakit.storage.bases import BaseLocation, resolve
 
 GROUPS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -28,54 +23,58 @@ GROUPS = {
 }
 """Module names behind the recipe's adapter.targets."""
 
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 Quantization = Literal["none", "nf4", "int8"]
 
 
-def load_tokenizer(location: BaseLocation) -> Any:
-    """The base's fast tokenizer. Raises ModelError when it cannot be read."""
-    # AutoTokenizer would read the whole GGUF header once more, only to find out that this is the class.
-    kind: Any = PreTrainedTokenizerFast if location.layout == "gguf" else AutoTokenizer
+def find_base(base: LlamaBase, dtype: torch.dtype) -> tuple[BaseLocation, BaseLocation]:
+    """The base as the recipe names it, and the folder to load it from: the same, or what a GGUF file unpacks to.
+
+    Raises RecipeError for a Stable Diffusion, or a GGUF file to be quantized again; ModelError when it cannot be read.
+    """
+    location = resolve(base.model, base.revision)
+    if location.family != "llama":
+        raise RecipeError(
+            f"{location.name} is a Stable Diffusion", where="base.model", hint="lorakit train-sd trains those"
+        )
+    if location.layout == "gguf" and base.quantization != "none":
+        raise RecipeError(
+            "a GGUF file cannot be quantized again", where="base.quantization", hint="take a safetensors folder"
+        )
+    return location, as_folder(location, dtype)
+
+
+def as_folder(location: BaseLocation, dtype: torch.dtype) -> BaseLocation:
+    """The folder to load a base from. Raises ModelError when a GGUF file cannot be unpacked."""
     with _readable(location):
-        return kind.from_pretrained(**_source(location))
+        return unpacked(location, dtype)
+
+
+def load_tokenizer(location: BaseLocation) -> Any:
+    """The tokenizer of a base's folder. Raises ModelError when it cannot be read."""
+    with _readable(location):
+        return AutoTokenizer.from_pretrained(location.path, **_LOCAL)
 
 
 def load_config(location: BaseLocation) -> Any:
-    """The model's configuration. Raises ModelError when it cannot be read."""
+    """The configuration in a base's folder. Raises ModelError when it cannot be read."""
     with _readable(location):
-        if location.layout == "gguf":
-            return copy.deepcopy(_gguf_config(location, location.path.stat().st_mtime_ns))
-        return AutoConfig.from_pretrained(**_source(location))
-
-
-@lru_cache(maxsize=4)
-def _gguf_config(location: BaseLocation, _mtime: int) -> Any:
-    """Kept, since reading a GGUF header takes seconds."""
-    return AutoConfig.from_pretrained(**_source(location))
+        return AutoConfig.from_pretrained(location.path, **_LOCAL)
 
 
 def load_model(
     location: BaseLocation, place: Place, quantization: Quantization, *, attention: str = packed.NAME
 ) -> Any:
-    """The whole model on its device, in eval mode; a GGUF file's weights are unpacked to ``place.dtype``.
+    """The whole model of a base's folder on its device, in eval mode.
 
     ``attention`` is the attention kernel: ``packed.NAME`` to train, "sdpa" to generate.
-    Raises ModelError when it cannot be read, RecipeError for a GGUF file to be quantized again.
+    Raises ModelError when it cannot be read.
     """
-    options: dict[str, Any] = {"dtype": place.dtype, "attn_implementation": attention}
-    if location.layout == "gguf":
-        if quantization != "none":
-            raise RecipeError(
-                "a GGUF file cannot be quantized again", where="base.quantization", hint="take a safetensors folder"
-            )
-        options |= {"quantization_config": GgufConfig(dequantize=True), "config": load_config(location)}
-    else:
-        options["use_safetensors"] = True
-        if quantization != "none":
-            options |= {"quantization_config": _bitsandbytes(quantization, place), "device_map": {"": place.device}}
+    options: dict[str, Any] = {"dtype": place.dtype, "attn_implementation": attention, "use_safetensors": True}
+    if quantization != "none":
+        options |= {"quantization_config": _bitsandbytes(quantization, place), "device_map": {"": place.device}}
     with _readable(location):
-        model: Any = AutoModelForCausalLM.from_pretrained(**_source(location), **options)
-    if location.layout == "gguf":
-        _clear_gguf_mark(model)
+        model: Any = AutoModelForCausalLM.from_pretrained(location.path, **_LOCAL, **options)
     if quantization == "nf4":
         _keep_trainable(model)
     return model if quantization != "none" else model.to(place.device)
@@ -89,13 +88,6 @@ def check_tokenizer(tokenizer: Any, config: Any, location: BaseLocation) -> None
             f"the tokenizer goes up to token {highest}, the model has {config.vocab_size} embeddings",
             where=location.name,
         )
-
-
-def _source(location: BaseLocation) -> dict[str, Any]:
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if location.layout == "gguf":
-        return {"pretrained_model_name_or_path": str(location.path.parent), "gguf_file": location.path.name, **options}
-    return {"pretrained_model_name_or_path": str(location.path), **options}
 
 
 def _bitsandbytes(quantization: Quantization, place: Place) -> Any:
@@ -116,14 +108,6 @@ def _keep_trainable(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _clear_gguf_mark(model: Any) -> None:
-    """The weights are plain tensors now; transformers would not save a model that counts as quantized."""
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    model.is_quantized = False
 
 
 @contextmanager
@@ -162,3 +146,15 @@ def longest_document(config: Any) -> int:
     """Tokens that a training row may have: the positions the model knows, or the shortest attention window."""
     windows = [getattr(config, "sliding_window", None)] if getattr(config, "use_sliding_window", True) else []
     return min([int(config.max_position_embeddings), *(int(window) for window in windows if window)])
+
+
+def load_data(location: BaseLocation, data: ChatData, seed: int) -> tuple[Any, Any, ChatSet]:
+    """The base's config and tokenizer, checked against each other, and the encoded chats. No weights are read."""
+    config, tokenizer = load_config(location), load_tokenizer(location)
+    check_tokenizer(tokenizer, config, location)
+    if data.max_tokens > longest_document(config):
+        raise RecipeError(
+            f"{data.max_tokens} is more than the {longest_document(config)} tokens that the model attends to",
+            where="data.max_tokens",
+        )
+    return config, tokenizer, load_chats(data, tokenizer, seed)

@@ -15,7 +15,7 @@ from lorakit.adapters.inject import apply
 from lorakit.data.chat import Message
 from lorakit.data.tokens import Renderer
 from lorakit.errors import ModelError, NonFiniteError
-from lorakit.families.llama.base import check_tokenizer, load_model, load_tokenizer
+from lorakit.families.llama.base import as_folder, check_tokenizer, load_model, load_tokenizer
 from lorakit.families.place import Place
 from lorakit.storage.bases import BaseLocation
 
@@ -107,8 +107,9 @@ def open_chat(
 
     Raises ModelError when base or adapter cannot be read or do not fit.
     """
-    model = load_model(location, place, "none", attention="sdpa")
-    tokenizer = load_tokenizer(location)
+    folder = as_folder(location, place.dtype)
+    model = load_model(folder, place, "none", attention="sdpa")
+    tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, model.config, location)
     for number, (path, weight) in enumerate(adapters):
         saved = read_adapter(path, {"model": model})

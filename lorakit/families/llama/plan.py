@@ -9,13 +9,11 @@ from transformers import AutoModelForCausalLM
 from lorakit.adapters.targets import Target
 from lorakit.adapters.targets import plan as plan_targets
 from lorakit.data.chat_set import ChatSet
-from lorakit.families.llama.base import GROUPS, count_parameters, logit_factor
-from lorakit.families.llama.task import check_family, load_data
+from lorakit.families.llama.base import GROUPS, count_parameters, find_base, load_data, logit_factor
 from lorakit.families.place import Place
 from lorakit.numerics.cross_entropy import CHUNK_NUMBERS
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase
-from lorakit.storage.bases import resolve
 
 BITS = {"nf4": 4.13, "int8": 8.0}
 """bitsandbytes' bits a weight: NF4's doubly quantized scales add 0.13."""
@@ -36,9 +34,8 @@ class LlamaPlan:
 
 def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, place: Place) -> LlamaPlan:
     """Raises what ``load`` would raise, but for weights that cannot be read."""
-    location = resolve(base.model, base.revision)
-    check_family(location)
-    config, _, chats = load_data(location, data, layout.seed)
+    _, folder = find_base(base, place.dtype)
+    config, _, chats = load_data(folder, data, layout.seed)
     logit_factor(config)
     build: Any = AutoModelForCausalLM
     with torch.device("meta"):

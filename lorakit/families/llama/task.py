@@ -14,18 +14,16 @@ from lorakit.adapters.inject import adapter_parameters, adapter_state, inject, l
 from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import write_peft
 from lorakit.data.chat import Message
-from lorakit.data.chat_set import ChatSet, load_chats
+from lorakit.data.chat_set import ChatSet
 from lorakit.data.tokens import Renderer
 from lorakit.errors import RecipeError
 from lorakit.families.llama import packed
 from lorakit.families.llama.base import (
     GROUPS,
-    check_tokenizer,
-    load_config,
+    find_base,
+    load_data,
     load_model,
-    load_tokenizer,
     logit_factor,
-    longest_document,
 )
 from lorakit.families.llama.batch import ChatBatch, held_out_batches, train_batches
 from lorakit.families.llama.generate import Chat, Settings
@@ -34,7 +32,7 @@ from lorakit.families.task import Batch
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
 from lorakit.storage.atomic import new_folder, write_text
-from lorakit.storage.bases import BaseLocation, digest, resolve
+from lorakit.storage.bases import BaseLocation, digest
 
 log = logging.getLogger("lorakit")
 
@@ -141,13 +139,12 @@ def load(
 
     Raises ModelError, RecipeError or DataError as the parts say; what a user should know is logged as a warning.
     """
-    location = resolve(base.model, base.revision)
-    check_family(location)
-    config, tokenizer, chats = load_data(location, data, layout.seed)
+    location, folder = find_base(base, place.dtype)
+    config, tokenizer, chats = load_data(folder, data, layout.seed)
     factor = logit_factor(config)
     for note in chats.notes():
         log.warning("%s", note)
-    lm = load_model(location, place, base.quantization)
+    lm = load_model(folder, place, base.quantization)
     injection = inject(lm, adapter, GROUPS, seed=mix(layout.seed, 6))
     if not packed.head_is_frozen(lm):
         raise RecipeError("the head (lm_head) cannot have an adapter", where="adapter.targets")
@@ -156,23 +153,3 @@ def load(
     renderer = Renderer(tokenizer, data.chat_template, int(config.max_position_embeddings))
     loaded = Loaded(location, lm, injection, chats, renderer, factor)
     return LlamaTask(loaded, sample, layout, learning_rate=learning_rate, packing=data.packing)
-
-
-def check_family(location: BaseLocation) -> None:
-    """Raises RecipeError for a Stable Diffusion base."""
-    if location.family != "llama":
-        raise RecipeError(
-            f"{location.name} is a Stable Diffusion", where="base.model", hint="lorakit train-sd trains those"
-        )
-
-
-def load_data(location: BaseLocation, data: ChatData, seed: int) -> tuple[Any, Any, ChatSet]:
-    """The base's config and tokenizer, checked against each other, and the encoded chats. No weights are read."""
-    config, tokenizer = load_config(location), load_tokenizer(location)
-    check_tokenizer(tokenizer, config, location)
-    if data.max_tokens > longest_document(config):
-        raise RecipeError(
-            f"{data.max_tokens} is more than the {longest_document(config)} tokens that the model attends to",
-            where="data.max_tokens",
-        )
-    return config, tokenizer, load_chats(data, tokenizer, seed)
