@@ -2,7 +2,6 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +37,7 @@ def _show(recipe: SDRecipe | LlamaRecipe, plan: "LlamaPlan | SDPlan", place: "Pl
     trained = plan.trainable_parameters
     console.print(f"trainable {trained:,} of {plan.total_parameters + trained:,} parameters "
                   f"({trained / (plan.total_parameters + trained):.3%})")  # fmt: skip
-    examples, notes = _examples(plan)
-    console.print(examples)
+    console.print(plan.examples)
     console.print(
         f"{total} steps of {recipe.train.batch_size} examples, {total / plan.steps_per_epoch:.2f} epochs; "
         f"{processes} rank(s) x {recipe.compute.gradient_accumulation} micro-batch(es) of "
@@ -50,7 +48,7 @@ def _show(recipe: SDRecipe | LlamaRecipe, plan: "LlamaPlan | SDPlan", place: "Pl
     console.print(f"learning rate after so many steps ({recipe.optimizer.schedule}):  {rates}")
     console.print(_memory(plan, recipe.optimizer, str(place.device), str(place.dtype).removeprefix("torch.")))
     console.print(_disk(recipe, trained))
-    for note in notes:
+    for note in plan.notes:
         console.print(f"[yellow]{note}[/]")
 
 
@@ -83,18 +81,6 @@ def _modules(plan: "LlamaPlan | SDPlan") -> Table:
     for (name, outputs, inputs, rank), count in kinds.items():
         table.add_row(name, str(count), f"[{outputs}, {inputs}]".replace("[", r"\["), str(rank))
     return table
-
-
-def _examples(plan: "LlamaPlan | SDPlan") -> tuple[str, Sequence[str]]:
-    """What is learned from, in one line, and what a user should know about it."""
-    from lorakit.families.sd import SDPlan
-
-    if isinstance(plan, SDPlan):
-        sizes = ", ".join(f"{width}x{height}: {count}" for (width, height), count in sorted(plan.buckets.items()))
-        return f"{plan.pictures} pictures an epoch, {plan.held_out} held out; sizes {sizes}", plan.left_out
-    chats = plan.chats
-    share = f"{chats.label_share:.0%} of them learned"
-    return f"{len(chats.train)} chats of {chats.tokens} tokens, {share}; {len(chats.held_out)} held out", chats.notes()
 
 
 def _memory(plan: "LlamaPlan | SDPlan", optimizer: Optimizer, device: str, dtype: str) -> Table:

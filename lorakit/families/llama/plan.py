@@ -1,5 +1,6 @@
 """What a LLaMA recipe would do, worked out without reading any weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,18 @@ class LlamaPlan:
     """Estimated bytes by component. ``gradients`` and the optimizer's state go by ``trainable_parameters``."""
     chats: ChatSet
     steps_per_epoch: float
+
+    @property
+    def examples(self) -> str:
+        """What is learned from, in one line."""
+        chats = self.chats
+        share = f"{chats.label_share:.0%} of them learned"
+        return f"{len(chats.train)} chats of {chats.tokens} tokens, {share}; {len(chats.held_out)} held out"
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know about the data."""
+        return self.chats.notes()
 
 
 def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, place: Place) -> LlamaPlan:

@@ -41,9 +41,15 @@ class SDPlan:
     held_out: int
     buckets: dict[Size, int]
     """Examples of one epoch by size (width, height) in pixels; empty sizes left out."""
-    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
     """Pictures that on_bad "skip" leaves out, as far as their headers tell."""
     steps_per_epoch: float
+
+    @property
+    def examples(self) -> str:
+        """What is learned from, in one line."""
+        sizes = ", ".join(f"{width}x{height}: {count}" for (width, height), count in sorted(self.buckets.items()))
+        return f"{self.pictures} pictures an epoch, {self.held_out} held out; sizes {sizes}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def plan(base: SDBase, adapter: SDAdapter, data: PictureData, layout: Layout, pl
         pictures=pictures,
         held_out=held_out,
         buckets=dict(counts),
-        left_out=tuple(str(error) for error in rejects.errors),
+        notes=tuple(str(error) for error in rejects.errors),
         steps_per_epoch=pictures / layout.batch_size,
     )
 
