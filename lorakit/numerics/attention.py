@@ -1,16 +1,16 @@
-"""Causal attention over a packed row: documents stand one after the other and none sees another.
+"""Attention: causal over a packed row, where documents stand one after the other and none sees another; and full.
 
 Shapes: ``H`` query heads, ``K`` key-value heads, ``G = H / K`` queries a key head, ``T`` tokens of the row,
-``L`` tokens of one document, ``D`` head dim, ``b`` query rows of a block.
+``L`` tokens of one document, ``S`` tokens attended to, ``D`` head dim, ``b`` query rows of a block.
 
-    O = softmax(scale * Q K^T + causal mask) V        for each document by itself
+    O = softmax(scale * Q K^T + mask) V        causal: for each document by itself
 
-Two kernels. PyTorch's fused one wherever it is the fast one; on a CPU in bfloat16, where the fused kernel is two to
-three times slower than plain matmuls, ``_MatmulAttention``, which keeps the probabilities for its backward pass.
-Neither repeats keys for the query heads that share them, and no mask of [T, T] is ever built.
+Two kernels. PyTorch's fused one wherever it is the fast one; on a CPU in bfloat16, where up to about a thousand tokens
+the fused kernel is slower than plain matmuls, ``_MatmulAttention``, which keeps the probabilities for its backward
+pass. Neither repeats keys for the query heads that share them, and no mask of [T, T] is ever built.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ BLOCK = 256
 
 LONGEST_KEPT = 2048
 """Longest document whose probabilities are kept (H * L^2 / 2 numbers a layer); beyond, the fused kernel."""
+
+MOST_KEPT = 1 << 20
+"""Likewise without a mask: most probabilities of a head, T x S."""
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
@@ -50,51 +53,68 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sc
     return torch.cat([_document(*part, scale) for part in parts], 2).reshape(heads, tokens, width)
 
 
+def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention without a mask: q [..., T, D], k and v [..., S, D] of the same leading dimensions -> [..., T, D]."""
+    if not _matmuls_are_faster(q) or q.shape[-2] * k.shape[-2] > MOST_KEPT:
+        return functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    rows, keys, values = (x.flatten(0, -3) for x in (q, k, v))
+    return matmul_attention(rows.unsqueeze(1), keys, values, scale, causal=False).view_as(q)
+
+
+def _matmuls_are_faster(q: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16
+
+
 def _document(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One document: q [K, G, L, D], k and v [K, L, D] -> [K, G, L, D]. The one place that chooses the kernel."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_KEPT:
+    """One document: q [K, G, L, D], k and v [K, L, D] -> [K, G, L, D]."""
+    if _matmuls_are_faster(q) and q.shape[2] <= LONGEST_KEPT:
         return matmul_attention(q, k, v, scale)
     keys, values = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
     return functional.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale)
 
 
-def matmul_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of one document by plain matmuls: q [K, G, L, D], k and v [K, L, D] -> [K, G, L, D]."""
-    return _MatmulAttention.apply(q, k, v, scale)
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True) -> Tensor:
+    """Attention by plain matmuls: q [K, G, L, D], k and v [K, S, D] (causal: S = L) -> [K, G, L, D]."""
+    return _MatmulAttention.apply(q, k, v, scale, causal)
 
 
 class _MatmulAttention(torch.autograd.Function):
     """Query heads of a key head are folded into rows: [K, G * b, D] x [K, D, keys]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         kept: list[Tensor] = []
-        for start in range(0, q.shape[2], BLOCK):
-            stop = min(start + BLOCK, q.shape[2])
-            rows, keys = q[:, :, start:stop].flatten(1, 2), k[:, :stop].transpose(1, 2)
-            scores = torch.baddbmm(_causal_mask(q, start, stop), rows, keys, alpha=scale)
-            probabilities = scores.softmax(-1)
-            out[:, :, start:stop] = (probabilities @ v[:, :stop]).view_as(out[:, :, start:stop])
+        for start, stop, seen in _blocks(q, k, causal):
+            rows, keys = q[:, :, start:stop].flatten(1, 2), k[:, :seen].transpose(1, 2)
+            mask = _causal_mask(q, start, stop) if causal else q.new_zeros(())
+            probabilities = torch.baddbmm(mask, rows, keys, beta=int(causal), alpha=scale).softmax(-1)
+            out[:, :, start:stop] = (probabilities @ v[:, :seen]).view_as(out[:, :, start:stop])
             kept.append(probabilities)
         ctx.save_for_backward(q, k, v, *(kept if any(ctx.needs_input_grad) else ()))
-        ctx.scale = scale
+        ctx.scale, ctx.causal = scale, causal
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """With dP = dO V^T: dS = P * (dP - rowsum(P * dP)), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO."""
         q, k, v, *kept = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for start, probabilities in zip(range(0, q.shape[2], BLOCK), kept, strict=True):
-            stop = min(start + BLOCK, q.shape[2])
+        for (start, stop, seen), probabilities in zip(_blocks(q, k, ctx.causal), kept, strict=True):
             rows, d_rows = (x[:, :, start:stop].flatten(1, 2) for x in (q, grads[0]))
-            d_prob = d_rows @ v[:, :stop].transpose(1, 2)
+            d_prob = d_rows @ v[:, :seen].transpose(1, 2)
             d_scores = torch._softmax_backward_data(d_prob, probabilities, -1, q.dtype)
-            dq[:, :, start:stop] = (d_scores @ k[:, :stop]).view_as(dq[:, :, start:stop])
-            dk[:, :stop] += d_scores.transpose(1, 2) @ rows
-            dv[:, :stop] += probabilities.transpose(1, 2) @ d_rows
-        return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None
+            dq[:, :, start:stop] = (d_scores @ k[:, :seen]).view_as(dq[:, :, start:stop])
+            dk[:, :seen] += d_scores.transpose(1, 2) @ rows
+            dv[:, :seen] += probabilities.transpose(1, 2) @ d_rows
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None, None
+
+
+def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[int, int, int]]:
+    """First query, end of the queries, and end of the keys that they see, a block."""
+    for start in range(0, q.shape[2], BLOCK):
+        stop = min(start + BLOCK, q.shape[2])
+        yield start, stop, stop if causal else k.shape[1]
 
 
 def _causal_mask(q: Tensor, start: int, stop: int) -> Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lorakit.numerics.attention import BLOCK, matmul_attention, packed_attention
+from lorakit.numerics.attention import BLOCK, full_attention, matmul_attention, packed_attention
 
 
 def reference(q, k, v, lengths, scale):
@@ -50,6 +50,37 @@ def test_matmul_kernel_is_exact_across_its_blocks(length):
         return matmul_attention(q.view(k.shape[0], -1, *q.shape[1:]), k, v, scale).reshape_as(q)
 
     check(kernel, 4, 2, [length], 8, torch.float64, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)]
+)
+@pytest.mark.parametrize(("tokens", "seen"), [(1, 1), (9, 4), (BLOCK + 5, 77), (1100, 1100)])
+def test_full_attention_equals_eager_float64(tokens, seen, dtype, tolerance):
+    torch.manual_seed(tokens)
+    leaves = [torch.randn(2, 3, n, 8).to(dtype).requires_grad_() for n in (tokens, seen, seen)]
+    q, k, v = exact = [x.detach().double().requires_grad_() for x in leaves]
+    out, expected = full_attention(*leaves, 0.3), (q @ k.transpose(-1, -2) * 0.3).softmax(-1) @ v
+    pull = torch.randn(out.shape).to(dtype)
+    out.backward(pull)
+    expected.backward(pull.double())
+    assert (out.dtype, out.shape) == (dtype, expected.shape)
+    for got, want in [(out, expected), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]:
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+
+
+@pytest.mark.parametrize("seen", [1, 7, 300])
+def test_the_matmul_kernel_without_a_mask_is_exact(seen):
+    torch.manual_seed(seen)
+    q = torch.randn(3, 1, BLOCK + 2, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(3, seen, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    out = matmul_attention(q, k, v, 0.5, causal=False)
+    expected = (q[:, 0] @ k.transpose(1, 2) * 0.5).softmax(-1) @ v
+    torch.testing.assert_close(out[:, 0], expected)
+    pull = torch.randn_like(expected)
+    got = torch.autograd.grad(out[:, 0], (q, k, v), pull)
+    for ours, theirs in zip(got, torch.autograd.grad(expected, (q, k, v), pull), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_bfloat16_on_the_cpu_stays_within_its_rounding():

@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from lorakit.errors import ModelError
 from lorakit.families.place import Place
+from lorakit.families.sd.attention import use_own_attention
 from lorakit.families.sd.single_file import load_single_file
 from lorakit.numerics.diffusion import PredictionType, has_zero_terminal_snr
 from lorakit.storage.bases import BaseLocation
@@ -77,6 +78,7 @@ def load_parts(location: BaseLocation, place: Place) -> Parts:
         raise ModelError(reason, where=location.name)
     for module in (parts.text_encoder, parts.unet, parts.vae):
         module.requires_grad_(False).eval().to(place.device)
+    use_own_attention(parts.unet)
     return parts
 
 
