@@ -9,26 +9,23 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPTextConfig, CLIPTextModel, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from lorakit.errors import ModelError
 from lorakit.storage.bases import BaseLocation
+from lorakit.storage.foreign import model_errors
 
 
 def skeleton(base: BaseLocation) -> dict[str, nn.Module]:
     """``model``, or ``unet`` and ``text_encoder``, of a checked folder, on the meta device."""
-    try:
-        with torch.device("meta"):
-            if base.layout == "transformers":
-                config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
-                causal: Any = AutoModelForCausalLM
-                return {"model": causal.from_config(config)}
-            unet: Any = UNet2DConditionModel
-            text = json.loads((base.path / "text_encoder" / "config.json").read_bytes())
-            return {
-                "unet": unet.from_config(unet.load_config(base.path / "unet", local_files_only=True)),
-                "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(text)),
-            }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"the config does not make a model: {error}", where=base.name) from error
+    with model_errors(base.name, "the config does not make a model"), torch.device("meta"):
+        if base.layout == "transformers":
+            config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
+            causal: Any = AutoModelForCausalLM
+            return {"model": causal.from_config(config)}
+        unet: Any = UNet2DConditionModel
+        text = json.loads((base.path / "text_encoder" / "config.json").read_bytes())
+        return {
+            "unet": unet.from_config(unet.load_config(base.path / "unet", local_files_only=True)),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(text)),
+        }
 
 
 def load_gguf(base: BaseLocation) -> tuple[Any, Any]:
@@ -38,13 +35,11 @@ def load_gguf(base: BaseLocation) -> tuple[Any, Any]:
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            base.path.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
-        )
-        tokenizer = AutoTokenizer.from_pretrained(base.path.parent, **source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(f"cannot be loaded: {reason}", where=base.name) from error
+        with model_errors(base.name):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                base.path.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **source
+            )
+            tokenizer = AutoTokenizer.from_pretrained(base.path.parent, **source)
     finally:
         if shown:
             bars.enable_progress_bar()

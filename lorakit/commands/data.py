@@ -112,16 +112,10 @@ def _pictures(recipe: SDRecipe, rows: int, console: Console) -> None:
 
 def _vae_factor(recipe: SDRecipe) -> int:
     """Pixels of a picture's side for one of its latents', without loading the VAE."""
-    from lorakit.errors import RecipeError
-    from lorakit.families.sd.base import vae_factor
-    from lorakit.storage.bases import resolve
+    from lorakit.families.sd.base import find_base, vae_factor
     from lorakit.storage.checks import read_json
 
-    location = resolve(recipe.base.model, recipe.base.revision)
-    if location.family != "sd":
-        raise RecipeError(
-            f"{location.name} is no Stable Diffusion", where="base.model", hint="a recipe with data.train trains LLaMA"
-        )
+    location = find_base(recipe.base)
     if location.layout == "single-file":
         return 8  # of every SD 1.x and 2.x checkpoint
     return vae_factor(read_json(location.path / "vae" / "config.json"))

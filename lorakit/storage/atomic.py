@@ -25,7 +25,7 @@ _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
+def disk_errors(where: Path | None = None) -> Iterator[None]:
     """Turn a full, read-only or failing disk into ResourceError; other exceptions pass unchanged.
 
     Libraries written in Rust put the error's number into their message only: ``... (os error 28)``.
@@ -39,7 +39,8 @@ def disk_errors(where: Path) -> Iterator[None]:
             raise
         forbidden = number in _FORBIDDEN
         hint = "choose a folder that can be written" if forbidden else "free some space, or write elsewhere"
-        raise ResourceError(f"cannot write: {os.strerror(number)}", where=str(where), hint=hint) from error
+        place = where or getattr(error, "filename", None) or ""
+        raise ResourceError(f"cannot write: {os.strerror(number)}", where=str(place), hint=hint) from error
 
 
 def sha256(path: Path) -> str:

@@ -4,19 +4,23 @@ Only JSON and safetensors headers are read. Every failure is a ModelError that n
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ModelError
+from lorakit.storage import configs
 from lorakit.storage.headers import Header, gguf_architecture, read_header
 
 LLAMA_ARCHITECTURES = {
-    "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM",
-    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM", "SmolLM3ForCausalLM",
-    "CohereForCausalLM", "StableLmForCausalLM", "HeliumForCausalLM", "SeedOssForCausalLM",
+    "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3", "GemmaForCausalLM": "gemma", "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text", "GraniteForCausalLM": "granite", "Olmo2ForCausalLM": "olmo2",
+    "SmolLM3ForCausalLM": "smollm3", "CohereForCausalLM": "cohere", "StableLmForCausalLM": "stablelm",
+    "HeliumForCausalLM": "helium", "SeedOssForCausalLM": "seed_oss",
 }  # fmt: skip
-"""Decoders whose attention is q_proj, k_proj, v_proj and o_proj."""
+"""Decoders whose attention is q_proj, k_proj, v_proj and o_proj, with the model_type that goes with each."""
 
 GGUF_ARCHITECTURES = {"llama", "mistral", "qwen2", "qwen3"}
 
@@ -45,6 +49,7 @@ COMPONENTS: dict[str, tuple[set[str], set[str]]] = {
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 """The components that have weights lorakit loads, and their files' stem."""
 
+CODE = {".py", ".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib"}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 SDXL = "Stable Diffusion XL is not supported yet (it comes next); SD 1.x and 2.x are"
 
@@ -52,6 +57,8 @@ SDXL = "Stable Diffusion XL is not supported yet (it comes next); SD 1.x and 2.x
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of at most 10 MB."""
     try:
+        if not path.is_file():
+            raise FileNotFoundError
         if path.stat().st_size > 10_000_000:
             raise ValueError("larger than 10 MB")
         value = json.loads(path.read_bytes())
@@ -71,32 +78,33 @@ def _field(table: dict[str, Any], key: str, path: Path) -> Any:
 
 
 def check_folder(root: Path) -> None:
-    """Refuse code, and links that lead out of the folder unless they are a hub cache's blobs."""
+    """Refuse code, pipes and devices, and links that lead out of the folder unless they are a hub cache's blobs."""
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     inside = root.resolve()
     for path in _walk(root):
-        if path.suffix == ".py":
-            raise ModelError("the base brings Python code, which is never run", where=str(path))
+        if path.suffix.lower() in CODE:
+            raise ModelError("the base brings code, which is never run", where=str(path))
         if path.is_symlink():
-            target = path.resolve()
+            target = Path(os.path.realpath(path))
             cached = blobs is not None and target.parent == blobs.resolve()
             if not target.is_relative_to(inside) and not cached:
                 raise ModelError("a link out of the base's folder", where=str(path))
-        if path.suffix == ".json" and path.name in ("config.json", "tokenizer_config.json", "model_index.json"):
-            for key in ("auto_map", "custom_pipeline"):
+        if not path.is_file():
+            raise ModelError("not a regular file", where=str(path))
+        if path.name.endswith(("config.json", "model_index.json")):
+            for key in ("auto_map", "custom_pipeline", "custom_pipelines"):
                 if key in read_json(path):
                     raise ModelError(f"{key}: the base asks for code of its own, which is never run", where=str(path))
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Files one and two levels down: a model's own and its components'."""
-    for path in sorted(root.iterdir()):
-        if path.is_dir():
-            if path.is_symlink():
-                raise ModelError("a component folder is a link", where=str(path))
-            yield from sorted(child for child in path.iterdir() if not child.is_dir())
-        else:
-            yield path
+    """Every file below a model's folder, hidden folders left out. A folder that is a link is refused."""
+    for below, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if (Path(below) / name).is_symlink():
+                raise ModelError("a folder that is a link", where=str(Path(below) / name))
+        yield from (Path(below) / name for name in sorted(names))
 
 
 def shard_files(folder: Path, stem: str) -> list[Path]:
@@ -156,21 +164,21 @@ def check_transformers(folder: Path) -> None:
     path = folder / "config.json"
     config = read_json(path)
     architectures = _field(config, "architectures", path)
-    named = architectures[0] if isinstance(architectures, list) and architectures else architectures
+    named = str(architectures[0] if isinstance(architectures, list) and architectures else architectures)
     if named not in LLAMA_ARCHITECTURES:
         raise ModelError(f"the architecture is {named!r}, not one like LlamaForCausalLM", where=str(path))
+    if config.get("model_type") != LLAMA_ARCHITECTURES[named]:
+        reason = f"model_type is {config.get('model_type')!r}, but {named} is a {LLAMA_ARCHITECTURES[named]!r}"
+        raise ModelError(reason, where=str(path))
     if "quantization_config" in config:
         raise ModelError(
             "the weights are quantized already",
             where=str(path),
             hint="take the original weights and set base.quantization in the recipe",
         )
-    sizes = {}
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        sizes[key] = _field(config, key, path)
-        if type(sizes[key]) is not int or not 0 < sizes[key] < 2**31:
-            raise ModelError(f"{key} is {str(sizes[key])[:40]}, not a size", where=str(path))
     found = shapes(shard_files(folder, "model"))
+    configs.check_sizes(config, path, len(found))
+    sizes = {key: _field(config, key, path) for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
     embedding = found.get("model.embed_tokens.weight")
     if embedding != (sizes["vocab_size"], sizes["hidden_size"]):
         claimed = (sizes["vocab_size"], sizes["hidden_size"])
@@ -200,9 +208,14 @@ def check_diffusers(folder: Path) -> None:
         if not (folder / component).is_dir():
             raise ModelError(f"the folder {component} is missing", where=str(path))
     for component, stem in WEIGHTS.items():
-        for file in shard_files(folder / component, stem):
-            read_header(file)
+        found = shapes(shard_files(folder / component, stem))
+        config_path = folder / component / "config.json"
+        configs.check_sizes(read_json(config_path), config_path, len(found))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    configs.check_scheduler(read_json(scheduler), scheduler, SCHEDULERS)
+    configs.check_vae(read_json(folder / "vae" / "config.json"), folder / "vae" / "config.json")
     config = read_json(folder / "unet" / "config.json")
+    configs.check_unet(config, folder / "unet" / "config.json")
     if config.get("addition_embed_type") == "text_time":
         raise ModelError(SDXL, where=str(folder / "unet"))
     if _field(config, "in_channels", folder / "unet" / "config.json") != 4:

@@ -1,12 +1,14 @@
 """Tiny bases, data and recipes, whole and sound, for a test to break in one place."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.tiny import tiny_llama, tiny_sd
@@ -86,3 +88,31 @@ def edit() -> Callable[..., None]:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     return edit
+
+
+class _Touch:
+    """What a pickle holds that leaves a canary where it is opened."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.system, (f"touch '{self.canary}'",)
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Callable[[Path], Path]:
+    """``canary(path)`` writes a pickle, in torch's own wrapping, that makes a file where it is opened: its path."""
+    left = tmp_path / "canary-was-here"
+
+    def canary(path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"weight": _Touch(left)}, path)
+        return left
+
+    torch.save({"weight": _Touch(left)}, tmp_path / "proof.pt")
+    torch.load(tmp_path / "proof.pt", weights_only=False)
+    assert left.exists(), "the canary sings when the pickle is opened"
+    left.unlink()
+    (tmp_path / "proof.pt").unlink()
+    return canary

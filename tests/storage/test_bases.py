@@ -61,7 +61,7 @@ def test_digest_follows_the_weights(llama: Path) -> None:
 
 LLAMA_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "architecture": (lambda p: rewrite(p / "config.json", architectures=["BertForMaskedLM"]), "BertForMaskedLM"),
-    "code": (lambda p: (p / "modeling.py").write_text("import os"), "Python code"),
+    "code": (lambda p: (p / "modeling.py").write_text("import os"), "brings code"),
     "auto_map": (lambda p: rewrite(p / "config.json", auto_map={"AutoModel": "m.M"}), "auto_map"),
     "missing shard": (lambda p: next(p.glob("model-00002*")).unlink(), "model-00002"),
     "missing index": (lambda p: (p / "model.safetensors.index.json").unlink(), "no model.safetensors"),
@@ -126,7 +126,7 @@ SD_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "custom": (lambda p: rewrite(p / "model_index.json", custom_pipeline="x/y"), "custom_pipeline"),
     "inpainting": (lambda p: rewrite(p / "unet" / "config.json", in_channels=9), "inpainting"),
     "no vae": (lambda p: (p / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "vae"),
-    "component code": (lambda p: (p / "unet" / "unet.py").write_text(""), "Python code"),
+    "component code": (lambda p: (p / "unet" / "unet.py").write_text(""), "brings code"),
 }
 
 

@@ -16,6 +16,7 @@ from lorakit.families.llama.gguf import unpacked
 from lorakit.families.place import Place
 from lorakit.recipe.schema import ChatData, LlamaBase
 from lorakit.storage.bases import BaseLocation, resolve
+from lorakit.storage.foreign import check_complete, model_errors
 
 GROUPS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -74,7 +75,9 @@ def load_model(
     if quantization != "none":
         options |= {"quantization_config": _bitsandbytes(quantization, place), "device_map": {"": place.device}}
     with _readable(location):
-        model: Any = AutoModelForCausalLM.from_pretrained(location.path, **_LOCAL, **options)
+        build: Any = AutoModelForCausalLM
+        model, report = build.from_pretrained(location.path, output_loading_info=True, **_LOCAL, **options)
+        check_complete(report, location.name)
     if quantization == "nf4":
         _keep_trainable(model)
     return model if quantization != "none" else model.to(place.device)
@@ -117,10 +120,8 @@ def _readable(location: BaseLocation) -> Iterator[None]:
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ModelError(f"cannot be loaded: {reason}", where=location.name) from error
+        with model_errors(location.name):
+            yield
     finally:
         if shown:
             bars.enable_progress_bar()

@@ -1,5 +1,6 @@
 """A Stable Diffusion base in memory: tokenizer, text encoder, UNet, VAE, and the noise schedule it was trained with."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +11,21 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lorakit.errors import ModelError
+from lorakit.errors import ModelError, RecipeError
 from lorakit.families.place import Place
 from lorakit.families.sd.attention import use_own_attention
 from lorakit.families.sd.single_file import load_single_file
 from lorakit.numerics.diffusion import PredictionType, has_zero_terminal_snr
-from lorakit.storage.bases import BaseLocation
-from lorakit.storage.checks import read_json
+from lorakit.recipe.schema import SDBase
+from lorakit.storage.bases import BaseLocation, resolve
+from lorakit.storage.checks import WEIGHTS, read_json, shapes, shard_files
+from lorakit.storage.foreign import check_complete, model_errors
 
-# diffusers has no types
+# diffusers has no types, and transformers' do not know what output_loading_info changes
 _unet: Any = UNet2DConditionModel
 _vae: Any = AutoencoderKL
 _ddpm: Any = DDPMScheduler
+_text: Any = CLIPTextModel
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,16 @@ class Parts:
     def size(self) -> tuple[int, int]:
         """Width and height in pixels that the base was trained at."""
         return native_size(cast(Any, self.unet).config, self.vae.config)
+
+
+def find_base(base: SDBase) -> BaseLocation:
+    """The base that a recipe names. Raises: ModelError, or RecipeError for a language model."""
+    location = resolve(base.model, base.revision)
+    if location.family != "sd":
+        raise RecipeError(
+            f"{location.name} is no Stable Diffusion", where="base.model", hint="lorakit train-llama trains those"
+        )
+    return location
 
 
 def vae_factor(config: Any) -> int:
@@ -85,18 +99,29 @@ def load_parts(location: BaseLocation, place: Place) -> Parts:
 def _load_folder(path: Path, dtype: torch.dtype) -> Parts:
     if not any((path / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise ModelError("no vocab.json and no tokenizer.json", where=str(path / "tokenizer"))
-    try:
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    with model_errors(str(path), "the base does not load"):
         tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
-        text_encoder = CLIPTextModel.from_pretrained(
-            path / "text_encoder", dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-        unet = _unet.from_pretrained(path / "unet", torch_dtype=dtype, **options)
-        vae = _vae.from_pretrained(path / "vae", torch_dtype=torch.float32, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = f"the base does not load: {str(error).strip().splitlines()[0]}"
-        raise ModelError(reason, where=str(path)) from error
+    with model_errors(str(path / "text_encoder"), "the base does not load"):
+        text_encoder, report = _text.from_pretrained(path / "text_encoder", dtype=dtype, **options)
+        check_complete(report, str(path / "text_encoder"))
+    unet = _load_part(_unet, path / "unet", dtype)
+    vae = _load_part(_vae, path / "vae", torch.float32)
     return Parts(tokenizer, text_encoder, unet, vae, read_schedule(path))
+
+
+def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A model of diffusers, which makes room for all that the config says before it looks into the weights."""
+    with model_errors(str(folder), "the base does not load"):
+        with torch.device("meta"):
+            claimed = sum(p.numel() for p in kind.from_config(read_json(folder / "config.json")).parameters())
+        held = sum(math.prod(shape) for shape in shapes(shard_files(folder, WEIGHTS[folder.name])).values())
+        if claimed > 2 * held:  # less is a tensor that is lacking, which is named below
+            raise ModelError(f"the config is for {claimed:,} parameters, the weights are {held:,}", where=str(folder))
+        options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        model, report = kind.from_pretrained(folder, torch_dtype=dtype, **options)
+        check_complete(report, str(folder))
+        return model
 
 
 def read_schedule(path: Path) -> dict[str, Any]:
@@ -110,7 +135,8 @@ def noise_schedule(config: Mapping[str, Any], where: str) -> tuple[Tensor, Predi
     Raises: ModelError for another prediction type, or for epsilon on a schedule that ends without any signal
     (Lin et al. 2023, arXiv:2305.08891).
     """
-    scheduler = _ddpm.from_config(config)
+    with model_errors(where, "its scheduler cannot be made"):
+        scheduler = _ddpm.from_config(config)
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise ModelError(f"the base predicts {kind!r}, not epsilon or v_prediction", where=where)

@@ -26,6 +26,7 @@ from lorakit.families.sd.pictures import grid, save_picture
 from lorakit.numerics.diffusion import guide
 from lorakit.recipe.schema import SDSample
 from lorakit.storage.bases import BaseLocation
+from lorakit.storage.foreign import model_errors
 
 __all__ = ["SCHEDULERS", "DrawSettings", "Painter", "grid", "open_painter", "save_picture"]
 
@@ -203,7 +204,8 @@ class Painter:
         """The named scheduler over the base's own noise schedule and prediction type."""
         schedule = dict(self.parts.schedule)
         kind, options = (schedule["_class_name"], {}) if name is None else SCHEDULERS[name]
-        return getattr(diffusers, kind).from_config(schedule, **options)
+        with model_errors(self.base, "its scheduler cannot be made"):
+            return getattr(diffusers, kind).from_config(schedule, **options)
 
     def _metadata(self, prompt: str, seed: int, settings: DrawSettings) -> dict[str, Any]:
         width, height = settings.size(self.parts)

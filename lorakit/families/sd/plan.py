@@ -13,16 +13,17 @@ from lorakit.adapters.inject import inject
 from lorakit.adapters.targets import Target
 from lorakit.data.images import Size, choose_bucket, read_size
 from lorakit.data.pictures import Picture, Rejects, find_pictures
-from lorakit.errors import DataError, ModelError
+from lorakit.errors import DataError
 from lorakit.families.place import Place
-from lorakit.families.sd.base import noise_schedule, read_schedule, vae_factor
+from lorakit.families.sd.base import find_base, noise_schedule, read_schedule, vae_factor
 from lorakit.families.sd.prepare import held_out_ids, sizes_of
 from lorakit.families.sd.single_file import read_configs
 from lorakit.families.sd.targets import split_adapter
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import PictureData, SDAdapter, SDBase
-from lorakit.storage.bases import BaseLocation, resolve
+from lorakit.storage.bases import BaseLocation
 from lorakit.storage.checks import read_json
+from lorakit.storage.foreign import model_errors
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Skeleton:
 
 def skeleton(location: BaseLocation, dtype: torch.dtype) -> Skeleton:
     """Raises: ModelError when a config does not make a model."""
-    try:
+    with model_errors(location.name, "the config does not make a model"):
         if location.layout == "single-file":
             configs = read_configs(location.path)
             unet, vae, text, schedule = configs.unet, configs.vae, configs.text_encoder, configs.schedule
@@ -85,13 +86,11 @@ def skeleton(location: BaseLocation, dtype: torch.dtype) -> Skeleton:
                 vae_factor(vae),
                 schedule,
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelError(f"the config does not make a model: {error}", where=location.name) from error
 
 
 def plan(base: SDBase, adapter: SDAdapter, data: PictureData, layout: Layout, place: Place) -> SDPlan:
     """Raises what ``load`` would raise, but for weights and pixels that cannot be read."""
-    location = resolve(base.model, base.revision)
+    location = find_base(base)
     bones = skeleton(location, place.dtype)
     noise_schedule(bones.schedule, location.name)
     modules = {"unet": bones.unet, "text_encoder": bones.text_encoder}

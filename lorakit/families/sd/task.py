@@ -13,7 +13,7 @@ from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import deltas, write_kohya, write_peft
 from lorakit.errors import ModelError
 from lorakit.families.place import Place
-from lorakit.families.sd.base import Parts, load_parts, noise_schedule, text_states, token_ids
+from lorakit.families.sd.base import Parts, find_base, load_parts, noise_schedule, text_states, token_ids
 from lorakit.families.sd.batches import BatchMaker, SDBatch
 from lorakit.families.sd.generate import DrawSettings, Painter
 from lorakit.families.sd.pictures import grid, save_picture
@@ -23,7 +23,7 @@ from lorakit.families.task import Batch
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Diffusion, PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
 from lorakit.storage.atomic import new_folder
-from lorakit.storage.bases import BaseLocation, digest, resolve
+from lorakit.storage.bases import BaseLocation, digest
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def load(
 
     Raises: ModelError for the base, DataError for the pictures, RecipeError for settings that do not fit the base.
     """
-    location = resolve(base.model, base.revision)
+    location = find_base(base)
     parts = load_parts(location, place)
     schedule = noise_schedule(parts.schedule, location.name)
     drawing = DrawSettings.from_recipe(sample)
