@@ -190,6 +190,19 @@ def verify(
 
 
 @app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter of any format, a file or a folder.")],
+    base: Annotated[str | None, typer.Option(help="The base, for the names of a kohya file's modules.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+    recipe: Annotated[bool, typer.Option("--recipe", help="Only the recipe that made it, as YAML.")] = False,
+) -> None:
+    """Show what is in an adapter: format, ranks, alphas, norms, dead or broken modules, metadata, its base."""
+    from lorakit.commands import inspect as command
+
+    command.run(adapter, base, as_json=as_json, recipe=recipe)
+
+
+@app.command()
 def init(
     family: Annotated[Literal["sd", "llama"], typer.Argument(help="Which kind of recipe.")],
     path: Annotated[Path | None, typer.Argument(help="Default: sd.yaml or llama.yaml.")] = None,

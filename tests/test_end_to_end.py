@@ -83,6 +83,17 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("kind", ["chats", "colours"])
+def test_an_adapter_knows_its_recipe_and_its_base(kind: str, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(kind) / "runs" / kind
+    adapters = [run / "adapter"] if kind == "chats" else [run / "adapter", run / "colours.safetensors"]
+    for adapter in adapters:
+        assert lorakit("inspect", adapter, "--recipe") == (run / "recipe.yaml").read_text()
+        told = json.loads(lorakit("inspect", adapter, "--json"))
+        assert told["base"] == str(run.parents[1] / "base")
+        assert told["faults"] == told["dead"] == []
+
+
 def losses(run: Path) -> list[float]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["held_out_loss"] for row in rows if "held_out_loss" in row]

@@ -228,16 +228,17 @@ def _permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def tiny_gguf(path: Path, seed: int = 0) -> Path:
-    """``tiny_llama`` (tied) and its tokenizer as a float32 GGUF file, laid out as llama.cpp's converter does."""
+def tiny_gguf(path: Path, seed: int = 0, model: Path | None = None) -> Path:
+    """``tiny_llama`` (tied), or the one in ``model``, and its tokenizer as a float32 GGUF file, laid out as llama.cpp's
+    converter does."""
     from gguf import GGUFWriter, TokenType
 
-    folder = tiny_llama(path.parent / f"{path.stem}-folder", seed=seed)
-    model = LlamaForCausalLM.from_pretrained(folder)
+    folder = model or tiny_llama(path.parent / f"{path.stem}-folder", seed=seed)
+    lm = LlamaForCausalLM.from_pretrained(folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     pieces = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     special = {token["content"] for token in tokenizer["added_tokens"]}
-    writer, config = GGUFWriter(path, "llama"), model.config
+    writer, config = GGUFWriter(path, "llama"), lm.config
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -261,9 +262,9 @@ def tiny_gguf(path: Path, seed: int = 0) -> Path:
         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     }  # fmt: skip
-    writer.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
-    writer.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
-    for number, layer in enumerate(model.model.layers):
+    writer.add_tensor("token_embd.weight", lm.model.embed_tokens.weight.detach().numpy())
+    writer.add_tensor("output_norm.weight", lm.model.norm.weight.detach().numpy())
+    for number, layer in enumerate(lm.model.layers):
         for ours, theirs in names.items():
             weight = layer.get_submodule(ours).weight.detach()
             if theirs in ("attn_q", "attn_k"):

@@ -122,7 +122,8 @@ def _write_file(path: Path, title: str, saved: SavedAdapter, to: Format, models:
         write_diffusers(path, saved.components, base_name, metadata)
     elif to == "gguf" and models is not None:
         alpha, even = with_one_alpha(saved.components)
-        gguf_lora.write(path, even["model"], models["model"], alpha=alpha, metadata={"general.name": title, **metadata})
+        strings = {"general.name": title, "lorakit_base": base_name, **metadata}
+        gguf_lora.write(path, even["model"], models["model"], alpha=alpha, metadata=strings)
     elif models is not None:
         kind = {"v": "v_prediction"}.get(saved.metadata.get("modelspec.prediction_type", ""), "epsilon")
         write_kohya(

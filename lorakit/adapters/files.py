@@ -20,7 +20,7 @@ from lorakit.adapters.pieces import CONFIG, WEIGHTS, Piece, located, open_pieces
 from lorakit.adapters.targets import adaptable, fit
 from lorakit.errors import ModelError
 
-__all__ = ["WEIGHTS", "assemble", "read_adapter"]
+__all__ = ["WEIGHTS", "assemble", "configured", "read_adapter"]
 
 LOG = logging.getLogger("lorakit")
 _NOT_SUPPORTED = (
@@ -117,6 +117,12 @@ def _number(config: Mapping[str, Any], field: str, path: str) -> float:
     return float(config[field])
 
 
+def configured(config: Mapping[str, Any], path: str, rank: int) -> tuple[float, float]:
+    """A module's alpha and scale by PEFT's configuration. Raises ModelError when either is not there or not above 0."""
+    alpha = _number(config, "lora_alpha", path)
+    return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
 def _deltas(
     keys: Mapping[str, formats.Key],
     tensors: Mapping[str, Tensor],
@@ -137,7 +143,7 @@ def _deltas(
         if config is not None:
             if _number(config, "r", module) != rank:
                 raise ModelError(f"rank {rank}, but the configuration says otherwise", where=parts["A"])
-            scale = _number(config, "lora_alpha", module) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            _, scale = configured(config, module, rank)
         elif "alpha" in parts:
             scale = _alpha(parts["alpha"], tensors) / rank
         elif alpha is not None:

@@ -160,5 +160,5 @@ def flat_path(name: str, table: Mapping[str, tuple[str, str]]) -> str:
 
 
 def diffusers_name(component: str, path: str) -> str:
-    """A module's name in a diffusers file; the text encoders' with the ``text_model.`` that all its readers know."""
+    """A module's or tensor's name in a diffusers file; CLIP's with the ``text_model.`` that all readers know."""
     return f"{component}.{_long(component, path)}"

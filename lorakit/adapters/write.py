@@ -224,13 +224,13 @@ def write_diffusers(
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for component, changes in components.items():
-        even = {
-            diffusers_name(component, module).removeprefix(f"{component}."): rescaled(delta, 1.0)
-            for module, delta in changes.items()
-        }
-        state, injection = taken_apart(even, None)
-        tensors |= {f"{component}.{key}": tensor.contiguous() for key, tensor in state.items()}
-        config |= {f"{component}.{key}": value for key, value in peft_config(injection, base_name).items()}
+        even = {module: rescaled(delta, 1.0) for module, delta in changes.items()}
+        state, injection = taken_apart({module.removeprefix("text_model."): d for module, d in even.items()}, None)
+        tensors |= {diffusers_name(component, key): tensor.contiguous() for key, tensor in state.items()}
+        table = peft_config(injection, base_name)
+        for patterns in ("rank_pattern", "alpha_pattern"):  # text_model. may come in front, so nothing is anchored
+            table[patterns] = {module.removeprefix("^"): value for module, value in table[patterns].items()}
+        config |= {f"{component}.{key}": value for key, value in table.items()}
     _check_finite(tensors)
     packed = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
     write_bytes(path, save(tensors, {"format": "pt", **(metadata or {}), **packed}))

@@ -1,8 +1,9 @@
 """The contract between the training loop and a model family."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,15 @@ class Task(Protocol):
         """Put back what ``adapter_state`` gave; ModelError on a missing, unexpected or misshapen tensor."""
         ...
 
-    def save(self, out: Path, name: str) -> None:
-        """Write the finished adapter below the run folder ``out``: ``adapter/``, and for SD ``NAME.safetensors``."""
+    def save(self, out: Path, name: str, recipe: Mapping[str, Any] | None = None) -> None:
+        """Write the finished adapter below the run folder ``out``: ``adapter/``, and for SD ``NAME.safetensors``.
+
+        ``recipe``, as plain JSON, goes into the files' metadata.
+        """
         ...
+
+
+def origin(name: str, base_id: str, recipe: Mapping[str, Any] | None) -> dict[str, str]:
+    """An adapter's metadata: its run, its base, and the recipe, which ``lorakit inspect --recipe`` reads."""
+    made_by = {} if recipe is None else {"lorakit_recipe": json.dumps(recipe)}
+    return {"lorakit_name": name, "lorakit_base": base_id, **made_by}

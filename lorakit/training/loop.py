@@ -145,7 +145,7 @@ class _Loop:
                 self.stop(update.sigterm)
             self.measure()
         progress.stage("saving the adapter")
-        self.session.on_main(lambda: self.task.save(self.folder.root, self.folder.root.name))
+        self.session.on_main(lambda: self.task.save(self.folder.root, self.folder.root.name, self.plan.recipe))
         self.metrics.draw()
         state = self.state
         held_out = state.first_held_out, state.last_held_out

@@ -1,5 +1,6 @@
 """A real small task under the contract: LoRA on two frozen linear layers that label sequences of uneven length."""
 
+import json
 import os
 import signal
 import time
@@ -110,8 +111,9 @@ class TinyTask:
             for name, parameter in self.adapter_state().items():
                 parameter.copy_(state[name])
 
-    def save(self, out: Path, name: str) -> None:
-        save_file({k: v.detach().clone() for k, v in self.adapter_state().items()}, out / f"{name}.safetensors")
+    def save(self, out: Path, name: str, recipe: Mapping[str, Any] | None = None) -> None:
+        tensors = {k: v.detach().clone() for k, v in self.adapter_state().items()}
+        save_file(tensors, out / f"{name}.safetensors", {"recipe": json.dumps(recipe)})
 
 
 def make_task(session: Session, options: Mapping[str, Any], **more: Any) -> TinyTask:

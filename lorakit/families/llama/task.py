@@ -28,7 +28,7 @@ from lorakit.families.llama.base import (
 from lorakit.families.llama.batch import ChatBatch, held_out_batches, train_batches
 from lorakit.families.llama.generate import Chat, Settings
 from lorakit.families.place import Place
-from lorakit.families.task import Batch
+from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
 from lorakit.storage.atomic import new_folder, write_text
@@ -111,9 +111,8 @@ class LlamaTask:
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         load_adapter_state(self._loaded.lm, state)
 
-    def save(self, out: Path, name: str) -> None:
+    def save(self, out: Path, name: str, recipe: Mapping[str, Any] | None = None) -> None:
         """``adapter/`` as PEFT has it: config and safetensors."""
-        metadata = {"lorakit_name": name, "lorakit_base": self.base_id}
         with new_folder(out / "adapter", manifest=False, replace=True) as folder:
             write_peft(
                 folder,
@@ -121,7 +120,7 @@ class LlamaTask:
                 self._loaded.injection,
                 base_name=self._loaded.location.name,
                 task="CAUSAL_LM",
-                metadata=metadata,
+                metadata=origin(name, self.base_id, recipe),
             )
 
 

@@ -19,7 +19,7 @@ from lorakit.families.sd.generate import DrawSettings, Painter
 from lorakit.families.sd.pictures import grid, save_picture
 from lorakit.families.sd.prepare import Examples, TextStates, prepare_examples
 from lorakit.families.sd.targets import split_adapter
-from lorakit.families.task import Batch
+from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Diffusion, PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
 from lorakit.storage.atomic import new_folder
@@ -126,13 +126,15 @@ class SDTask:
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             load_adapter_state(module, own)
 
-    def save(self, out: Path, name: str) -> None:
+    def save(self, out: Path, name: str, recipe: Mapping[str, Any] | None = None) -> None:
         """Write ``adapter/unet`` (and ``adapter/text_encoder``) as PEFT, and NAME.safetensors as kohya."""
         changes = {}
+        strings = origin(name, self.base_id, recipe)
+        base_name = self._loaded.location.name
         with new_folder(out / "adapter", manifest=False, replace=True) as folder:
             for component, module in self._components.items():
                 state, injection = adapter_state(module), self._loaded.injections[component]
-                write_peft(folder / component, state, injection, base_name=self._loaded.location.name)
+                write_peft(folder / component, state, injection, base_name=base_name, metadata=strings)
                 changes[component] = deltas(state, injection)
         width = cast(Any, self.parts.text_encoder).config.hidden_size
         write_kohya(
@@ -141,6 +143,7 @@ class SDTask:
             version="sd_v2" if width == 1024 else "sd_v1",
             prediction_type=self._loaded.maker.kind,
             resolution=self._loaded.maker.data.resolution,
+            metadata=strings,
         )
 
 

@@ -1,0 +1,139 @@
+"""`lorakit inspect` and `lorakit convert` as a user calls them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from lorakit.adapters.delta import SavedAdapter, product
+from lorakit.adapters.files import read_adapter
+from lorakit.adapters.known import known_models
+from lorakit.adapters.targets import adaptable
+from lorakit.adapters.write import taken_apart, write_kohya, write_peft
+from lorakit.cli import app
+from lorakit.errors import LorakitError
+from lorakit.families.task import origin
+from lorakit.recipe.load import as_dict, dump
+from lorakit.recipe.schema import LlamaRecipe, SDRecipe
+from tests.adapters.test_convert import random_delta
+from tests.tiny import tiny_llama
+
+SD_RECIPE = SDRecipe.model_validate({"data": {"path": "pictures"}, "adapter": {"rank": 4, "targets": ["to_q"]}})
+LLAMA_RECIPE = LlamaRecipe.model_validate({"data": {"train": [{"path": "a.jsonl"}]}, "output": {"name": "chats"}})
+
+
+def lorakit(*words: object) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def kohya(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter for the first two blocks of SD 1.5, with two ranks and alphas, DoRA-less; no base in its metadata."""
+    layers = adaptable(known_models("sd_v1")["unet"])
+    chosen = [path for path in layers if path.endswith("attn2.to_k") and path.startswith("down_blocks.0")]
+    chosen += [path for path in layers if path.endswith("to_out.0") and path.startswith("mid_block")]
+    changes = {
+        path: random_delta(layers[path], 2 + 2 * number, 4.0, torch.float32, dora=False, seed=number)
+        for number, path in enumerate(chosen)
+    }
+    path = tmp_path_factory.mktemp("kohya") / "style.safetensors"
+    strings = {"lorakit_recipe": json.dumps(as_dict(SD_RECIPE))}
+    write_kohya(path, {"unet": changes}, version="sd_v1", prediction_type="epsilon", resolution=512, metadata=strings)
+    return path
+
+
+def test_a_description_as_json(kohya: Path) -> None:
+    told = json.loads(lorakit("inspect", kohya, "--json"))
+    assert (told["format"], told["family"], told["kind"], told["dtypes"]) == ("kohya", "sd", "LoRA", ["float32"])
+    assert told["bytes"] == kohya.stat().st_size
+    assert told["modules"] == 4
+    assert told["dead"] == told["faults"] == []
+    blocks = {block["name"]: block for block in told["blocks"]}
+    assert list(blocks) == ["unet.down_blocks.0", "unet.mid_block"]
+    assert blocks["unet.down_blocks.0"]["ranks"] == [2, 4]
+    assert blocks["unet.mid_block"]["ranks"] == [6, 8]
+    assert blocks["unet.mid_block"]["alphas"] == [4.0]
+    changes = read_adapter(kohya, known_models("sd_v1")).components["unet"]
+    squares = {path: product(delta).double().square().sum().item() for path, delta in changes.items()}
+    for name, block in blocks.items():
+        inside = [value for path, value in squares.items() if f"unet.{path}".startswith(name)]
+        assert block["norm"] == pytest.approx(sum(inside) ** 0.5, rel=1e-5)
+    assert told["norm"] == pytest.approx(sum(squares.values()) ** 0.5, rel=1e-5)
+    assert told["metadata"]["ss_base_model_version"] == "sd_v1"
+
+
+def test_dead_and_broken_modules_are_named(kohya: Path, tmp_path: Path) -> None:
+    tensors = load_file(kohya)
+    names = sorted({key.split(".")[0] for key in tensors})
+    tensors[f"{names[0]}.lora_up.weight"].zero_()
+    tensors[f"{names[1]}.lora_down.weight"][0, 0] = torch.nan
+    del tensors[f"{names[2]}.lora_up.weight"]
+    save_file(tensors, tmp_path / "a.safetensors")
+    told = json.loads(lorakit("inspect", tmp_path / "a.safetensors", "--json"))
+    assert len(told["dead"]) == 1
+    assert f"lora_unet_{told['dead'][0].removeprefix('unet.').replace('.', '_')}" == names[0]
+    assert sorted(fault.partition(": ")[2] for fault in told["faults"]) == ["NaN or infinity", "its B is missing"]
+    text = lorakit("inspect", tmp_path / "a.safetensors")
+    assert "dead (B is zero)" in text
+    assert "NaN or infinity" in text
+
+
+@pytest.mark.parametrize("recipe", [SD_RECIPE, LLAMA_RECIPE], ids=["sd", "llama"])
+def test_the_recipe_comes_back(kohya: Path, tmp_path: Path, recipe: SDRecipe | LlamaRecipe) -> None:
+    path = kohya
+    if isinstance(recipe, LlamaRecipe):
+        layer = torch.nn.Linear(8, 8)
+        change = {"model.layers.0.self_attn.q_proj": random_delta(layer, 2, 3.0, torch.float32, dora=False, seed=0)}
+        path = tmp_path / "a"
+        state, injection = taken_apart(change, None)
+        write_peft(path, state, injection, base_name="x", metadata=origin("chats", "x sha256:0", as_dict(recipe)))
+    assert lorakit("inspect", path, "--recipe") == dump(recipe)
+
+
+def test_no_recipe_is_an_error(kohya: Path, tmp_path: Path) -> None:
+    save_file(load_file(kohya), tmp_path / "a.safetensors")
+    with pytest.raises(LorakitError, match="holds no recipe"):
+        CliRunner().invoke(app, ["inspect", str(tmp_path / "a.safetensors"), "--recipe"], catch_exceptions=False)
+
+
+def test_a_published_models_kohya_file_becomes_peft_without_the_base(kohya: Path, tmp_path: Path) -> None:
+    told = lorakit("convert", kohya, tmp_path / "peft", "--to", "peft")
+    assert "kohya -> peft: 4 modules (float32)" in told
+    back = lorakit("convert", tmp_path / "peft", tmp_path / "again.safetensors", "--to", "kohya")
+    assert "largest |dW_in - dW_out| 0.00e+00" in back
+    one, other = load_file(kohya), load_file(tmp_path / "again.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert lorakit("inspect", tmp_path / "peft", "--recipe") == dump(SD_RECIPE)
+
+
+def test_the_base_is_taken_from_the_metadata_or_asked_for(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    from lorakit.commands.adapter_base import meta_models
+    from lorakit.storage.bases import resolve
+
+    models = meta_models(resolve(str(base)))
+    layers = {path: layer for path, layer in adaptable(models["model"]).items() if path.endswith("q_proj")}
+    changes = {path: random_delta(layer, 2, 3.0, torch.float32, dora=False, seed=0) for path, layer in layers.items()}
+    saved = SavedAdapter("llama", {"model": changes}, "peft", {})
+    state, injection = taken_apart(saved.components["model"], models["model"])
+    for folder, base_name in (("knows", str(base)), ("forgot", "owner/name")):
+        write_peft(tmp_path / folder, state, injection, base_name=base_name, task="CAUSAL_LM")
+    lorakit("convert", tmp_path / "knows", tmp_path / "a.gguf", "--to", "gguf")
+    lorakit("convert", tmp_path / "forgot", tmp_path / "b.gguf", "--to", "gguf", "--base", base)
+    told = json.loads(lorakit("inspect", tmp_path / "a.gguf", "--json"))
+    assert (told["format"], told["family"], told["modules"], told["base"]) == ("gguf", "llama", 2, str(base))
+    assert [block["name"] for block in told["blocks"]] == ["blk.0", "blk.1"]
+    lorakit("convert", tmp_path / "a.gguf", tmp_path / "back", "--to", "peft")
+    for path, delta in read_adapter(tmp_path / "back").components["model"].items():
+        torch.testing.assert_close(product(delta), product(changes[path]), rtol=1e-6, atol=1e-6)
+    words = ["convert", str(tmp_path / "forgot"), str(tmp_path / "c.gguf"), "--to", "gguf"]
+    with pytest.raises(LorakitError) as caught:
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    assert "--base" in caught.value.hint
+    assert not (tmp_path / "c.gguf").exists()
