@@ -7,7 +7,6 @@ lost or new.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +15,9 @@ from lorakit.adapters import gguf_lora
 from lorakit.adapters.delta import Delta, SavedAdapter
 from lorakit.adapters.delta import cast as to_dtype
 from lorakit.adapters.files import read_adapter
-from lorakit.adapters.formats import Format, is_xl
+from lorakit.adapters.formats import Format
 from lorakit.adapters.pieces import DIFFUSERS
-from lorakit.adapters.targets import adaptable
-from lorakit.adapters.write import Version, taken_apart, with_one_alpha, write_diffusers, write_kohya, write_peft
+from lorakit.adapters.write import taken_apart, version_of, with_one_alpha, write_diffusers, write_kohya, write_peft
 from lorakit.errors import ModelError, RecipeError
 from lorakit.storage.atomic import new_file, new_folder
 
@@ -135,14 +133,6 @@ def _write_file(path: Path, title: str, saved: SavedAdapter, to: Format, models:
             models=models,
             metadata={"modelspec.title": title, "lorakit_base": base_name, **metadata},
         )
-
-
-def version_of(models: Models) -> Version:
-    """kohya's word for the base with these components."""
-    if is_xl({component: adaptable(model) for component, model in models.items()}):
-        return "sdxl_base_v1-0"
-    unet: Any = models["unet"]
-    return "sd_v2" if unet.config.cross_attention_dim == 1024 else "sd_v1"
 
 
 def _carried(saved: SavedAdapter) -> dict[str, str]:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta, rescaled
-from lorakit.adapters.formats import diffusers_name, kohya_names
+from lorakit.adapters.formats import diffusers_name, is_xl, kohya_names
 from lorakit.adapters.pieces import CONFIG, WEIGHTS
 from lorakit.adapters.targets import Injection, Target, adaptable, suffixes
 from lorakit.errors import ModelError
@@ -137,6 +137,14 @@ def peft_config(injection: Injection, base_name: str, task: Literal["CAUSAL_LM"]
 
 Version = Literal["sd_v1", "sd_v2", "sdxl_base_v1-0"]
 """Which Stable Diffusion an adapter is for, in kohya's words."""
+
+
+def version_of(models: Mapping[str, nn.Module]) -> Version:
+    """kohya's word for the base with these components."""
+    if is_xl({component: adaptable(model) for component, model in models.items()}):
+        return "sdxl_base_v1-0"
+    unet: Any = models["unet"]
+    return "sd_v2" if unet.config.cross_attention_dim == 1024 else "sd_v1"
 
 
 def base_strings(version: Version, prediction_type: str | None, resolution: int | None) -> dict[str, str]:

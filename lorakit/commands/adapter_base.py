@@ -52,8 +52,7 @@ def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":
     if location.family == "sd":
         from lorakit.families.sd.plan import skeleton as sd_skeleton
 
-        bones = sd_skeleton(location, torch.float32)
-        return {"unet": bones.unet, "text_encoder": bones.text_encoder}
+        return sd_skeleton(location, torch.float32).adaptable
     from transformers import AutoModelForCausalLM
 
     from lorakit.families.llama.base import as_folder, load_config

@@ -156,3 +156,15 @@ def fit(image: Image.Image, size: Size, place: tuple[float, float], mirror: bool
     scaled = image.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
     array: NDArray[Any] = np.asarray(scaled)
     return np.ascontiguousarray(array[:, ::-1] if mirror else array)
+
+
+def cut_out(size: Size, bucket: Size, place: tuple[float, float], mirror: bool) -> tuple[int, ...]:
+    """What ``fit`` does to a picture of ``size``, as SDXL is told it (Podell et al. 2023, arXiv:2307.01952).
+
+    Height and width before scaling, top and left of the cut-out in the scaled picture (mirrored where it is mirrored),
+    height and width of the cut-out, all in pixels.
+    """
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    across, down = (side * scale - kept for side, kept in zip(size, bucket, strict=True))
+    left = across * (1 - place[0] if mirror else place[0])
+    return size[1], size[0], round(down * place[1]), round(left), bucket[1], bucket[0]

@@ -24,7 +24,8 @@ HUB_PATTERNS = [
     "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt",
     "added_tokens.json", "*.jinja", "unet/*.json", "vae/*.json", "text_encoder/*.json", "scheduler/*.json",
     "tokenizer/*", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model-*.safetensors",
-    "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "text_encoder_2/*.json",
+    "text_encoder_2/model.safetensors", "text_encoder_2/model-*.safetensors", "tokenizer_2/*",
 ]  # fmt: skip
 """What a model of either family needs; pickles, code, half-precision copies and pictures stay where they are."""
 
@@ -145,7 +146,7 @@ def weight_files(location: BaseLocation) -> list[Path]:
     if location.layout == "transformers":
         return checks.shard_files(location.path, "model")
     if location.layout == "diffusers":
-        parts = sorted(checks.WEIGHTS.items())
+        parts = sorted(checks.weight_stems(location.path).items())
         return [file for part, stem in parts for file in checks.shard_files(location.path / part, stem)]
     return [location.path]
 

@@ -35,7 +35,9 @@ COMPONENTS: dict[str, tuple[set[str], set[str]]] = {
     "unet": ({"diffusers"}, {"UNet2DConditionModel"}),
     "vae": ({"diffusers"}, {"AutoencoderKL"}),
     "text_encoder": ({"transformers"}, {"CLIPTextModel"}),
+    "text_encoder_2": ({"transformers"}, {"CLIPTextModelWithProjection"}),
     "tokenizer": ({"transformers"}, {"CLIPTokenizer", "CLIPTokenizerFast"}),
+    "tokenizer_2": ({"transformers"}, {"CLIPTokenizer", "CLIPTokenizerFast"}),
     "scheduler": ({"diffusers"}, SCHEDULERS),
     "safety_checker": ({"stable_diffusion"}, {"StableDiffusionSafetyChecker"}),
     "feature_extractor": (
@@ -47,11 +49,18 @@ COMPONENTS: dict[str, tuple[set[str], set[str]]] = {
 """What model_index.json may name: a component's libraries and classes."""
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-"""The components that have weights lorakit loads, and their files' stem."""
+"""The components that have weights lorakit loads, and their files' stem; SDXL has ``text_encoder_2`` beside."""
 
 CODE = {".py", ".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib"}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-SDXL = "Stable Diffusion XL is not supported yet (it comes next); SD 1.x and 2.x are"
+SDXL_FILE = "a single file of Stable Diffusion XL is not read; its diffusers folder is"
+PIPELINES = {
+    "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
+    "StableDiffusionXLPipeline": (
+        "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
+    ),
+}  # fmt: skip
+"""What model_index.json may be, and the components that it then has to have."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -188,26 +197,31 @@ def check_transformers(folder: Path) -> None:
         raise ModelError(f"{sizes['num_hidden_layers']} layers in the config, {len(layers)} there", where=str(path))
 
 
+def weight_stems(folder: Path) -> dict[str, str]:
+    """``WEIGHTS`` of a diffusers folder: with a second text encoder where it has one."""
+    return WEIGHTS | ({"text_encoder_2": "model"} if (folder / "text_encoder_2").is_dir() else {})
+
+
 def check_diffusers(folder: Path) -> None:
-    """A StableDiffusionPipeline of SD 1.x or 2.x: known classes only, weights there, a text-to-image UNet."""
+    """A pipeline of SD 1.x, 2.x or XL: known classes only, weights there, a text-to-image UNet."""
     path = folder / "model_index.json"
     check_folder(folder)
     index = read_json(path)
     name = _field(index, "_class_name", path)
-    if name != "StableDiffusionPipeline":
-        raise ModelError(SDXL if "XL" in str(name) else f"a {name!r}, not a StableDiffusionPipeline", where=str(path))
+    if name not in PIPELINES:
+        raise ModelError(f"a {name!r}, not one of {', '.join(PIPELINES)}", where=str(path))
     for component, pair in index.items():
         if not isinstance(pair, list) or pair == [None, None]:
             continue
         libraries, classes = COMPONENTS.get(component, (set(), set()))
         if len(pair) != 2 or pair[0] not in libraries or pair[1] not in classes:
-            raise ModelError(f"{component}: {pair} is not part of a Stable Diffusion 1.x or 2.x", where=str(path))
-    for component in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+            raise ModelError(f"{component}: {pair} is not part of a Stable Diffusion", where=str(path))
+    for component in PIPELINES[name]:
         if not isinstance(index.get(component), list) or index[component] == [None, None]:
             raise ModelError(f"{component} is missing", where=str(path))
         if not (folder / component).is_dir():
             raise ModelError(f"the folder {component} is missing", where=str(path))
-    for component, stem in WEIGHTS.items():
+    for component, stem in weight_stems(folder).items():
         found = shapes(shard_files(folder / component, stem))
         config_path = folder / component / "config.json"
         configs.check_sizes(read_json(config_path), config_path, len(found))
@@ -216,8 +230,9 @@ def check_diffusers(folder: Path) -> None:
     configs.check_vae(read_json(folder / "vae" / "config.json"), folder / "vae" / "config.json")
     config = read_json(folder / "unet" / "config.json")
     configs.check_unet(config, folder / "unet" / "config.json")
-    if config.get("addition_embed_type") == "text_time":
-        raise ModelError(SDXL, where=str(folder / "unet"))
+    added = config.get("addition_embed_type")
+    if added != ("text_time" if "XL" in name else None):
+        raise ModelError(f"addition_embed_type is {added!r}: not the UNet of a {name}", where=str(folder / "unet"))
     if _field(config, "in_channels", folder / "unet" / "config.json") != 4:
         raise ModelError(
             f"the UNet takes {config['in_channels']} channels: made for inpainting or the like, not for text to image",
@@ -232,7 +247,7 @@ def check_single_file(path: Path) -> None:
     if any(name.startswith(("lora_unet_", "lora_te", "base_model.model.", "unet.")) for name in found):
         raise ModelError("an adapter, not a base model", where=str(path))
     if any(name.startswith("conditioner.") for name in found):
-        raise ModelError(SDXL, where=str(path))
+        raise ModelError(SDXL_FILE, where=str(path))
     for prefix in ("model.diffusion_model.", "first_stage_model.", "cond_stage_model."):
         if not any(name.startswith(prefix) for name in found):
             raise ModelError(f"not a whole Stable Diffusion checkpoint: no {prefix}*", where=str(path))

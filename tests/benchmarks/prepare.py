@@ -150,7 +150,7 @@ def prepare_sd(recipe: SDRecipe, task: SDTask, given: argparse.Namespace) -> dic
     save_file({name: torch.stack(values) for name, values in found.items()}, given.work / "steps.safetensors")
     write_steps(given.work, cast(Any, rows))
     config = dict(cast(Any, task.parts.unet).config)
-    needed = flops.unet_step(config, given.batch, task.parts.tokenizer.model_max_length)
+    needed = flops.unet_step(config, given.batch, task.parts.conditioning.tokenizers[0].model_max_length)
     counts = [given.batch] * given.steps
     return {"family": "sd", "max_tokens": 0, "work": counts, "labelled": counts, "flops": [needed] * given.steps}
 

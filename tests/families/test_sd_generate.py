@@ -52,7 +52,8 @@ def reference(painter: Painter, name: str | None, **options: Any) -> tuple[torch
     parts = painter.parts
     kind, extra = (parts.schedule["_class_name"], {}) if name is None else SCHEDULERS[name]
     scheduler = getattr(diffusers, kind).from_config(dict(parts.schedule), **extra)
-    pieces = (parts.vae, parts.text_encoder, parts.tokenizer, parts.unet, scheduler, None, None)
+    text, tokenizer = parts.conditioning.encoders["text_encoder"], parts.conditioning.tokenizers[0]
+    pieces = (parts.vae, text, tokenizer, parts.unet, scheduler, None, None)
     pipeline = StableDiffusionPipeline(*pieces, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     latents = pipeline(**options, output_type="latent").images

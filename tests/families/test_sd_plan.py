@@ -55,7 +55,7 @@ def test_the_plan_is_what_load_makes(
     state = task.adapter_state()
     assert planned.trainable_parameters == sum(t.numel() for t in state.values())
     assert {t.name for t in planned.modules} == {k.split(".lora_")[0] for k in state}
-    parts = (task.parts.unet, task.parts.text_encoder, task.parts.vae)
+    parts = (*task.parts.adaptable.values(), task.parts.vae)
     frozen = [p for m in parts for p in m.parameters() if not p.requires_grad]
     assert planned.total_parameters == sum(p.numel() for p in frozen)
     assert planned.memory["base weights"] == 4 * planned.total_parameters

@@ -75,6 +75,11 @@ def make(bases: dict[str, Path], folder: Path) -> Callable[..., SDTask]:
     return build
 
 
+def _text(group: Any) -> torch.Tensor:
+    """A group's captions, encoded or not."""
+    return next(iter(group.text.values()))
+
+
 def first(task: SDTask, batches: int = 1) -> list[Any]:
     stream = task.batches("train", 0)
     return [next(stream) for _ in range(batches)]
@@ -92,7 +97,7 @@ def test_the_loss_is_the_weighted_error_of_the_plain_unet(
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     total = 0.0
     for group in batch.groups:
-        for noisy, t, target, text in zip(group.noisy, group.timesteps, group.target, group.text, strict=True):
+        for noisy, t, target, text in zip(group.noisy, group.timesteps, group.target, _text(group), strict=True):
             with torch.no_grad():
                 predicted = pipeline.unet(noisy[None], t, text[None]).sample[0]
             weight = snr[t].clamp(max=5) / (snr[t] if kind == "epsilon" else snr[t] + 1)
@@ -129,7 +134,7 @@ def test_noisy_latents_and_text_are_what_the_base_gives(
         ids = pipeline.tokenizer(drawn.caption, padding="max_length", max_length=77, return_tensors="pt").input_ids
         with torch.no_grad():
             expected = pipeline.text_encoder(ids)[0]
-        torch.testing.assert_close(maker.text([drawn.caption]), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(maker.text([drawn.caption])["states"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_layout_sees_the_same_draws_and_gives_the_same_gradient(make: Callable[..., SDTask]) -> None:
@@ -150,7 +155,7 @@ def test_every_layout_sees_the_same_draws_and_gives_the_same_gradient(make: Call
                 task.loss(task.model, batch).backward()
                 count += batch.count
                 for group in batch.groups:
-                    columns = zip(group.noisy, group.timesteps, group.target, group.text, strict=True)
+                    columns = zip(group.noisy, group.timesteps, group.target, _text(group), strict=True)
                     rows += [(int(t), n.sum().item(), g.sum().item(), x.sum().item()) for n, t, g, x in columns]
             flat = torch.cat([p.grad.flatten() for p in task.model.parameters() if p.requires_grad])
             total = flat if total is None else total + flat
@@ -262,7 +267,7 @@ def test_text_encoder_lora_reads_token_ids_and_has_its_own_rate(make: Callable[.
     assert (rate, text_rate) == (1e-4, 5e-5)
     assert len(text) == 2 * 4 * 2
     batch = first(task)[0]
-    assert batch.groups[0].text.dtype == torch.int64
+    assert batch.groups[0].text["ids"].dtype == torch.int64
     frozen = make()
     difference = task.loss(task.model, batch).item() - frozen.loss(frozen.model, first(frozen)[0]).item()
     assert difference == pytest.approx(0, abs=1e-4)

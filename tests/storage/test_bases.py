@@ -191,7 +191,7 @@ def test_single_files(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="adapter"):
         resolve(str(path))
     save_file({**whole, "conditioner.embedders.0.x": torch.zeros(1)}, path)
-    with pytest.raises(ModelError, match="comes next"):
+    with pytest.raises(ModelError, match="single file of Stable Diffusion XL"):
         resolve(str(path))
 
 

@@ -1,7 +1,7 @@
-"""A Stable Diffusion base in memory: tokenizer, text encoder, UNet, VAE, and the noise schedule it was trained with."""
+"""A Stable Diffusion base in memory: text encoders, UNet, VAE, and the noise schedule it was trained with."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lorakit.errors import ModelError, RecipeError
 from lorakit.families.place import Place
 from lorakit.families.sd.attention import use_own_attention
+from lorakit.families.sd.conditioning import Conditioning, check_widths, conditioning_of
 from lorakit.families.sd.single_file import load_single_file
 from lorakit.numerics.diffusion import PredictionType, has_zero_terminal_snr
 from lorakit.recipe.schema import SDBase
@@ -25,22 +26,26 @@ from lorakit.storage.foreign import check_complete, model_errors
 _unet: Any = UNet2DConditionModel
 _vae: Any = AutoencoderKL
 _ddpm: Any = DDPMScheduler
-_text: Any = CLIPTextModel
+_text: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The pieces of one base. UNet and text encoder in the place's dtype, the VAE always in float32.
+    """The pieces of one base. UNet and text encoders in the place's dtype, the VAE always in float32.
 
     (Some VAEs overflow in float16, and bf16 has too few digits for a picture.)
     """
 
-    tokenizer: CLIPTokenizer
-    text_encoder: nn.Module
+    conditioning: Conditioning
     unet: nn.Module
     vae: Any
     schedule: Mapping[str, Any]
     """scheduler_config.json."""
+
+    @property
+    def adaptable(self) -> dict[str, nn.Module]:
+        """The components that can have LoRA, by name."""
+        return {"unet": self.unet, **self.conditioning.encoders}
 
     @property
     def factor(self) -> int:
@@ -79,35 +84,40 @@ def load_parts(location: BaseLocation, place: Place) -> Parts:
     """Load a base on ``place``, frozen. Raises: ModelError when a part does not load or does not fit the others."""
     if location.layout == "single-file":
         loaded = load_single_file(location.path, place.dtype)
-        parts = Parts(loaded.tokenizer, loaded.text_encoder, loaded.unet, loaded.vae, loaded.schedule)
+        text = conditioning_of([loaded.tokenizer], {"text_encoder": loaded.text_encoder}, zeros=False)
+        parts = Parts(text, loaded.unet, loaded.vae, loaded.schedule)
     else:
         parts = _load_folder(location.path, place.dtype)
-    width = cast(Any, parts.text_encoder).config.hidden_size
-    expected = cast(Any, parts.unet).config.cross_attention_dim
-    if width != expected:
-        raise ModelError(f"the text encoder is {width} wide, the UNet expects {expected}", where=location.name)
-    vocabulary = cast(Any, parts.text_encoder).config.vocab_size
-    if len(parts.tokenizer) > vocabulary:
-        reason = f"the tokenizer has {len(parts.tokenizer)} tokens, the text encoder {vocabulary}"
-        raise ModelError(reason, where=location.name)
-    for module in (parts.text_encoder, parts.unet, parts.vae):
+    check_widths(parts.conditioning, parts.unet, location.name)
+    for module in (*parts.adaptable.values(), parts.vae):
         module.requires_grad_(False).eval().to(place.device)
     use_own_attention(parts.unet)
     return parts
 
 
 def _load_folder(path: Path, dtype: torch.dtype) -> Parts:
-    if not any((path / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise ModelError("no vocab.json and no tokenizer.json", where=str(path / "tokenizer"))
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
-    with model_errors(str(path), "the base does not load"):
-        tokenizer = CLIPTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
-    with model_errors(str(path / "text_encoder"), "the base does not load"):
-        text_encoder, report = _text.from_pretrained(path / "text_encoder", dtype=dtype, **options)
-        check_complete(report, str(path / "text_encoder"))
+    zeros = bool(read_json(path / "model_index.json").get("force_zeros_for_empty_prompt", True))
+    there = [name for name in _text if (path / name).is_dir()]
+    tokenizers = [_load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in there]
+    encoders = {name: _load_encoder(_text[name], path / name, dtype) for name in there}
     unet = _load_part(_unet, path / "unet", dtype)
     vae = _load_part(_vae, path / "vae", torch.float32)
-    return Parts(tokenizer, text_encoder, unet, vae, read_schedule(path))
+    return Parts(conditioning_of(tokenizers, encoders, zeros=zeros), unet, vae, read_schedule(path))
+
+
+def _load_tokenizer(path: Path) -> CLIPTokenizer:
+    if not any((path / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise ModelError("no vocab.json and no tokenizer.json", where=str(path))
+    with model_errors(str(path), "the base does not load"):
+        return cast(CLIPTokenizer, CLIPTokenizer.from_pretrained(path, local_files_only=True))
+
+
+def _load_encoder(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+    with model_errors(str(folder), "the base does not load"):
+        encoder, report = kind.from_pretrained(folder, dtype=dtype, **options)
+        check_complete(report, str(folder))
+        return cast(nn.Module, encoder)
 
 
 def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -145,18 +155,6 @@ def noise_schedule(config: Mapping[str, Any], where: str) -> tuple[Tensor, Predi
         reason = "epsilon prediction on a schedule with zero terminal SNR, where epsilon says nothing about the picture"
         raise ModelError(reason, where=where, hint="such a schedule needs a base with v_prediction")
     return alphas, kind
-
-
-def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
-    """int64 [B, L], every caption padded or cut to the tokenizer's length L."""
-    length = tokenizer.model_max_length
-    ids = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return cast(Tensor, ids.input_ids)
-
-
-def text_states(text_encoder: nn.Module, ids: Tensor) -> Tensor:
-    """What the UNet attends to: the text encoder's last layer, [B, L, width], for token ids [B, L]."""
-    return cast(Tensor, text_encoder(ids)[0])
 
 
 def to_latents(vae: Any, drawn: Tensor) -> Tensor:

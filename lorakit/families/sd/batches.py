@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorakit.data.captions import shuffle_tags
 from lorakit.families.sd.base import to_latents
+from lorakit.families.sd.conditioning import Text
 from lorakit.families.sd.prepare import Example, Examples
 from lorakit.numerics import diffusion
 from lorakit.numerics.order import Draw, Layout, micro_batches, mix
@@ -36,11 +37,20 @@ class Group:
     """What the UNet should predict, float32 [n, C, H, W]."""
     weight: Tensor
     """Factor of each picture's squared error, float32 [n]."""
-    text: Tensor
-    """Text states [n, L, width], or token ids int64 [n, L] where the text encoder is trained."""
+    frames: Tensor
+    """How each picture was cut, float32 [n, 6], as ``Conditioning.arguments`` has it."""
+    text: Text
+    """Encoded captions, or their ``ids`` where the text encoders are trained."""
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return type(self)(
+            noisy=self.noisy.to(device),
+            timesteps=self.timesteps.to(device),
+            target=self.target.to(device),
+            weight=self.weight.to(device),
+            frames=self.frames.to(device),
+            text={name: tensor.to(device) for name, tensor in self.text.items()},
+        )
 
 
 @dataclass
@@ -68,7 +78,7 @@ class Drawn:
 
 
 class BatchMaker:
-    """Turns examples into micro-batches. ``text``: captions to states or ids, [n, ...]."""
+    """Turns examples into micro-batches. ``text``: captions to what a batch carries of them."""
 
     def __init__(
         self,
@@ -76,7 +86,7 @@ class BatchMaker:
         schedule: tuple[Tensor, diffusion.PredictionType],
         vae: Any,
         settings: tuple[PictureData, Diffusion],
-        text: Callable[[Sequence[str]], Tensor],
+        text: Callable[[Sequence[str]], Text],
     ) -> None:
         self.examples = examples
         self.alphas, self.kind = schedule
@@ -159,5 +169,6 @@ class BatchMaker:
             timesteps=torch.tensor([d.timestep for d in drawn]),
             target=torch.stack([d.target for d in drawn]),
             weight=torch.tensor([d.weight for d in drawn]),
+            frames=torch.tensor([d.example.frame for d in drawn], dtype=torch.float32),
             text=self.text([d.caption for d in drawn]),
         )

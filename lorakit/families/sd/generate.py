@@ -15,13 +15,14 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import apply
 from lorakit.errors import NonFiniteError, RecipeError
 from lorakit.families.place import Place
-from lorakit.families.sd.base import Parts, from_latents, load_parts, text_states, token_ids
+from lorakit.families.sd.base import Parts, from_latents, load_parts
+from lorakit.families.sd.conditioning import ids_of
 from lorakit.families.sd.pictures import grid, save_picture
 from lorakit.numerics.diffusion import guide
 from lorakit.recipe.schema import SDSample
@@ -111,7 +112,7 @@ def open_painter(
     Raises: ModelError when the base does not load, or an adapter does not fit it.
     """
     parts = load_parts(location, Place(device, dtype))
-    modules: dict[str, nn.Module] = {"unet": parts.unet, "text_encoder": parts.text_encoder}
+    modules = parts.adaptable
     saved = [(read_adapter(path, modules), weight) for path, weight in adapters]
     for number, (adapter, weight) in enumerate(saved):
         for component, deltas in adapter.components.items():
@@ -148,7 +149,7 @@ class Painter:
         jobs = [(prompt, settings.seed + i) for prompt in prompts for i in range(settings.count)]
         at_once = max(1, min(16, PIXELS_AT_ONCE // (width * height)))
         drawn: list[tuple[Image.Image, dict[str, Any]]] = []
-        training = [module for module in (self.parts.unet, self.parts.text_encoder) if module.training]
+        training = [module for module in self.parts.adaptable.values() if module.training]
         for module in training:
             module.eval()
         try:
@@ -177,13 +178,16 @@ class Painter:
         latents: Tensor = noise.to(self.device) * scheduler.init_noise_sigma
         guided = settings.guidance_scale != 1
         texts = [*([settings.negative_prompt] * len(prompts) if guided else []), *prompts]
-        states = text_states(self.parts.text_encoder, token_ids(self.parts.tokenizer, texts).to(self.device))
+        conditioning = self.parts.conditioning
+        text = conditioning.encode(ids_of(conditioning, texts).to(self.device))
+        frames = torch.tensor([[height, width, 0, 0, height, width]] * len(texts), device=self.device).float()
+        told = conditioning.arguments(text, frames, self.dtype)
         step = scheduler.step
         if "generator" in inspect.signature(step).parameters:
             step = partial(step, generator=generators)
         for t in scheduler.timesteps:
             doubled = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-            predicted = self.parts.unet(doubled.to(self.dtype), t, states.to(self.dtype), return_dict=False)[0].float()
+            predicted = self.parts.unet(doubled.to(self.dtype), t, **told, return_dict=False)[0].float()
             if guided:
                 unconditional, conditional = predicted.chunk(2)
                 predicted = guide(unconditional, conditional, settings.guidance_scale)
@@ -223,7 +227,7 @@ class Painter:
         }
 
     def _warn_of_cut(self, prompts: Sequence[str]) -> None:
-        tokenizer = self.parts.tokenizer
+        tokenizer = self.parts.conditioning.tokenizers[0]
         room = tokenizer.model_max_length - 2
         for prompt in dict.fromkeys(prompts):
             ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids

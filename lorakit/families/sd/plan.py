@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorakit.adapters.inject import inject
 from lorakit.adapters.targets import Target
@@ -16,13 +16,14 @@ from lorakit.data.pictures import Picture, Rejects, find_pictures
 from lorakit.errors import DataError
 from lorakit.families.place import Place
 from lorakit.families.sd.base import find_base, noise_schedule, read_schedule, vae_factor
+from lorakit.families.sd.conditioning import Conditioning, conditioning_of
 from lorakit.families.sd.prepare import held_out_ids, sizes_of
 from lorakit.families.sd.single_file import read_configs
 from lorakit.families.sd.targets import split_adapter
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import PictureData, SDAdapter, SDBase
 from lorakit.storage.bases import BaseLocation
-from lorakit.storage.checks import read_json
+from lorakit.storage.checks import read_json, weight_stems
 from lorakit.storage.foreign import model_errors
 
 
@@ -58,10 +59,16 @@ class Skeleton:
     """A base's modules on the meta device."""
 
     unet: nn.Module
-    text_encoder: nn.Module
+    conditioning: Conditioning
+    """Without tokenizers."""
     vae: nn.Module
     factor: int
     schedule: dict[str, Any]
+
+    @property
+    def adaptable(self) -> dict[str, nn.Module]:
+        """The components that can have LoRA, by name."""
+        return {"unet": self.unet, **self.conditioning.encoders}
 
 
 def skeleton(location: BaseLocation, dtype: torch.dtype) -> Skeleton:
@@ -69,19 +76,23 @@ def skeleton(location: BaseLocation, dtype: torch.dtype) -> Skeleton:
     with model_errors(location.name, "the config does not make a model"):
         if location.layout == "single-file":
             configs = read_configs(location.path)
-            unet, vae, text, schedule = configs.unet, configs.vae, configs.text_encoder, configs.schedule
+            unet, vae, schedule = configs.unet, configs.vae, configs.schedule
+            texts = {"text_encoder": configs.text_encoder}
         else:
-            unet, vae, text = (
-                read_json(location.path / part / "config.json") for part in ("unet", "vae", "text_encoder")
-            )
-            schedule = read_schedule(location.path)
+            parts = ("vae", *weight_stems(location.path))
+            configs_of = {part: read_json(location.path / part / "config.json") for part in parts}
+            unet, vae, schedule = configs_of["unet"], configs_of["vae"], read_schedule(location.path)
+            texts = {part: config for part, config in configs_of.items() if part.startswith("text_encoder")}
         with torch.device("meta"):
             unet_class: Any = UNet2DConditionModel
             vae_class: Any = AutoencoderKL
-            text_encoder: Any = CLIPTextModel(CLIPTextConfig.from_dict(text))
+            kinds: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+            encoders = {name: kinds[name](CLIPTextConfig.from_dict(config)) for name, config in texts.items()}
+            for encoder in encoders.values():
+                encoder.to(dtype).requires_grad_(False)
             return Skeleton(
                 unet_class.from_config(unet).to(dtype).requires_grad_(False),
-                text_encoder.to(dtype).requires_grad_(False),
+                conditioning_of([], encoders, zeros=False),
                 vae_class.from_config(vae).requires_grad_(False),
                 vae_factor(vae),
                 schedule,
@@ -93,11 +104,11 @@ def plan(base: SDBase, adapter: SDAdapter, data: PictureData, layout: Layout, pl
     location = find_base(base)
     bones = skeleton(location, place.dtype)
     noise_schedule(bones.schedule, location.name)
-    modules = {"unet": bones.unet, "text_encoder": bones.text_encoder}
+    modules = bones.adaptable
     total = sum(p.numel() for m in (*modules.values(), bones.vae) for p in m.parameters())
     weights = sum(p.numel() * p.element_size() for m in (*modules.values(), bones.vae) for p in m.parameters())
     targets: list[Target] = []
-    for component, (section, groups) in split_adapter(adapter, bones.unet, bones.text_encoder).items():
+    for component, (section, groups) in split_adapter(adapter, modules).items():
         found = inject(modules[component], section, groups, seed=0).targets
         targets.extend(target._replace(name=f"{component}.{target.name}") for target in found)
     trainable = sum(p.numel() for m in modules.values() for p in m.parameters() if p.requires_grad)
@@ -163,11 +174,13 @@ def _activation_bytes(bones: Skeleton, size: Size, batch: int, place: Place) -> 
 
     config = unet.config
     shape = (batch, config.in_channels, size[1] // bones.factor, size[0] // bones.factor)
-    text: Any = bones.text_encoder
-    tokens = text.config.max_position_embeddings
+    encoders: list[Any] = list(bones.conditioning.encoders.values())
+    tokens = encoders[0].config.max_position_embeddings
+    with torch.device("meta"), torch.no_grad():
+        text = bones.conditioning.encode(torch.zeros((batch, len(encoders), tokens), dtype=torch.int64))
+        told = bones.conditioning.arguments(text, torch.zeros(batch, 6), place.dtype)
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         noisy = torch.zeros(shape, dtype=place.dtype)
-        states = torch.zeros((batch, tokens, config.cross_attention_dim), dtype=place.dtype)
-        output = unet(noisy, torch.zeros(batch, dtype=torch.int64), states).sample
+        output = unet(noisy, torch.zeros(batch, dtype=torch.int64), **told).sample
     del output
     return sum(kept.values())

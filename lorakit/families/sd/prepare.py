@@ -4,17 +4,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.data.cache import TensorCache, checksum, content_key, default_folder
 from lorakit.data.captions import with_trigger
-from lorakit.data.images import Size, bucket_sizes, choose_bucket, decode, fit
+from lorakit.data.images import Size, bucket_sizes, choose_bucket, cut_out, decode, fit, read_size
 from lorakit.data.pictures import Picture, Rejects, find_pictures
 from lorakit.errors import DataError, RecipeError
-from lorakit.families.sd.base import Parts, text_states, token_ids, vae_factor
+from lorakit.families.sd.base import Parts, vae_factor
+from lorakit.families.sd.conditioning import Text, ids_of
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import PictureData
 
@@ -32,6 +33,8 @@ class Example:
     key: str
     """Entry of the latents cache: ``mean`` and ``deviation``, float32 [C, H, W]."""
     bucket: int
+    frame: tuple[int, ...]
+    """How it was cut: height and width before scaling, top and left, height and width after, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def prepare_examples(data: PictureData, vae: Any, layout: Layout) -> Examples:
     rejects = Rejects(data.on_bad)
     pictures = find_pictures(data, rejects)
     maker = _LatentMaker(data, vae, layout.seed)
-    found: dict[int, list[tuple[str, str]]] = {}
+    found: dict[int, list[_Entry]] = {}
     first = layout.rank * len(pictures) // layout.world
     for number in (*range(first, len(pictures)), *range(first)):
         try:
@@ -98,12 +101,20 @@ def prepare_examples(data: PictureData, vae: Any, layout: Layout) -> Examples:
     train: list[Example] = []
     held_out: list[Example] = []
     for number in sorted(found):
-        made = [maker.example(pictures[number], content, key) for content, key in found[number]]
+        made = [maker.example(pictures[number], entry) for entry in found[number]]
         if pictures[number].id in aside:
             held_out.append(made[0])
         else:
             train.extend(made * data.repeats)
     return Examples(tuple(train), tuple(held_out), maker.sizes, maker.cache)
+
+
+class _Entry(NamedTuple):
+    """One picture, or its mirror image, in the cache."""
+
+    content: str
+    key: str
+    frame: tuple[int, ...]
 
 
 class _LatentMaker:
@@ -118,15 +129,15 @@ class _LatentMaker:
         self.cache = TensorCache(default_folder() / "latents")
         self.vae_hash = checksum(dict(vae.state_dict()))
 
-    def entries(self, picture: Picture) -> list[tuple[str, str]]:
-        """(content hash, cache key) of a picture, and of its mirror image if asked; computes what is missing."""
+    def entries(self, picture: Picture) -> list[_Entry]:
+        """A picture, and its mirror image if asked; computes what the cache lacks."""
         encoded = picture.read()
         content = sha256(encoded).hexdigest()
         x, y = 0.5, 0.5
         if self.data.crop == "random":
             number = mix(self.seed, 5, int(content[:15], 16))
             x, y = torch.rand(2, generator=torch.Generator().manual_seed(number), dtype=torch.float64).tolist()
-        keys = []
+        entries = []
         for mirror in (False, True) if self.data.flip else (False,):
             sizes = repr(self.sizes)
             key = content_key("latents 1", content, sizes, x, y, int(mirror), self.vae_hash, "float32")
@@ -134,8 +145,10 @@ class _LatentMaker:
                 image = decode(encoded, picture.id)
                 size = self.sizes[choose_bucket(image.size, self.sizes)]
                 self.cache.write(key, self._encode(torch.from_numpy(fit(image, size, (x, y), mirror).copy())))
-            keys.append((content, key))
-        return keys
+            size = read_size(encoded, picture.id)
+            frame = cut_out(size, self.sizes[choose_bucket(size, self.sizes)], (x, y), mirror)
+            entries.append(_Entry(content, key, frame))
+        return entries
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -144,42 +157,45 @@ class _LatentMaker:
         posterior = self.vae.encode(scaled).latent_dist
         return {"mean": posterior.mean[0], "deviation": posterior.std[0]}
 
-    def example(self, picture: Picture, content: str, key: str) -> Example:
-        _, height, width = self.cache.read(key)["mean"].shape
+    def example(self, picture: Picture, entry: _Entry) -> Example:
+        _, height, width = self.cache.read(entry.key)["mean"].shape
         bucket = self.sizes.index((width * self.factor, height * self.factor))
-        return Example(picture.id, with_trigger(picture.caption, self.data.trigger), content, key, bucket)
+        caption = with_trigger(picture.caption, self.data.trigger)
+        return Example(picture.id, caption, entry.content, entry.key, bucket, entry.frame)
 
 
 class TextStates:
-    """Captions to the states of a frozen text encoder, cached by token ids and the encoder's weights."""
+    """Captions to what frozen text encoders make of them, cached by token ids and the encoders' weights."""
 
     def __init__(self, parts: Parts, cached: bool) -> None:
-        self.tokenizer = parts.tokenizer
-        self.text_encoder: nn.Module = parts.text_encoder
+        self.conditioning = parts.conditioning
         self.cached = cached
-        parameter = next(self.text_encoder.parameters())
+        encoders = self.conditioning.encoders
+        parameter = next(next(iter(encoders.values())).parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.cache = TensorCache(default_folder() / "text")
-        self.encoder_hash = checksum(dict(self.text_encoder.state_dict())) if cached else ""
+        weights = {f"{name}.{key}": t for name, m in encoders.items() for key, t in m.state_dict().items()}
+        self.encoder_hash = checksum(weights) if cached else ""
 
     def fill(self, captions: Sequence[str]) -> None:
         """Compute what the cache lacks."""
         for caption in dict.fromkeys(captions):
-            ids = token_ids(self.tokenizer, [caption])
+            ids = ids_of(self.conditioning, [caption])
             key = self._key(ids)
             if not self.cache.holds(key):
-                self.cache.write(key, {"states": self._encode(ids)[0]})
+                self.cache.write(key, {name: tensor[0] for name, tensor in self._encode(ids).items()})
 
-    def states(self, captions: Sequence[str]) -> Tensor:
-        """States [B, L, width] on the CPU when cached, else on the encoder's device."""
-        ids = token_ids(self.tokenizer, captions)
+    def states(self, captions: Sequence[str]) -> Text:
+        """Captions encoded, on the CPU when cached, else on the encoders' device."""
+        ids = ids_of(self.conditioning, captions)
         if not self.cached:
             return self._encode(ids)
-        return torch.stack([self.cache.read(self._key(row[None]))["states"] for row in ids])
+        rows = [self.cache.read(self._key(row[None])) for row in ids]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _key(self, ids: Tensor) -> str:
-        return content_key("text 1", ids.numpy().tobytes(), self.encoder_hash, str(self.dtype))
+        return content_key("text 2", ids.numpy().tobytes(), self.conditioning.kind, self.encoder_hash, str(self.dtype))
 
     @torch.no_grad()
-    def _encode(self, ids: Tensor) -> Tensor:
-        return text_states(self.text_encoder, ids.to(self.device))
+    def _encode(self, ids: Tensor) -> Text:
+        return self.conditioning.encode(ids.to(self.device))

@@ -18,22 +18,23 @@ UNET_GROUPS: Groups = {
 TEXT_GROUPS: Groups = {"attention": _TEXT_ATTENTION, "attention+mlp": (*_TEXT_ATTENTION, "fc1", "fc2")}
 
 
-def split_adapter(adapter: SDAdapter, unet: nn.Module, text_encoder: nn.Module) -> dict[str, tuple[Adapter, Groups]]:
-    """The adapter section and groups for ``unet`` and, where it is trained, ``text_encoder``.
+def split_adapter(adapter: SDAdapter, models: Mapping[str, nn.Module]) -> dict[str, tuple[Adapter, Groups]]:
+    """The adapter section and groups for ``unet`` and, where they are trained, the text encoders.
 
-    With both trained, a pattern goes to the component that has such a layer, and to both if both have; one that fits
-    neither stays with the UNet, where it is refused.
+    With all trained, a pattern goes to every component that has such a layer; one that fits none stays with the UNet,
+    where it is refused.
     """
     if not adapter.text_encoder:
         return {"unet": (adapter, UNET_GROUPS)}
-    unet_names, text_names = list(adaptable(unet)), list(adaptable(text_encoder))
+    names = {component: list(adaptable(model)) for component, model in models.items()}
 
     def fits(pattern: str, names: Sequence[str]) -> bool:
         return any(matches(name, pattern) for name in names)
 
-    def section(names: Sequence[str], others: Sequence[str], refuses: bool) -> Adapter:
+    def section(component: str) -> Adapter:
         def ours(pattern: str) -> bool:
-            return fits(pattern, names) or (refuses and not fits(pattern, others))
+            nobodys = component == "unet" and not any(fits(pattern, others) for others in names.values())
+            return nobodys or fits(pattern, names[component])
 
         targets = adapter.targets
         return adapter.model_copy(
@@ -44,7 +45,4 @@ def split_adapter(adapter: SDAdapter, unet: nn.Module, text_encoder: nn.Module) 
             }
         )
 
-    return {
-        "unet": (section(unet_names, text_names, refuses=True), UNET_GROUPS),
-        "text_encoder": (section(text_names, unet_names, refuses=False), TEXT_GROUPS),
-    }
+    return {name: (section(name), UNET_GROUPS if name == "unet" else TEXT_GROUPS) for name in models}

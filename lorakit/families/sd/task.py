@@ -1,6 +1,6 @@
 """Stable Diffusion as a task of the training loop: load, loss, held-out loss, sample pictures, save."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from lorakit.adapters.inject import adapter_parameters, adapter_state, inject, load_adapter_state
 from lorakit.adapters.targets import Injection
-from lorakit.adapters.write import deltas, write_kohya, write_peft
+from lorakit.adapters.write import deltas, version_of, write_kohya, write_peft
 from lorakit.errors import ModelError
 from lorakit.families.place import Place
-from lorakit.families.sd.base import Parts, find_base, load_parts, noise_schedule, text_states, token_ids
+from lorakit.families.sd.base import Parts, find_base, load_parts, noise_schedule
 from lorakit.families.sd.batches import BatchMaker, SDBatch
+from lorakit.families.sd.conditioning import Text, ids_of
 from lorakit.families.sd.generate import DrawSettings, Painter
 from lorakit.families.sd.pictures import grid, save_picture
 from lorakit.families.sd.prepare import Examples, TextStates, prepare_examples
@@ -42,20 +43,22 @@ class Learning:
 
 
 class Denoiser(nn.Module):
-    """UNet, with the text encoder where it is trained too."""
+    """UNet, with the text encoders where they are trained too."""
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module | None, dtype: torch.dtype) -> None:
+    def __init__(self, parts: Parts, trained: Collection[str], dtype: torch.dtype) -> None:
         super().__init__()
-        self.unet = unet
-        self.text_encoder = text_encoder
+        self.unet = parts.unet
+        self.encoders = nn.ModuleDict({n: m for n, m in parts.conditioning.encoders.items() if n in trained})
+        self.conditioning = parts.conditioning
         self.dtype = dtype
 
-    def forward(self, inputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
-        """Predictions, float32 [n, C, H, W], for each (noisy latents, timesteps [n], text states or token ids)."""
+    def forward(self, inputs: Sequence[tuple[Tensor, Tensor, Text, Tensor]]) -> list[Tensor]:
+        """Predictions, float32 [n, C, H, W], for each (noisy latents, timesteps [n], captions, frames [n, 6])."""
         predictions = []
-        for noisy, timesteps, text in inputs:
-            states = text if self.text_encoder is None else text_states(self.text_encoder, text)
-            predicted = self.unet(noisy.to(self.dtype), timesteps, states.to(self.dtype), return_dict=False)[0]
+        for noisy, timesteps, text, frames in inputs:
+            encoded = self.conditioning.encode(text["ids"]) if self.encoders else text
+            told = self.conditioning.arguments(encoded, frames, self.dtype)
+            predicted = self.unet(noisy.to(self.dtype), timesteps, **told, return_dict=False)[0]
             predictions.append(predicted.float())
         return predictions
 
@@ -64,8 +67,7 @@ class SDTask:
     """A Stable Diffusion with LoRA, and the pictures it trains on (``families.task.Task``)."""
 
     def __init__(self, parts: Parts, learning: Learning, sampling: SDSample, layout: Layout, loaded: "_Loaded") -> None:
-        trained = parts.text_encoder if "text_encoder" in loaded.injections else None
-        self.model: nn.Module = Denoiser(parts.unet, trained, loaded.dtype)
+        self.model: nn.Module = Denoiser(parts, loaded.injections.keys(), loaded.dtype)
         self.steps_per_epoch = len(loaded.examples.train) / layout.batch_size
         self.base_id = loaded.base_id
         self.data_hash = loaded.examples.digest
@@ -78,12 +80,12 @@ class SDTask:
 
     @property
     def _components(self) -> dict[str, nn.Module]:
-        modules = {"unet": self.parts.unet, "text_encoder": self.parts.text_encoder}
-        return {name: modules[name] for name in self._loaded.injections}
+        return {name: self.parts.adaptable[name] for name in self._loaded.injections}
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        rates = {"unet": self._learning.learning_rate, "text_encoder": self._learning.text_encoder_learning_rate}
-        return [(list(adapter_parameters(m).values()), rates[name]) for name, m in self._components.items()]
+        first, others = self._learning.learning_rate, self._learning.text_encoder_learning_rate
+        components = self._components.items()
+        return [(list(adapter_parameters(m).values()), first if n == "unet" else others) for n, m in components]
 
     def batches(self, split: str, start: int) -> Iterator[Batch]:
         maker = self._loaded.maker
@@ -92,7 +94,7 @@ class SDTask:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum over pictures of weight times the mean squared error of a picture's latents."""
         groups = cast(SDBatch, batch).groups
-        predictions = model([(g.noisy, g.timesteps, g.text) for g in groups])
+        predictions = model([(g.noisy, g.timesteps, g.text, g.frames) for g in groups])
         sums = [
             (g.weight * (predicted - g.target).square().mean((1, 2, 3))).sum()
             for g, predicted in zip(groups, predictions, strict=True)
@@ -127,7 +129,7 @@ class SDTask:
             load_adapter_state(module, own)
 
     def save(self, out: Path, name: str, recipe: Mapping[str, Any] | None = None) -> None:
-        """Write ``adapter/unet`` (and ``adapter/text_encoder``) as PEFT, and NAME.safetensors as kohya."""
+        """Write ``adapter/unet`` (and the text encoders beside it) as PEFT, and NAME.safetensors as kohya."""
         changes = {}
         strings = origin(name, self.base_id, recipe)
         base_name = self._loaded.location.name
@@ -136,13 +138,13 @@ class SDTask:
                 state, injection = adapter_state(module), self._loaded.injections[component]
                 write_peft(folder / component, state, injection, base_name=base_name, metadata=strings)
                 changes[component] = deltas(state, injection)
-        width = cast(Any, self.parts.text_encoder).config.hidden_size
         write_kohya(
             out / f"{name}.safetensors",
             changes,
-            version="sd_v2" if width == 1024 else "sd_v1",
+            version=version_of(self.parts.adaptable),
             prediction_type=self._loaded.maker.kind,
             resolution=self._loaded.maker.data.resolution,
+            models=self.parts.adaptable,
             metadata=strings,
         )
 
@@ -190,8 +192,8 @@ def load(
 
 
 def _inject(parts: Parts, adapter: SDAdapter, seed: int) -> dict[str, Injection]:
-    sections = split_adapter(adapter, parts.unet, parts.text_encoder)
-    modules = {"unet": parts.unet, "text_encoder": parts.text_encoder}
+    modules = parts.adaptable
+    sections = split_adapter(adapter, modules)
     return {
         name: inject(modules[name], section, groups, seed=mix(seed, 6, number))
         for number, (name, (section, groups)) in enumerate(sections.items())
@@ -199,12 +201,12 @@ def _inject(parts: Parts, adapter: SDAdapter, seed: int) -> dict[str, Injection]
 
 
 def _text_source(parts: Parts, data: PictureData, adapter: SDAdapter, examples: Examples) -> Any:
-    """Captions to what a batch carries: token ids where the text encoder is trained, else its states.
+    """Captions to what a batch carries: token ids where the text encoders are trained, else what these say.
 
     Shuffled captions hardly come twice, so their states are computed on the fly.
     """
     if adapter.text_encoder:
-        return lambda captions: token_ids(parts.tokenizer, captions)
+        return lambda captions: {"ids": ids_of(parts.conditioning, captions)}
     store = TextStates(parts, cached=not data.shuffle_tags)
     if store.cached:
         store.fill(["", *(example.caption for example in (*examples.train, *examples.held_out))])
