@@ -119,7 +119,10 @@ def test_hub_cache_links_are_fine(tmp_path: Path) -> None:
 
 
 SD_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "sdxl": (lambda p: rewrite(p / "model_index.json", _class_name="StableDiffusionXLPipeline"), "comes next"),
+    "sdxl": (
+        lambda p: rewrite(p / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+        "text_encoder_2 is missing",
+    ),
     "other pipeline": (lambda p: rewrite(p / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
     "code": (lambda p: rewrite(p / "model_index.json", unet=["os", "system"]), "unet"),
     "unknown part": (lambda p: rewrite(p / "model_index.json", extra=["diffusers", "X"]), "extra"),

@@ -28,7 +28,7 @@ def open_original(location: BaseLocation) -> Original:
     Raises ModelError for a layout that is not SD 1.x or 2.x; ``write_rest`` where CLIP's vocabulary is missing.
     """
     bones = skeleton(location, torch.float32)
-    models: dict[str, Any] = {"unet": bones.unet, "text_encoder": bones.text_encoder, "vae": bones.vae}
+    models: dict[str, Any] = {**bones.adaptable, "vae": bones.vae}
     shapes = {name: info.shape for name, info in read_header(location.path).tensors.items() if info.shape}
     keys = list(shapes)
     marks = {
@@ -47,7 +47,7 @@ def open_original(location: BaseLocation) -> Original:
         configs = read_configs(location.path)
         tokenizer = load_tokenizer(location.path, configs.text_encoder["vocab_size"])
         scheduler = getattr(diffusers, bones.schedule["_class_name"]).from_config(bones.schedule)
-        text: Any = bones.text_encoder
+        text: Any = bones.conditioning.encoders["text_encoder"]
         text.config.architectures = [type(text).__name__]
         make: Any = diffusers.StableDiffusionPipeline
         pipeline = make(*(bones.vae, text, tokenizer, bones.unet, scheduler, None, None), requires_safety_checker=False)
