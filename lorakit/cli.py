@@ -26,6 +26,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and trai
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")]
 Allow = Annotated[bool, typer.Option("--allow", help="With --resume: accept safe changes of the recipe.")]
 Processes = Annotated[int, typer.Option("--num-processes", min=1, help="Ranks on this machine, one a GPU.")]
+Rank = Annotated[int, typer.Option(min=1, help="The highest rank a module may have.")]
 AdapterSpecs = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="PATH[:WEIGHT]", help="An adapter and its weight; may be given again."),
@@ -116,6 +117,9 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same output.")] = 0,
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option()] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Add the adapters to the weights first: no extra work a step.")
+    ] = False,
     negative_prompt: Annotated[str, typer.Option(help="SD: what the picture should not show.")] = "",
     steps: Annotated[int, typer.Option(min=1, help="SD: denoising steps.")] = 25,
     guidance_scale: Annotated[float, typer.Option(min=0.0, help="SD: weight of the prompt.")] = 7.5,
@@ -133,7 +137,9 @@ def generate(
     """Draw pictures or answer prompts with a base and any number of adapters."""
     from lorakit.commands import generate as command
 
-    request = command.Request(base, revision, tuple(adapter or ()), tuple(prompt or ()), prompts, out, device, seed)
+    request = command.Request(
+        base, revision, tuple(adapter or ()), tuple(prompt or ()), prompts, out, device, seed, fuse
+    )
     command.run(
         request,
         sd={
@@ -187,6 +193,32 @@ def verify(
     from lorakit.commands import verify as command
 
     command.resume(recipe, set_ or [], num_processes)
+
+
+@app.command()
+def resize(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter of any format, or a run folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Named as ADAPTER's format wants it.")],
+    rank: Rank,
+    base: Annotated[str | None, typer.Option(help="The base it was made for; default: as its metadata say.")] = None,
+) -> None:
+    """Lower an adapter's rank, keeping as much of its change as that rank can."""
+    from lorakit.commands import resize as command
+
+    command.run(adapter, out, rank, base)
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model, named as in a recipe.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The same model, fully fine-tuned.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter, a PEFT folder.")],
+    rank: Rank,
+) -> None:
+    """Make an adapter from the difference of two full models, by singular values."""
+    from lorakit.commands import extract as command
+
+    command.run(base, tuned, out, rank)
 
 
 @app.command()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta
+from lorakit.adapters.targets import adaptable
 from lorakit.errors import ModelError
 from lorakit.storage.headers import gguf_architecture
 
@@ -46,8 +47,7 @@ def _layout(model: nn.Module) -> _Layout:
         raise ModelError(f"GGUF adapters are written for {known}, not for {config.model_type!r}")
     architecture, permuted = _ARCHITECTURES[config.model_type]
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    names = {path: name for path in linear if (name := table.get_name(path)) is not None}
+    names = {path: name for path in adaptable(model) if (name := table.get_name(path)) is not None}
     counts = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     heads = {name: counts[end] for name in names.values() if permuted and (end := name.split(".")[-1]) in counts}
     return _Layout(gguf.MODEL_ARCH_NAMES[architecture], names, heads)

@@ -30,6 +30,7 @@ class Request:
     out: Path | None
     device: str
     seed: int
+    fuse: bool = False
 
 
 def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) -> None:
@@ -98,7 +99,7 @@ def _draw(
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConflictError("is not a folder", where=str(out), hint="give a folder for the pictures with --out")
     place = _place(request.device)
-    painter = open_painter(location, adapters, place.device, place.dtype)
+    painter = open_painter(location, adapters, place.device, place.dtype, fuse=request.fuse)
     settings = DrawSettings(seed=request.seed, **options)
     settings.check(painter.parts)
     out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,7 @@ def _answer(
     out = request.out or (Path("answers.jsonl") if request.prompts_file else None)
     if out is not None and (out.exists() or out.is_symlink()):
         raise ConflictError("exists already", where=str(out), hint="give another file with --out")
-    chat = open_chat(location, adapters, _place(request.device))
+    chat = open_chat(location, adapters, _place(request.device), fuse=request.fuse)
     names = ("temperature", "top_p", "min_p", "max_new_tokens")
     settings = Settings(seed=request.seed, **{name: options[name] for name in names})
     for prompt in prompts:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorakit.adapters.convert import convert
+from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import adapter_state, inject
 from lorakit.adapters.write import write_peft
 from lorakit.data.chat import Message
@@ -165,3 +167,20 @@ def test_a_gguf_file_unpacks_once_to_a_folder_of_the_same_model(base, tmp_path, 
     assert {path: path.stat().st_mtime_ns for path in folder.path.iterdir()} == written
     with pytest.raises(RecipeError, match="GGUF"):
         find_base(LlamaBase(model=str(file), quantization="nf4"), dtype)
+        load_model(location, PLACE, "nf4")
+
+
+def test_formats_and_weights_add_up_and_fuse(base, adapter, tmp_path):
+    location = resolve(str(base))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    saved = read_adapter(adapter, {"model": model})
+    convert(saved, tmp_path / "a.gguf", "gguf", models={"model": model}, base_name="")
+    once = open_chat(location, [(adapter, 1.0)], PLACE)
+    halves = [(adapter, 0.5), (tmp_path / "a.gguf", 0.5)]
+    tokens = torch.tensor([once.renderer.prompt(QUESTION)])
+    with torch.no_grad():
+        expected = once.model(tokens).logits
+        for adapters, fuse in ((halves, False), (halves, True), ([(adapter, 1.0)], True)):
+            chat = open_chat(location, adapters, PLACE, fuse=fuse)
+            assert any("lora" in name for name, _ in chat.model.named_modules()) != fuse
+            torch.testing.assert_close(chat.model(tokens).logits, expected, rtol=1e-4, atol=1e-4)

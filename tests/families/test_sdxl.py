@@ -11,6 +11,9 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
 
+from lorakit.adapters.convert import convert
+from lorakit.adapters.files import read_adapter
+from lorakit.commands.adapter_base import meta_models
 from lorakit.data.images import cut_out
 from lorakit.errors import ModelError
 from lorakit.families import sd
@@ -24,6 +27,7 @@ from tests.tiny import tiny_sdxl
 
 CPU = torch.device("cpu")
 PLACE = Place(CPU, torch.float32)
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers' Euler
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +191,24 @@ def test_both_text_encoders_learn_and_are_saved(make: Callable[..., sd.SDTask], 
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_formats_and_weights_add_up_and_fuse(make: Callable[..., sd.SDTask], base: Path, tmp_path: Path) -> None:
+    task = make(adapter={"text_encoder": True})
+    disturb(task)
+    task.save(tmp_path, "xl")
+    location, models = resolve(str(base)), meta_models(resolve(str(base)))
+    saved = read_adapter(tmp_path / "xl.safetensors", models)
+    convert(saved, tmp_path / "diffusers", "diffusers", models=models, base_name="")
+    settings = DrawSettings(steps=2)
+    one = open_painter(location, [(tmp_path / "adapter", 1.0)], CPU, torch.float32)
+    expected = one._denoise(["a red apple"], [0], settings)
+    parts = [(tmp_path / "adapter", 0.25), (tmp_path / "xl.safetensors", 0.25), (tmp_path / "diffusers", 0.5)]
+    for fuse in (False, True):
+        painter = open_painter(location, parts, CPU, torch.float32, fuse=fuse)
+        assert any("lora" in name for name, _ in painter.parts.unet.named_modules()) != fuse
+        found = painter._denoise(["a red apple"], [0], settings)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_the_plan_is_what_load_makes(make: Callable[..., sd.SDTask], base: Path, folder: Path) -> None:
     data = PictureData(path=str(folder), resolution=64, bucket_step=16, held_out=0.0)
     adapter = SDAdapter(rank=2, alpha=4, text_encoder=True)
@@ -201,7 +223,7 @@ def test_the_plan_is_what_load_makes(make: Callable[..., sd.SDTask], base: Path,
 @pytest.mark.parametrize(
     ("part", "field", "value", "message"),
     [
-        ("text_encoder_2", "projection_dim", 16, "pooled text and sizes"),
+        ("unet", "addition_time_embed_dim", 4, "pooled text and sizes"),
         ("unet", "addition_embed_type", None, "addition_embed_type"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lorakit.adapters.files import read_adapter
-from lorakit.adapters.inject import apply
+from lorakit.adapters.inject import apply, fold
 from lorakit.data.chat import Message
 from lorakit.data.tokens import Renderer
 from lorakit.errors import ModelError, NonFiniteError
@@ -102,8 +102,9 @@ def open_chat(
     place: Place,
     *,
     chat_template: str | None = None,
+    fuse: bool = False,
 ) -> Chat:
-    """Load a base with adapters on it, each taken ``weight`` times.
+    """Load a base with adapters on it, each taken ``weight`` times; ``fuse`` adds them to the weights, in their dtype.
 
     Raises ModelError when base or adapter cannot be read or do not fit.
     """
@@ -116,4 +117,6 @@ def open_chat(
         if saved.family != "llama":
             raise ModelError("an adapter for Stable Diffusion, not for a language model", where=str(path))
         apply(model, saved.components["model"], weight=weight, name=f"adapter{number}")
+    if fuse:
+        fold(model)
     return Chat(model, Renderer(tokenizer, chat_template, int(model.config.max_position_embeddings)))

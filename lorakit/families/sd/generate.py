@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorakit.adapters.files import read_adapter
-from lorakit.adapters.inject import apply
+from lorakit.adapters.inject import apply, fold
 from lorakit.errors import NonFiniteError, RecipeError
 from lorakit.families.place import Place
 from lorakit.families.sd.base import Parts, from_latents, load_parts
@@ -105,9 +105,14 @@ class DrawSettings:
 
 
 def open_painter(
-    location: BaseLocation, adapters: Sequence[tuple[Path, float]], device: torch.device, dtype: torch.dtype
+    location: BaseLocation,
+    adapters: Sequence[tuple[Path, float]],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    fuse: bool = False,
 ) -> "Painter":
-    """Load a base and put adapters into it, each with its weight.
+    """Load a base and put adapters into it, each with its weight; ``fuse`` adds them to the weights, in ``dtype``.
 
     Raises: ModelError when the base does not load, or an adapter does not fit it.
     """
@@ -118,6 +123,9 @@ def open_painter(
         for component, deltas in adapter.components.items():
             apply(modules[component], deltas, weight=weight, name=f"adapter{number}")
             modules[component].to(device)
+    if fuse:
+        for module in modules.values():
+            fold(module)
     return Painter(parts, location.name, [(path.name, weight) for path, weight in adapters])
 
 

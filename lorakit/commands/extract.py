@@ -1,0 +1,34 @@
+"""`lorakit extract`: an adapter from a base and a fully tuned model."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from lorakit.commands.adapter_base import meta_models
+from lorakit.errors import RecipeError
+
+
+def run(base: str, tuned: str, out: Path, rank: int) -> None:
+    """Write the best adapter of ``rank`` for the difference as PEFT has it, and print what that keeps."""
+    from lorakit.adapters.convert import convert
+    from lorakit.adapters.reduce import extract
+    from lorakit.storage.bases import resolve
+
+    one, other = resolve(base), resolve(tuned)
+    if one.layout != other.layout:
+        raise RecipeError(f"{one.name} is {one.layout}, {other.name} is {other.layout}", hint="give two of one kind")
+    models = meta_models(one)
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("weights", total=None)
+        saved, kept = extract(
+            one, other, models, rank, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    convert(saved, out, "peft", models=models, base_name=one.name)
+    print(f"rank {rank} keeps {kept.share:.2%} of the difference of {kept.modules} layers (squared norm), "
+          f"of {kept.least_module} {kept.least:.2%}")  # fmt: skip
+    if kept.left_out:
+        print(f"left out: {len(kept.left_out)} tensors that LoRA does not reach, {kept.left_share:.2%} of the whole "
+              f"difference: {', '.join(kept.left_out[:3])}{' …' if len(kept.left_out) > 3 else ''}")  # fmt: skip
+    print(f"peft: {out}")

@@ -1,0 +1,31 @@
+"""`lorakit resize`: an adapter of a lower rank."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from lorakit.commands.adapter_base import find_base, named_base
+from lorakit.commands.progress import warnings_to
+from lorakit.errors import ModelError
+
+
+def run(adapter: Path, out: Path, rank: int, base: str | None) -> None:
+    """Write ``adapter`` with at most ``rank`` a module in its own format, and print what that keeps."""
+    from lorakit.adapters.convert import convert
+    from lorakit.adapters.files import assemble
+    from lorakit.adapters.pieces import open_pieces
+    from lorakit.adapters.reduce import resize
+
+    with warnings_to(Console(stderr=True)):
+        pieces = open_pieces(adapter)
+        found = find_base(pieces, base)
+        form = pieces[0].format
+        if found is None and form in ("kohya", "gguf"):
+            reason = f"the names in a {form} file can only be read against the base it was made for"
+            raise ModelError(reason, where=str(adapter), hint="name it with --base")
+        models = None if found is None else found.models
+        smaller, kept = resize(assemble(adapter, pieces, models), rank)
+        name = (found.name if found else "") or named_base(pieces)
+        done = convert(smaller, out, form, models=models, base_name=name)
+    print(f"rank {rank} keeps {kept.share:.2%} of the change (squared norm), of {kept.least_module} {kept.least:.2%}")
+    print(f"{form}: {done.modules} modules ({done.dtypes}) in {done.out}")

@@ -1,0 +1,116 @@
+"""Ranks lowered and adapters extracted, against plain singular values of the whole matrices."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+from lorakit.adapters.delta import SavedAdapter, product
+from lorakit.adapters.files import read_adapter
+from lorakit.adapters.reduce import extract, resize
+from lorakit.adapters.targets import adaptable
+from lorakit.cli import app
+from lorakit.commands.adapter_base import meta_models
+from lorakit.errors import ModelError
+from lorakit.storage.bases import resolve
+from tests.adapters.test_convert import MODELS, random_delta
+from tests.tiny import tiny_llama, tiny_sd
+
+
+def shares(matrix: torch.Tensor, rank: int) -> tuple[float, float]:
+    """What numpy says that the best approximation of a rank keeps, and the squared norm of the matrix."""
+    values = np.linalg.svd(matrix.double().flatten(1).numpy(), compute_uv=False) ** 2
+    return values[:rank].sum() / values.sum(), values.sum()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_resize_keeps_what_singular_values_allow(dora: bool) -> None:
+    layers = list(adaptable(MODELS["sd"]["unet"]).items())[::5]
+    changes = {
+        path: random_delta(layer, 1 + number % 6, 3.0, torch.float32, dora=dora, seed=number)
+        for number, (path, layer) in enumerate(layers)
+    }
+    saved = SavedAdapter("sd", {"unet": changes}, "peft", {})
+    smaller, kept = resize(saved, 3)
+    total = weight = 0.0
+    for path, delta in changes.items():
+        found = smaller.components["unet"][path]
+        share, square = shares(product(delta), 3)
+        left = (product(delta) - product(found)).double().square().sum().item()
+        assert found.rank == min(3, delta.rank)
+        assert found.shape == delta.shape
+        assert left == pytest.approx((1 - share) * square, abs=1e-5 * square)
+        assert (found.magnitude is None) == (not dora)
+        total, weight = total + share * square, weight + square
+    assert kept.share == pytest.approx(total / weight, rel=1e-6)
+    assert kept.modules == len(changes)
+    assert kept.least == pytest.approx(min(shares(product(d), 3)[0] for d in changes.values()), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_extract_finds_the_adapter_that_was_added(tmp_path: Path) -> None:
+    """A UNet with changes of rank 2, convolutions too, added: rank 2 brings them back, rank 1 what it can."""
+    base, tuned = tiny_sd(tmp_path / "base"), tiny_sd(tmp_path / "tuned")
+    unet = UNet2DConditionModel.from_pretrained(tuned / "unet")
+    layers = {p: m for p, m in adaptable(unet).items() if p.endswith(("to_q", "conv1", "proj_in"))}
+    changes = {
+        path: random_delta(layer, 2, 0.1, torch.float32, dora=False, seed=number)
+        for number, (path, layer) in enumerate(layers.items())
+    }
+    with torch.no_grad():
+        for path, delta in changes.items():
+            layers[path].weight += product(delta)
+        unet.conv_norm_out.bias += 0.01
+    unet.save_pretrained(tuned / "unet")
+    out = tmp_path / "found"
+    done = CliRunner().invoke(app, ["extract", str(base), str(tuned), str(out), "--rank", "2"], catch_exceptions=False)
+    assert "rank 2 keeps 100.00% of the difference" in done.stdout
+    assert "left out: 1 tensors" in done.stdout
+    assert "unet.conv_norm_out.bias" in done.stdout
+    found = read_adapter(out, meta_models(resolve(str(base)))).components
+    assert found["unet"].keys() == changes.keys()
+    for path, delta in changes.items():
+        torch.testing.assert_close(product(found["unet"][path]), product(delta), rtol=1e-4, atol=1e-6)
+    saved, kept = extract(resolve(str(base)), resolve(str(tuned)), meta_models(resolve(str(base))), 1)
+    for path, delta in changes.items():
+        share, square = shares(product(delta), 1)
+        left = (product(delta) - product(saved.components["unet"][path])).double().square().sum().item()
+        assert left == pytest.approx((1 - share) * square, rel=1e-3)
+    assert kept.least < 1
+
+
+def test_extract_then_resize_a_llama(tmp_path: Path) -> None:
+    base, tuned = tiny_llama(tmp_path / "base"), tiny_llama(tmp_path / "tuned", seed=1)
+    words = ["extract", str(base), str(tuned), str(tmp_path / "full"), "--rank", "32"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert "rank 32 keeps 100.00%" in done.stdout
+    assert "model.model.embed_tokens.weight" in done.stdout
+    saved = read_adapter(tmp_path / "full").components["model"]
+    one, other = (LlamaForCausalLM.from_pretrained(folder).state_dict() for folder in (base, tuned))
+    for path, delta in saved.items():
+        difference = other[f"{path}.weight"] - one[f"{path}.weight"]
+        torch.testing.assert_close(product(delta), difference, rtol=1e-4, atol=1e-5)
+    words = ["resize", str(tmp_path / "full"), str(tmp_path / "small"), "--rank", "4"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    small = read_adapter(tmp_path / "small").components["model"]
+    assert {delta.rank for delta in small.values()} == {4}
+    kept = [shares(product(delta), 4) for delta in saved.values()]
+    expected = sum(share * square for share, square in kept) / sum(square for _, square in kept)
+    assert f"rank 4 keeps {expected:.2%} of the change" in done.stdout
+
+
+def test_models_that_do_not_compare(tmp_path: Path) -> None:
+    base, same = tiny_llama(tmp_path / "base"), tiny_llama(tmp_path / "same")
+    models = meta_models(resolve(str(base)))
+    with pytest.raises(ModelError, match="no layer differs"):
+        extract(resolve(str(base)), resolve(str(same)), models, 2)
+    tensors = load_file(same / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {name: torch.zeros(16, 32)}, same / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"\(32, 32\) in one model, \(16, 32\) in the other"):
+        extract(resolve(str(base)), resolve(str(same)), models, 2)
