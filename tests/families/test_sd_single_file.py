@@ -125,7 +125,7 @@ def test_it_computes_what_the_models_compute(models: dict[str, Any], tmp_path: P
             (parts.unet, models["unet"], (noisy, torch.tensor([3, 900]), states)),
             (parts.vae.encoder, models["vae"].encoder, (pixels,)),
             (parts.vae.decoder, models["vae"].decoder, (noisy,)),
-            (parts.text_encoder, models["text_encoder"], (ids,)),
+            (parts.adaptable["text_encoder"], models["text_encoder"], (ids,)),
         ):
             a, b = ours(*inputs), theirs(*inputs)
             a, b = (x if isinstance(x, Tensor) else x[0] for x in (a, b))
