@@ -63,8 +63,8 @@ def convert(
 ) -> Conversion:
     """Write ``saved`` as ``to``, read it back, compare, and only then let it take the place ``out``.
 
-    ``models``: the base's components, on meta if need be; kohya and GGUF need them. ``dtype``: of the tensors; each
-    keeps its own without it, but for GGUF, which gets float32 for bfloat16.
+    ``models``: the base's components, on meta if need be; kohya and GGUF need them, and a text encoder in PEFT.
+    ``dtype``: of the tensors; each keeps its own without it, but for GGUF, which gets float32 for bfloat16.
 
     Raises RecipeError for a format that the family or ``out`` does not fit, ConflictError when ``out`` exists, and
     ModelError when a module is lost or its change does not come back.
@@ -102,6 +102,9 @@ def _check(saved: SavedAdapter, out: Path, to: Format, models: Models | None, dt
         raise RecipeError("a GGUF adapter is float32 or float16", where="--dtype")
     if models is None and to in ("kohya", "gguf"):
         raise ModelError(f"the names in a {to} file are made from the base's layers", hint="give it with --base")
+    encoders = [name for name in saved.components if name.startswith("text_encoder")]
+    if models is None and to == "peft" != saved.format and encoders:
+        raise ModelError("PEFT names a text encoder's layers as the base does", hint="give it with --base")
 
 
 def _write_peft(folder: Path, saved: SavedAdapter, models: Models | None, base_name: str) -> None:

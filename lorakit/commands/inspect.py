@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -37,9 +38,18 @@ def run(adapter: Path, base: str | None, *, as_json: bool, recipe: bool) -> None
     found = describe(adapter, pieces, _models(pieces, base))
     made_for = named_base(pieces)
     if as_json:
-        print(json.dumps({**dataclasses.asdict(found), "base": made_for}, indent=1, allow_nan=True))
+        print(json.dumps(_finite({**dataclasses.asdict(found), "base": made_for}), indent=1, allow_nan=False))
     else:
         _tell(found, made_for, Console(highlight=False))
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity, which JSON has no words for, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _models(pieces: "list[Piece]", base: str | None) -> "dict[str, nn.Module] | None":

@@ -177,13 +177,13 @@ class SDAdapter(Adapter):
     rank: Positive = 8
     alpha: Rate = 8.0
     text_encoder: bool = False
-    """LoRA in the text encoder's attention too."""
+    """LoRA in the text encoder's attention too; in both of SDXL's."""
 
 
 class SDOptimizer(Optimizer):
     learning_rate: Rate = 1e-4
     text_encoder_learning_rate: Rate | None = None
-    """Peak rate of the text encoder's LoRA; half of learning_rate when absent."""
+    """Peak rate of the text encoders' LoRA; half of learning_rate when absent."""
 
 
 class PictureData(Section):

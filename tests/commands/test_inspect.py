@@ -77,6 +77,7 @@ def test_dead_and_broken_modules_are_named(kohya: Path, tmp_path: Path) -> None:
     told = json.loads(lorakit("inspect", tmp_path / "a.safetensors", "--json"))
     assert len(told["dead"]) == 1
     assert f"lora_unet_{told['dead'][0].removeprefix('unet.').replace('.', '_')}" == names[0]
+    assert None in [block["norm"] for block in told["blocks"]], "JSON has no NaN"
     assert sorted(fault.partition(": ")[2] for fault in told["faults"]) == ["NaN or infinity", "its B is missing"]
     text = lorakit("inspect", tmp_path / "a.safetensors")
     assert "dead (B is zero)" in text
