@@ -16,6 +16,10 @@ A run stopped by a signal exits 75 after saving (SIGTERM) or 130 (SIGINT): ``Sto
 import errno
 from collections.abc import Sequence
 
+TERMINATED = 75
+"""Exit code of a run that SIGTERM stopped and that has saved."""
+INTERRUPTED = 130
+"""Exit code of a run that SIGINT stopped."""
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG})
 """Numbers of the operating system's errors that mean: this disk takes no more."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from lorakit.errors import (
     DISK_ERRORS,
+    INTERRUPTED,
     DataError,
     LorakitError,
     ModelError,
@@ -20,7 +21,6 @@ from lorakit.errors import (
 
 ROOMS: dict[str, type[LorakitError]] = {"recipe": RecipeError, "data": DataError}
 """What an exception that nobody foresaw is called, by the folder that it came from; elsewhere it is a ModelError."""
-INTERRUPTED = 130
 
 
 def guarded(command: Callable[[], object]) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.errors import CheckpointError, RecipeError
+from lorakit.errors import TERMINATED, CheckpointError, RecipeError
 from lorakit.recipe import load
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
 from lorakit.storage import atomic
@@ -36,19 +36,25 @@ class _Run:
     folder: RunFolder
     command: Sequence[str]
 
-    def train(self, *more: str, until: Callable[[], bool]) -> int:
-        """Train in processes of their own until ``until`` holds, then stop by SIGTERM; the exit code."""
-        process = subprocess.Popen([*self.command, *more], stdout=subprocess.DEVNULL)
-        try:
-            while process.poll() is None and not until():
-                time.sleep(0.01)
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-            return process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+    def train(self, *more: str, until: Callable[[], bool]) -> bool:
+        """Train in processes of their own until ``until`` holds, then stop by SIGTERM; whether that was in time.
+
+        SystemExit with its code, after what it told, when the run ends in any other way.
+        """
+        with tempfile.TemporaryFile() as told:
+            process = subprocess.Popen([*self.command, *more], stdout=subprocess.DEVNULL, stderr=told)
+            try:
+                while process.poll() is None and not until():
+                    time.sleep(0.01)
+            finally:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+                code = process.wait()
+            if code not in (0, TERMINATED):
+                told.seek(0)
+                sys.stderr.write(told.read().decode(errors="replace"))
+                raise SystemExit(code if code > 0 else 1)
+        return code == TERMINATED
 
     def last_step(self) -> int:
         return max((step for step, _ in self.folder.saved()), default=0)
@@ -91,21 +97,20 @@ def resume(path: Path, overrides: list[str], processes: int) -> None:
 
 def _train(straight: _Run, stopped: _Run) -> tuple[int, int]:
     """Run both; the step of the stop, and the step that both have a checkpoint of after it."""
-    code = stopped.train(until=lambda: stopped.last_step() >= STEPS_BEFORE)
-    if code == 0:
+    _say("training, to be stopped by SIGTERM")
+    if not stopped.train(until=lambda: stopped.last_step() >= STEPS_BEFORE):
         reason = f"the run was over after {stopped.last_step()} steps, before it could be stopped"
         raise RecipeError(reason, where="train", hint="give it more steps: --set train.steps=200")
-    _check(code)
     at = stopped.last_step()
-    _check(straight.train(until=lambda: straight.last_step() >= at + STEPS_AFTER))
-    _check(stopped.train("--resume", until=lambda: stopped.last_step() >= at + STEPS_AFTER))
+    _say(f"stopped after step {at}; training the same without a stop")
+    straight.train(until=lambda: straight.last_step() >= at + STEPS_AFTER)
+    _say("resuming the stopped run")
+    stopped.train("--resume", until=lambda: stopped.last_step() >= at + STEPS_AFTER)
     return at, min(at + STEPS_AFTER, straight.last_step(), stopped.last_step())
 
 
-def _check(code: int) -> None:
-    """End as a run ended that was not stopped by us and did not finish; it has told why."""
-    if code not in (0, 75):
-        raise SystemExit(code if code > 0 else 1)
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _run(

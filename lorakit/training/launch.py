@@ -21,13 +21,12 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers, get_available_trackers
 from torch import Tensor, distributed
 
-from lorakit.errors import ConflictError, LorakitError, RankError, RecipeError
+from lorakit.errors import INTERRUPTED, TERMINATED, ConflictError, LorakitError, RankError, RecipeError
 from lorakit.recipe.schema import Compute
 from lorakit.training.device import choose
-from lorakit.training.stop import INTERRUPTED, TERMINATED
 from lorakit.training.watch import Watch
 
-OWN_EXIT_CODES = frozenset({0, 2, 3, 4, 5, 6, 7, 8, 9, 75, 130})
+OWN_EXIT_CODES = frozenset({*range(10), TERMINATED, INTERRUPTED} - {1})
 _PATIENCE = timedelta(minutes=60)
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 

@@ -7,10 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from lorakit.errors import Stopped
-
-TERMINATED = 75
-INTERRUPTED = 130
+from lorakit.errors import INTERRUPTED, TERMINATED, Stopped
 
 
 class StopSignals:

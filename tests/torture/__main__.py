@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.torture import runs, trace
 from tests.torture.cases import FROZEN, STOPS
+from tests.torture.hooks import TEETH
 from tests.torture.killing import Bench, Tally
 from tests.torture.launched import Launched, launch
 from tests.torture.merging import MergeBench
@@ -118,6 +119,9 @@ def cases(folder: Path, warm: Warm, kills: int) -> Iterator[Case]:
     for bench, over in itertools.product(benches, (False, True)):
         yield from merges(bench, over=over)
     yield from verifications(folder)
+    for family, taken in itertools.product(runs.FAMILIES, sorted(TEETH.keys() - {"fsync", "manifest"})):
+        bench = cache(partial(Bench, family, folder, warm, f"-{taken}", without=taken))
+        yield f"teeth {family} {taken}", lambda b=bench: b().bitten()
     for bench in benches:
         yield from file_operations(bench, saving=False)
 

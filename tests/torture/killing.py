@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from lorakit.errors import RankError
 from tests.torture import check, flips, runs
+from tests.torture.cases import STOPS
 from tests.torture.check import Reference
 from tests.torture.warm import Done, Warm
 
@@ -126,6 +127,12 @@ class Bench:
         tally.resumed += 0 if faults else kills
         if not faults:
             shutil.rmtree(cwd)
+
+    def bitten(self) -> Tally:
+        """Whether a resume is seen to differ where a safeguard was taken away; ``resumed`` counts those seen."""
+        tally = self.stopped("teeth", *STOPS["killed in mid-accumulation"])
+        seen = tally.divergent == 1 and tally.lost == 0 and all("after the resume" in line for line in tally.told)
+        return Tally(kills=1, resumed=1) if seen else Tally(kills=1, divergent=1, told=[f"not seen: {tally}"])
 
     def flipped(self) -> Tally:
         """Bits of a stopped run's newest checkpoint turned over, one at a time."""
