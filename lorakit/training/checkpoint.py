@@ -98,9 +98,15 @@ def save(
         save_file(tensors, folder / "optimizer.safetensors", metadata={"optimizer": meta})
         (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n", encoding="utf-8")
     atomic.check_manifest(final)
-    earlier = [folder for step, folder in run.saved() if step <= state.step]
-    for folder in earlier[:-keep]:
-        atomic.discard(folder)
+    prune(run, state.step, keep=keep)
+
+
+def prune(run: RunFolder, newest_good: int, *, keep: int) -> None:
+    """Remove all but the ``keep`` newest checkpoints up to the step ``newest_good``, whose manifest held."""
+    earlier = [folder for step, folder in run.saved() if step <= newest_good]
+    with atomic.disk_errors(run.checkpoints):
+        for folder in earlier[:-keep]:
+            atomic.discard(folder)
 
 
 def newest(run: RunFolder) -> Checkpoint | None:

@@ -112,6 +112,8 @@ class _Loop:
         self.scaler = session.accelerator.scaler
         if found is not None:
             checkpoint.load_optimizer(found, self.optimizer)
+            if session.is_main:  # the run may have been killed before it could
+                checkpoint.prune(run, found.state.step, keep=plan.train.keep_checkpoints)
             if self.scaler is not None:
                 self.scaler.load_state_dict(dict(found.state.scaler))
         if plan.compute.compile:

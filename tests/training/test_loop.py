@@ -224,6 +224,14 @@ def test_resume_refuses_another_run(session: Session, tmp_path: Path, monkeypatc
     assert outcome.steps == STEPS
 
 
+def test_a_run_killed_before_it_could_prune_prunes_when_it_is_resumed(session: Session, tmp_path: Path) -> None:
+    go(session, tmp_path / "run", checkpoint_every=4, keep_checkpoints=3)
+    assert len(steps_of(tmp_path / "run")) == 3
+    options = {"allow": True, "resume": True, "checkpoint_every": 4}
+    go(session, tmp_path / "run", keep_checkpoints=2, **options)
+    assert steps_of(tmp_path / "run") == ["step-000008", "step-000012"]
+
+
 def test_a_finished_run_can_be_resumed_without_harm(session: Session, tmp_path: Path) -> None:
     first, _, _ = go(session, tmp_path / "run")
     saved = load_file(tmp_path / "run" / "run.safetensors")
