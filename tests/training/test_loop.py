@@ -31,9 +31,9 @@ from lorakit.numerics.order import Layout, update
 from lorakit.recipe.schema import Compute, Train
 from lorakit.storage import atomic
 from lorakit.storage.runs import RunFolder
-from lorakit.training import checkpoint, metrics
+from lorakit.training import checkpoint, metrics, optim
 from lorakit.training.launch import Session, open_session
-from lorakit.training.loop import Outcome, total_steps, train
+from lorakit.training.loop import Outcome, train
 from lorakit.training.metrics import Silent
 from tests.training.tiny_task import EXAMPLES, HELD_OUT, TinyTask, final_state, make_plan, make_task
 
@@ -331,11 +331,11 @@ def test_loss_scaling_leaves_the_update_as_it_is_and_survives_an_overflow(sessio
 
 
 def test_total_steps() -> None:
-    assert total_steps(Train(steps=7), 100.0) == 7
-    assert total_steps(Train(), 12.25) == 13
-    assert total_steps(Train(epochs=2), 12.5) == 25
-    assert total_steps(Train(epochs=3), 0.1) == 1
-    assert total_steps(Train(epochs=0.1), 30.0) == 3
+    assert optim.total_steps(Train(steps=7), 100.0) == 7
+    assert optim.total_steps(Train(), 12.25) == 13
+    assert optim.total_steps(Train(epochs=2), 12.5) == 25
+    assert optim.total_steps(Train(epochs=3), 0.1) == 1
+    assert optim.total_steps(Train(epochs=0.1), 30.0) == 3
 
 
 def start(folder: Path, options: Mapping[str, Any]) -> subprocess.Popen[str]:
