@@ -85,22 +85,33 @@ def train_llama(
 @app.command()
 def merge(
     base: Annotated[str, typer.Argument(metavar="BASE", help="A base model, named as in a recipe.")],
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter, or a run folder.")],
+    adapter: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Adapters or run folders, each with a weight.")
+    ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="A folder; for a single-file base also a .safetensors file.")
     ],
-    scale: Annotated[float, typer.Option(help="Factor on the adapter's change.")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Factor on every adapter's weight.")] = 1.0,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
         typer.Option(help="Of the merged weights; default: the base's."),
     ] = None,
+    quant_base: Annotated[
+        Literal["original", "as-trained"] | None,
+        typer.Option(help="After training over 4-bit weights: add to the base's own, or to what training saw of them."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read OUT back, recompute, and compare with base + adapter.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
 ) -> None:
-    """Add an adapter to its base for good: W + scale * B A, summed in float32, rounded once."""
+    """Add adapters to their base for good: W + scale * B A, summed in float32, rounded once."""
     from lorakit.commands import merge as command
 
-    command.run(base, adapter, out, command.Options(scale, dtype, revision, overwrite))
+    options = command.Options(scale, dtype, quant_base, revision, overwrite, verify, dry_run)
+    command.run(base, adapter, out, options)
 
 
 @app.command()

@@ -5,8 +5,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from lorakit.adapters.stream import OutFile
 from lorakit.storage import checks
@@ -16,12 +15,12 @@ LOG = logging.getLogger("lorakit")
 _LEFT_BEHIND = {*checks.PICKLES, ".safetensors", ".py", ".gguf", ".h5", ".msgpack", ".onnx", ".ot"}
 
 
-def copy_rest(base: BaseLocation, out: Path, dtype: torch.dtype | None) -> None:
-    """Copy what a base's folder holds beside its weights; configs get ``dtype`` where there is one."""
+def copy_rest(base: BaseLocation, out: Path, config: Mapping[str, Any]) -> None:
+    """Copy what a base's folder holds beside its weights; the language model's config gets the values of ``config``."""
     for path in _rest(base.path):
         shutil.copyfile(path, out / path.name)
     if base.layout == "transformers":
-        _set_dtype(out / "config.json", dtype)
+        _set(out / "config.json", config)
         return
     index_path = out / "model_index.json"
     index = checks.read_json(index_path)
@@ -39,7 +38,7 @@ def copy_rest(base: BaseLocation, out: Path, dtype: torch.dtype | None) -> None:
         if optional:
             shutil.copyfile(source / "model.safetensors", out / component / "model.safetensors")
         elif component.startswith("text_encoder"):
-            _set_dtype(out / component / "config.json", dtype)
+            _set(out / component / "config.json", config)
     if index.get("safety_checker") == [None, None]:
         index["requires_safety_checker"] = False
     index_path.write_text(json.dumps(index, indent=2) + "\n")
@@ -53,12 +52,13 @@ def _rest(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _set_dtype(path: Path, dtype: torch.dtype | None) -> None:
-    if dtype is None:
+def _set(path: Path, values: Mapping[str, Any]) -> None:
+    if not values:
         return
     config = checks.read_json(path)
-    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
-        config[key] = str(dtype).removeprefix("torch.")
+    for key, value in values.items():
+        names = {"dtype", "torch_dtype"} & config.keys() or {"dtype"} if key == "dtype" else {key}
+        config |= dict.fromkeys(names, str(value).removeprefix("torch.") if key == "dtype" else value)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -7,7 +7,7 @@ configuration names is never loaded for it.
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ __all__ = ["WEIGHTS", "assemble", "configured", "read_adapter"]
 
 LOG = logging.getLogger("lorakit")
 _NOT_SUPPORTED = (
-    "modules_to_save", "fan_in_fan_out", "layer_replication", "lora_bias", "target_parameters", "megatron_config",
+    "layer_replication", "lora_bias", "target_parameters", "megatron_config",
     "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "arrow_config", "kasa_config", "use_bdlora",
 )  # fmt: skip
-"""Fields of a PEFT configuration that change what the tensors mean."""
+"""Fields of a PEFT configuration that change what the tensors mean. (fan_in_fan_out is not one: PEFT itself
+resets it for every layer but GPT-2's.)"""
 
 
 def read_adapter(path: Path, models: Mapping[str, nn.Module] | None = None) -> SavedAdapter:
@@ -42,9 +43,18 @@ def read_adapter(path: Path, models: Mapping[str, nn.Module] | None = None) -> S
     return assemble(path, open_pieces(path), models)
 
 
-def assemble(path: Path, pieces: Iterable[Piece], models: Mapping[str, nn.Module] | None) -> SavedAdapter:
-    """``read_adapter`` for what ``open_pieces`` found at ``path``."""
+def assemble(
+    path: Path, pieces: Sequence[Piece], models: Mapping[str, nn.Module] | None, *, whole: bool = False
+) -> SavedAdapter:
+    """``read_adapter`` for what ``open_pieces`` found at ``path``.
+
+    Only a merge takes in what is not LoRA of a layer: with ``whole`` the caller sees to the tensors that the pieces
+    hold whole, and LoRA of an embedding is among the changes; without it they are a ModelError.
+    """
     try:
+        for name in [] if whole else [name for piece in pieces for name in (*piece.whole, *piece.embeddings)]:
+            reason = "trained whole, or an embedding: only a merge can take it in"
+            raise ModelError(reason, where=name, hint="lorakit merge BASE ADAPTER OUT")
         saved = _joined([_read(piece, models) for piece in pieces])
         return saved if models is None else _fitted(saved, models)
     except ModelError as error:
@@ -102,8 +112,6 @@ def _check_config(config: Mapping[str, Any]) -> None:
     for key in _NOT_SUPPORTED:
         if config.get(key):
             raise ModelError(f"{key} is not supported", where=CONFIG)
-    if config.get("bias", "none") != "none":
-        raise ModelError("trained biases are not supported", where=CONFIG)
 
 
 def _number(config: Mapping[str, Any], field: str, path: str) -> float:

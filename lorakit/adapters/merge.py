@@ -4,24 +4,32 @@ The result is a folder that plain transformers or diffusers loads, or a single f
 the adapter does not touch keep their bytes, shards and index keep their layout, configs and tokenizer come along.
 """
 
-import os
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
-import torch
-
-from lorakit.adapters.merge_plan import MergePlan, write_rest
+from lorakit.adapters.carry import write_indexes
+from lorakit.adapters.merge_plan import MergePlan
+from lorakit.adapters.out import check_out, check_space
+from lorakit.adapters.parallel import Crew
+from lorakit.adapters.receipt import other_base, receipt, receipt_path
 from lorakit.adapters.stream import Tally, write_file
-from lorakit.storage.atomic import new_file, new_folder
-from lorakit.storage.bases import resolve
+from lorakit.adapters.verify import Checked, verify_file
+from lorakit.errors import ModelError
+from lorakit.storage.atomic import new_file, new_folder, sweep_killed, write_text
+from lorakit.storage.bases import file_digest, resolve, weight_files
 
-Progress = Callable[[int, int], None]
-WORKERS = 4
-"""Files in work at a time, where there are as many cores."""
+Compare = Callable[[Path], dict[str, Any]]
+"""Compares what a merged model at a path computes with base + adapter; ModelError when it is too far off."""
+
+
+class Progress(Protocol):
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` bytes of a stage (``merging``, ``verifying``); called from any thread."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,83 +37,132 @@ class MergeReport:
     """What a merge did."""
 
     out: Path
-    modules: int
-    """Weights that the adapters changed."""
-    bytes: int
-    """Size of the weight files written."""
+    changed: int
+    """Tensors that the adapters changed."""
+    size: int
+    """Bytes of the weights written."""
     dtype: str
-    """Of the changed weights: ``float16``, or several with commas."""
+    """Of the changed tensors: ``float16``, or several with commas."""
     rounding: float
     """Largest absolute difference between a float32 sum and what was written."""
     lost: float
-    """Share of the change that rounding took: norm(written - sum) / norm(sum - W), over all changed weights."""
+    """Share of the change that rounding took: norm(written - sum) / norm(sum - W), over all changed tensors."""
+    checked: Checked | None
+    compared: dict[str, Any] | None
+    """What ``compare`` found."""
+    warnings: tuple[str, ...]
 
 
-def merge(plan: MergePlan, *, overwrite: bool = False, progress: Progress | None = None) -> MergeReport:
-    """Write what ``plan`` says; its ``out`` is absent or complete whatever happens.
+def merge(
+    plan: MergePlan,
+    *,
+    overwrite: bool = False,
+    verify: bool = True,
+    compare: Compare | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write what ``plan`` says, with a receipt; its ``out`` is absent or complete whatever happens.
 
-    ``progress`` gets bytes written and bytes in all, from any thread.
-    Raises ModelError when a sum is not finite in its dtype, ResourceError when the disk refuses.
+    ``verify`` reads it back and recomputes every changed tensor; ``compare`` compares what the model computes.
+
+    Raises ConflictError when ``out`` exists (unless ``overwrite``), or is the base or an adapter; ResourceError when
+    the space does not suffice or the disk refuses; ModelError when a sum is not finite in its dtype, or the result does
+    not verify.
     """
-    single = "" in plan.files
-    with new_file(plan.out, replace=overwrite) if single else _new_model(plan, overwrite) as place:
-        tally = _write(plan, place, _counter(plan.size, progress))
+    check_out(plan, overwrite)
+    sweep_killed(plan.out)
+    check_space(plan)
+    with _place(plan, overwrite) as place:
+        tally, written = _write(plan, place, progress)
         resolve(str(place))
-    dtypes = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in tally.dtypes))
-    return MergeReport(plan.out, plan.changed, plan.size, dtypes, tally.rounding, tally.lost)
+        checked = _verify(plan, place, written, progress) if verify else None
+        compared = None if compare is None else compare(place)
+        report = MergeReport(
+            plan.out,
+            plan.changed,
+            plan.size,
+            ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in tally.dtypes)),
+            tally.rounding,
+            tally.lost,
+            checked,
+            compared,
+            tuple(filter(None, (other_base(adapter, plan.base) for adapter in plan.adapters))),
+        )
+        text = receipt(plan, place, written, _outcome(plan, report))
+        if "" not in plan.files:
+            receipt_path(place).write_text(text)
+    if "" in plan.files:
+        write_text(receipt_path(plan.out), text)
+    return report
 
 
 @contextmanager
-def _new_model(plan: MergePlan, overwrite: bool) -> Iterator[Path]:
+def _place(plan: MergePlan, overwrite: bool) -> Iterator[Path]:
+    """Where to write: a file, or a folder that has all but the weights and becomes ``plan.out`` in the end."""
+    if "" in plan.files:
+        receipt_path(plan.out).unlink(missing_ok=True)
+        with new_file(plan.out, replace=overwrite) as file:
+            yield file
+        return
     with new_folder(plan.out, manifest=False, replace=overwrite) as folder:
-        write_rest(plan, folder)
+        plan.write_rest(folder)
+        write_indexes(folder, plan.files)
         yield folder
 
 
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
-    lock, done = threading.Lock(), 0
-
-    def written(count: int) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            if progress is not None:
-                progress(done, total)
-
-    return written
+def _paths(plan: MergePlan, place: Path) -> dict[str, Path]:
+    return {name: place / name if name else place for name in plan.files}
 
 
-class _Stopped(Exception):
-    """Another file failed."""
+def _write(plan: MergePlan, place: Path, progress: Progress | None) -> tuple[Tally, dict[str, str]]:
+    """Write the weight files, reading the base's for their SHA-256 beside it; the files' own."""
+    crew = Crew(plan.size, None if progress is None else partial(progress, "merging"))
+    total = Tally()
 
-
-def _write(plan: MergePlan, place: Path, written: Callable[[int], None]) -> Tally:
-    """Write the weight files, several at a time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(WORKERS, cores, len(plan.files))
-    stop = threading.Event()
-
-    def count(size: int) -> None:
-        if stop.is_set():
-            raise _Stopped
-        written(size)
-
-    def write(name: str) -> Tally:
-        tally = Tally()
-        path = place / name if name else place
+    def write(name: str, path: Path) -> tuple[str, Tally]:
         path.parent.mkdir(exist_ok=True)
-        write_file(path, plan.files[name], tally, count)
-        return tally
+        tally = Tally()
+        return write_file(path, plan.files[name], tally, crew.go_on), tally
 
-    total, threads = Tally(), torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, cores // workers),)) as pool:
-        jobs = [pool.submit(write, name) for name in plan.files]
-        try:
-            done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-            for job in jobs:
-                if job in done:
-                    total.add(job.result())
-        finally:
-            stop.set()
-            torch.set_num_threads(threads)
-    return total
+    def read(path: Path) -> None:
+        file_digest(path)
+
+    files, paths = list(_paths(plan, place).items()), weight_files(plan.base)
+    jobs: list[Callable[[], Any]] = []
+    for number in range(max(len(files), len(paths))):
+        jobs += [partial(write, *files[number])] if number < len(files) else []
+        jobs += [partial(read, paths[number])] if number < len(paths) else []
+    results = [result for result in crew.run(jobs) if result is not None]
+    for _, tally in results:
+        total.add(tally)
+    return total, {name: digest for (name, _), (digest, _) in zip(files, results, strict=True)}
+
+
+def _verify(plan: MergePlan, place: Path, written: dict[str, str], progress: Progress | None) -> Checked:
+    crew = Crew(plan.size, None if progress is None else partial(progress, "verifying"))
+    jobs = [
+        partial(verify_file, path, plan.files[name], written[name], crew.go_on)
+        for name, path in _paths(plan, place).items()
+    ]
+    try:
+        found = crew.run(jobs)
+    except ModelError as error:
+        hint = "the merged model was removed; check the disk and the memory, then merge again"
+        raise ModelError(f"does not verify: {error.reason}", where=error.where, hint=hint) from error
+    return Checked(sum(one.changed for one in found), max((one.worst for one in found), default=0.0))
+
+
+def _outcome(plan: MergePlan, report: MergeReport) -> dict[str, Any]:
+    checked = report.checked
+    return {
+        "changed_tensors": report.changed,
+        "dtype": report.dtype,
+        "quant_base": plan.settings.quant_base,
+        "untied": plan.untied,
+        "largest_rounding": report.rounding,
+        "delta_lost_to_dtype": report.lost,
+        "verified": {
+            "tensors": None if checked is None else {"recomputed": checked.changed, "worst_of_allowed": checked.worst},
+            "outputs": report.compared,
+        },
+    }

@@ -1,55 +1,50 @@
 """What a merge would write, worked out from headers: every tensor of every file, and what changes it."""
 
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
 
-from lorakit.adapters.carry import copy_rest, write_indexes
-from lorakit.adapters.change import Change
-from lorakit.adapters.delta import Delta
-from lorakit.adapters.files import read_adapter
-from lorakit.adapters.skeleton import load_gguf, skeleton
-from lorakit.adapters.stream import FLOATS, FileSource, MemorySource, OutFile, Piece, Slot, Source, Target
-from lorakit.errors import ConflictError, ModelError, ResourceError
+from lorakit.adapters.change import Change, Term, Whole
+from lorakit.adapters.files import assemble
+from lorakit.adapters.merge_base import Home, OpenBase, Original, open_base
+from lorakit.adapters.nf4 import as_trained
+from lorakit.adapters.pieces import CONFIG, open_pieces
+from lorakit.adapters.source import FLOATS, FileSource, Slot
+from lorakit.adapters.stream import OutFile, Span, Target
+from lorakit.adapters.tied import equal_terms, tied_names, untied
+from lorakit.errors import ConflictError, ModelError
 from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
 
-SHARD = 5_000_000_000
-"""Bytes of a shard when a GGUF file becomes a folder."""
-SPARE = 50_000_000
-"""Bytes that the disk must have left for configs and tokenizer."""
-
-
-class Home(NamedTuple):
-    """Where a component's tensor is in the base: rows of a file's tensor."""
-
-    file: str
-    name: str
-    first: int
-    last: int
-
-
-Homes = dict[str, dict[str, Home]]
-"""By component and the model's own tensor name."""
+QuantBase = Literal["original", "as-trained"]
+Changes = dict[Home, Change]
 
 
 @dataclass(frozen=True)
-class Original:
-    """A single-file checkpoint, as the family that knows its names sees it."""
+class Settings:
+    """How to merge."""
 
-    models: Mapping[str, nn.Module]
-    """The components on the meta device."""
-    names: Mapping[str, tuple[tuple[str, str], ...]]
-    """Tensor in the file -> the (component, tensor) pairs that it stacks, by rows. Others belong to no component."""
-    write_rest: Callable[[Path], None]
-    """Writes a diffusers folder's files beside the weights."""
+    dtype: torch.dtype | None = None
+    """float32, float16 or bfloat16 for all floats; without it each tensor keeps its own, and GGUF becomes float16."""
+    quant_base: QuantBase = "original"
+    """For an adapter trained over 4-bit weights: add to the base's own weights, or to what training saw of them."""
+
+
+class PlannedAdapter(NamedTuple):
+    """One adapter of a merge."""
+
+    path: Path
+    weight: float
+    files: tuple[Path, ...]
+    format: str
+    ranks: tuple[int, ...]
+    """Those that occur, sorted."""
+    trained_on: str
+    """The base's name and SHA-256 as lorakit records them; empty when the file does not say."""
 
 
 @dataclass(frozen=True)
@@ -57,210 +52,162 @@ class MergePlan:
     """All that a merge will do."""
 
     base: BaseLocation
-    adapters: tuple[tuple[Path, float], ...]
+    adapters: tuple[PlannedAdapter, ...]
     out: Path
+    settings: Settings
     files: dict[str, OutFile]
     """By path inside ``out``; the one key ``""`` when ``out`` is a file itself."""
     changed: int
-    """Weights that the adapters change."""
+    """Tensors that the adapters change."""
+    untied: bool
+    """The head shared the embedding's weight and gets one of its own."""
     write_rest: Callable[[Path], None]
     """Writes into a folder what comes along with the weights."""
 
     @property
     def size(self) -> int:
+        """Bytes of all weights."""
         return sum(file.size for file in self.files.values())
 
+    @property
+    def elements(self) -> int:
+        """Numbers in all weights."""
+        slots = [target.slot for file in self.files.values() for target in file.tensors.values()]
+        return sum(slot.rows * slot.columns for slot in slots)
 
-@dataclass(frozen=True)
-class _Base:
-    models: Mapping[str, nn.Module]
-    sources: Mapping[str, Source]
-    homes: Homes
-    write_rest: Callable[[Path], None]
+    @property
+    def dtypes(self) -> list[str]:
+        """Of the floats that are written, sorted."""
+        found = {target.slot.dtype for file in self.files.values() for target in file.tensors.values()}
+        return sorted(str(dtype).removeprefix("torch.") for dtype in found & FLOATS)
 
 
 def plan_merge(
     base: BaseLocation,
     adapters: Sequence[tuple[Path, float]],
     out: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
+    settings: Settings = Settings(),
     original: Original | None = None,
 ) -> MergePlan:
     """Map every tensor of the adapters, each taken ``weight`` times, to rows of one tensor of the base.
 
-    ``out`` is a folder, or with a name that ends in ``.safetensors`` a single file when the base is one. ``dtype``
-    (float32, float16, bfloat16) converts all floats; without it each tensor keeps its own, and a GGUF base, whose
-    weights are de-quantized, becomes float16. ``original`` describes a single-file base.
+    ``out`` is a folder, or with a name that ends in ``.safetensors`` a single file when the base is one, which
+    ``original`` then describes.
 
-    Raises ConflictError when ``out`` exists (unless ``overwrite``), or is the base or an adapter; ResourceError when
-    the space does not suffice; ModelError when an adapter does not fit.
+    Raises ModelError when an adapter does not fit, ConflictError for a single file from a base that is none.
     """
-    check_out(out, [("base", base.path), *(("adapter", path) for path, _ in adapters)], overwrite)
-    if base.layout == "gguf":
-        dtype = dtype or torch.float16
-        opened = _open_gguf(base, dtype)
-    else:
-        opened = _open_folder(base, dtype) if original is None else _open_single(base, original)
-    changes = _changes(opened, adapters)
-    if out.suffix == ".safetensors":
-        if original is None:
-            raise ConflictError("a single file is made from a single-file base only", where=str(out))
-        files = {"": _same_layout(opened, changes, dtype)[base.path.name]}
-    elif original is not None:
+    single = out.suffix == ".safetensors"
+    if single and original is None:
+        raise ConflictError("only a single-file base makes a single file", where=str(out), hint="name a folder")
+    dtype = settings.dtype or (torch.float16 if base.layout == "gguf" else None)
+    opened = open_base(base, original)
+    found: dict[tuple[str, str], list[Term]] = {}
+    planned = tuple(_read(path, weight, opened, found) for path, weight in adapters)
+    if settings.quant_base == "as-trained":
+        opened = replace(opened, sources=as_trained(opened))
+    tied = tied_names(opened.models)
+    changes, head = _changes(opened, found, tied)
+    if original is not None and not single:
         files = _unpacked(opened, changes, dtype)
     else:
         files = _same_layout(opened, changes, dtype)
-    plan = MergePlan(base, tuple(adapters), out, files, len(changes), opened.write_rest)
-    _check_space(plan)
-    return plan
+        if head is not None and tied is not None:
+            files = untied(files, opened, tied, head)
+    config: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    config |= {} if head is None else {"tie_word_embeddings": False}
+    return MergePlan(
+        base=base,
+        adapters=planned,
+        out=out,
+        settings=settings,
+        files={"": files[base.path.name]} if single else files,
+        changed=len(changes) + (head is not None and bool(head.terms)),
+        untied=head is not None,
+        write_rest=lambda folder: opened.write_rest(folder, config),
+    )
 
 
-def check_out(out: Path, inputs: Sequence[tuple[str, Path]], overwrite: bool) -> None:
-    """Raises ConflictError when OUT is, holds or is inside an input, or exists and may not be replaced."""
-    target = out.resolve()
-    for name, path in ((name, path.resolve()) for name, path in inputs):
-        if target == path or target in path.parents or path in target.parents:
-            raise ConflictError(f"OUT is the {name}, or inside it, or around it", where=str(out))
-    if not os.path.lexists(out):
-        return
-    if not overwrite:
-        raise ConflictError("exists already", where=str(out), hint="choose another name, or --overwrite")
-    kinds = ("config.json", "model_index.json")
-    if out.suffix == ".safetensors":
-        if out.is_symlink() or not out.is_file():
-            raise ConflictError("not a file: it is not replaced", where=str(out))
-    elif out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not any((out / k).is_file() for k in kinds)):
-        raise ConflictError("not a model's folder: it is not replaced", where=str(out))
+def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str], list[Term]]) -> PlannedAdapter:
+    """Add an adapter's terms to ``found``, by component and tensor name."""
+    pieces = open_pieces(path)
+    saved = assemble(path, pieces, base.models, whole=True)
+    for (component, module), delta in saved.all_deltas().items():
+        found.setdefault((component, f"{module}.weight"), []).append((delta, weight))
+    for piece in pieces:
+        source = FileSource(piece.path) if piece.whole else None
+        for name, key in piece.whole.items():
+            assert source is not None
+            found.setdefault((piece.component, name), []).append((Whole(source, key), weight))
+    files = [file for piece in pieces for file in (piece.path, piece.path.parent / CONFIG) if file.is_file()]
+    if not path.is_dir():
+        files = [path]
+    ranks = tuple(sorted({delta.rank for delta in saved.all_deltas().values()}))
+    return PlannedAdapter(path, weight, tuple(files), saved.format, ranks, saved.metadata.get("lorakit_base", ""))
 
 
-def _check_space(plan: MergePlan) -> None:
-    parent = next(path for path in plan.out.resolve().parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < plan.size + SPARE:
-        raise ResourceError(
-            f"the merged model takes {plan.size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=str(parent)
-        )
+def _changes(
+    base: OpenBase, found: Mapping[tuple[str, str], list[Term]], tied: tuple[str, str] | None
+) -> tuple[Changes, Change | None]:
+    """What all adapters do together by place, and to a head that shared the embedding's weight and no longer can."""
+    changes: Changes = {}
+    head: Change | None = None
+    terms = dict(found)
+    if tied is not None:
+        name, embedding = ("model", tied[0]), ("model", tied[1])
+        if not equal_terms(terms.get(name, []), terms.get(embedding, [])):
+            head = Change(terms.pop(name, []))
+            _check(head, base, "model", tied[1], f"{tied[0]} (tied)")
+        elif base.home("model", tied[0]) is None:
+            terms.pop(name, None)
+    for (component, tensor), together in terms.items():
+        change = Change(together)
+        changes[_check(change, base, component, tensor, tensor)] = change
+    return changes, head
 
 
-def _open_folder(base: BaseLocation, dtype: torch.dtype | None) -> _Base:
-    models = skeleton(base)
-    folders = {"model": ""} if base.layout == "transformers" else {name: f"{name}/" for name in checks.WEIGHTS}
-    sources: dict[str, Source] = {}
-    homes: Homes = {}
-    for component, folder in folders.items():
-        homes[component] = {}
-        for path in checks.shard_files(base.path / folder, checks.WEIGHTS.get(component, "model")):
-            source = FileSource(path)
-            sources[folder + path.name] = source
-            for name, slot in source.slots.items():
-                bare = _bare(component, name)
-                homes[component][bare] = Home(folder + path.name, name, 0, slot.rows)
-
-    def write_rest(out: Path) -> None:
-        copy_rest(base, out, dtype)
-
-    return _Base(models, sources, homes, write_rest)
-
-
-def _bare(component: str, name: str) -> str:
-    """A tensor's name or module's path without what older transformers put before CLIP's."""
-    return name.removeprefix("text_model.") if component.startswith("text_encoder") else name
-
-
-def _open_single(base: BaseLocation, original: Original) -> _Base:
-    source, homes = FileSource(base.path), Homes()
-    for component, model in original.models.items():
-        homes[component] = {}
-        rows = {name: tensor.shape[0] if tensor.dim() else 1 for name, tensor in model.state_dict().items()}
-        for key, parts in original.names.items():
-            place = 0
-            for owner, name in parts:
-                size = source.slots[key].rows if len(parts) == 1 else rows[name] if owner == component else 0
-                if owner == component:
-                    homes[component][name] = Home(base.path.name, key, place, place + size)
-                place += size
-        for name in rows.keys() ^ homes[component].keys():
-            reason = "is missing" if name in rows else "is left over"
-            raise ModelError(f"{component}'s {name} {reason}", where=str(base.path))
-    return _Base(original.models, {base.path.name: source}, homes, original.write_rest)
-
-
-def _open_gguf(base: BaseLocation, dtype: torch.dtype) -> _Base:
-    model, tokenizer = load_gguf(base)
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, parameter in model.named_parameters():
-        if size and size + parameter.nbytes > SHARD:
-            shards.append({})
-            size = 0
-        shards[-1][name] = parameter
-        size += parameter.nbytes
-    form = "model.safetensors" if len(shards) == 1 else "model-{:05d}-of-{:05d}.safetensors"
-    sources: dict[str, Source] = {
-        form.format(number, len(shards)): MemorySource(tensors) for number, tensors in enumerate(shards, 1)
-    }
-    homes = {name: Home(file, name, 0, slot.rows) for file, s in sources.items() for name, slot in s.slots.items()}
-
-    def write_rest(out: Path) -> None:
-        model.config.dtype = dtype
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(out)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-
-    return _Base({"model": model}, sources, {"model": homes}, write_rest)
-
-
-def _changes(base: _Base, adapters: Sequence[tuple[Path, float]]) -> dict[Home, Change]:
-    """What all adapters do together, by place."""
-    found: dict[tuple[str, str], list[tuple[Delta, float]]] = {}
-    for path, weight in adapters:
-        for component, deltas in read_adapter(path, base.models).components.items():
-            for module, delta in deltas.items():
-                found.setdefault((component, _bare(component, module)), []).append((delta, weight))
-    changes = {}
-    for (component, module), terms in found.items():
-        home = base.homes[component].get(f"{module}.weight")
-        tied = getattr(getattr(base.models[component], "config", None), "tie_word_embeddings", False)
-        if home is None or (tied and module == "lm_head"):
-            raise ModelError("the base has no weight of its own there", where=module)
-        slot = base.sources[home.file].slots[home.name]
-        if slot.dtype not in FLOATS:
-            raise ModelError(f"the base's weight is {slot.dtype}: nothing can be added to it", where=home.name)
-        change = Change(terms)
-        if change.shape != (home.last - home.first, slot.columns):
-            shape = (home.last - home.first, *slot.shape[1:])
-            raise ModelError(f"the adapter is for {change.shape}, the base's file has {shape}", where=home.name)
-        changes[home] = change
-    return changes
+def _check(change: Change, base: OpenBase, component: str, name: str, told: str) -> Home:
+    """Where the tensor ``name`` is; ModelError when it is nowhere, takes no change, or has another shape."""
+    home = base.home(component, name)
+    if home is None:
+        raise ModelError("the base has no such tensor of its own", where=told)
+    slot = base.sources[home.file].slots[home.name]
+    if slot.dtype not in FLOATS:
+        raise ModelError(f"the base's tensor is {slot.dtype}: nothing can be added to it", where=told)
+    expected = (home.last - home.first, slot.columns)
+    for shape in change.shapes - {expected}:
+        raise ModelError(f"the adapter's has {shape}, the base's {expected} rows and columns", where=told)
+    return home
 
 
 def _converted(slot: Slot, dtype: torch.dtype | None) -> Slot:
     return slot._replace(dtype=dtype) if dtype is not None and slot.dtype in FLOATS else slot
 
 
-def _same_layout(base: _Base, changes: Mapping[Home, Change], dtype: torch.dtype | None) -> dict[str, OutFile]:
+def _same_layout(base: OpenBase, changes: Changes, dtype: torch.dtype | None) -> dict[str, OutFile]:
     """The base's own files, tensor for tensor."""
     changed: dict[tuple[str, str], list[Home]] = {}
-    for home in sorted(changes):
+    for home in changes:
         changed.setdefault((home.file, home.name), []).append(home)
-    files = {}
-    for file, source in base.sources.items():
-        tensors = {}
-        for name, slot in source.slots.items():
-            homes = changed.get((file, name), [])
-            cuts = sorted({0, slot.rows, *(row for home in homes for row in (home.first, home.last))})
-            spans = [Home(file, name, first, last) for first, last in pairwise(cuts)] or [Home(file, name, 0, 0)]
-            pieces = tuple(Piece(source, name, span.first, span.last, changes.get(span)) for span in spans)
-            tensors[name] = Target(_converted(slot, dtype), pieces)
-        files[file] = OutFile(tensors, source.metadata)
-    return files
+
+    def spans(file: str, name: str, rows: int) -> Iterator[Span]:
+        homes = changed.get((file, name), [])
+        cuts = sorted({0, rows, *(row for home in homes for row in (home.first, home.last))})
+        for first, last in list(pairwise(cuts)) or [(0, 0)]:
+            yield Span(base.sources[file], name, first, last, changes.get(Home(file, name, first, last)))
+
+    return {
+        file: OutFile(
+            {
+                name: Target(_converted(slot, dtype), tuple(spans(file, name, slot.rows)))
+                for name, slot in source.slots.items()
+            },
+            source.metadata,
+        )
+        for file, source in base.sources.items()
+    }
 
 
-def _unpacked(base: _Base, changes: Mapping[Home, Change], dtype: torch.dtype | None) -> dict[str, OutFile]:
+def _unpacked(base: OpenBase, changes: Changes, dtype: torch.dtype | None) -> dict[str, OutFile]:
     """A single file's components as a diffusers folder's files."""
     files = {}
     for component, model in base.models.items():
@@ -269,12 +216,6 @@ def _unpacked(base: _Base, changes: Mapping[Home, Change], dtype: torch.dtype | 
             home = base.homes[component][name]
             source = base.sources[home.file]
             slot = _converted(Slot(source.slots[home.name].dtype, tuple(tensor.shape)), dtype)
-            tensors[name] = Target(slot, (Piece(source, home.name, home.first, home.last, changes.get(home)),))
+            tensors[name] = Target(slot, (Span(source, home.name, home.first, home.last, changes.get(home)),))
         files[f"{component}/{checks.WEIGHTS[component]}.safetensors"] = OutFile(tensors, {"format": "pt"})
     return files
-
-
-def write_rest(plan: MergePlan, folder: Path) -> None:
-    """Everything of a merged folder but the weights themselves."""
-    plan.write_rest(folder)
-    write_indexes(folder, plan.files)

@@ -4,8 +4,8 @@ Only safetensors, GGUF and JSON are opened, never a pickle.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorakit.adapters import formats, gguf_lora
+from lorakit.adapters.whole import embeddings_as_layers, whole_tensors
 from lorakit.errors import ModelError
 from lorakit.storage.checks import PICKLES, read_json
 from lorakit.storage.headers import read_header
@@ -37,6 +38,15 @@ class Piece:
     """The file's own strings."""
     config: dict[str, Any]
     """PEFT's adapter_config.json, or diffusers' ``lora_adapter_metadata`` with its prefixes; else empty."""
+    whole: dict[str, str] = field(default_factory=dict)
+    """The base's tensors that the file replaces, by name, and their keys; they are not in ``tensors``."""
+    embeddings: tuple[str, ...] = ()
+    """Modules among ``keys`` that are embeddings."""
+
+    @property
+    def component(self) -> str:
+        """Of its first tensor; a PEFT file has only one."""
+        return next(iter(self.keys.values())).component
 
     def component_config(self, component: str) -> dict[str, Any] | None:
         """The PEFT configuration of one component; None where the file has none."""
@@ -80,11 +90,13 @@ def _open_peft(component: str, folder: Path) -> Piece:
         reason = f"only {pickles[0]}, a pickle, which is never opened" if pickles else f"no {WEIGHTS}"
         raise ModelError(reason, where=str(folder))
     config = read_json(folder / CONFIG)
-    tensors, metadata = _tensors(folder / WEIGHTS)
+    whole = whole_tensors(read_header(folder / WEIGHTS).tensors, config)
+    tensors, metadata = _tensors(folder / WEIGHTS, set(whole.values()))
+    tensors, embeddings = embeddings_as_layers(tensors)
     if (form := formats.detect(tensors)) != "peft":
         raise ModelError(f"{form} keys in a PEFT folder", where=str(folder / WEIGHTS))
     keys = {key: formats.split(key, "peft", component) for key in tensors}
-    return Piece(folder / WEIGHTS, "peft", tensors, keys, metadata, config)
+    return Piece(folder / WEIGHTS, "peft", tensors, keys, metadata, config, whole, embeddings)
 
 
 def _open_file(path: Path) -> Piece:
@@ -108,12 +120,14 @@ def _packed_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     return config
 
 
-def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a checked file, and its metadata; ModelError for a dtype that is no float."""
+def _tensors(path: Path, without: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a checked file, and its metadata; ModelError for a dtype that is no float."""
     header = read_header(path)
     tensors = {}
     with safe_open(path, framework="pt") as file:
         for name, info in header.tensors.items():
+            if name in without:
+                continue
             if info.dtype not in _FLOATS:
                 raise ModelError(f"dtype {info.dtype}, not a float", where=name)
             tensors[name] = file.get_tensor(name)

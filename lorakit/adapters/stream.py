@@ -1,4 +1,4 @@
-"""safetensors files read and written a few rows at a time, so that a model never has to fit into memory.
+"""safetensors files written a few rows at a time.
 
 A file to be written is a list of tensors, each stacked from rows of tensors that are elsewhere, changed or as they are.
 """
@@ -6,101 +6,25 @@ A file to be written is a list of tensors, each stacked from rows of tensors tha
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorakit.adapters.change import Change
+from lorakit.adapters.source import SPELLING, Slot, Source
 from lorakit.errors import ModelError
-from lorakit.storage.headers import read_header
 
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
-    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
-SPELLING = {dtype: name for name, dtype in DTYPES.items()}
-FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-"""The dtypes that a weight may have for an adapter to be added, and that ``--dtype`` converts."""
 READ = 16 << 20
 """Bytes of a tensor that are in memory at a time, for each file in work."""
 WORK = 256 << 10
 """Elements that are summed at a time: few enough to stay in a core's cache."""
 
 
-class Slot(NamedTuple):
-    """A tensor's dtype and shape."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
-
-    @property
-    def rows(self) -> int:
-        """Its first dimension; a scalar is one row."""
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def columns(self) -> int:
-        """Elements of a row."""
-        return math.prod(self.shape[1:])
-
-
-class Source(Protocol):
-    """Tensors to be had row by row."""
-
-    slots: dict[str, Slot]
-    metadata: dict[str, str]
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        """[last - first, columns], in memory of its own or not to be written to."""
-        ...
-
-
-class FileSource:
-    """The tensors of one checked safetensors file."""
-
-    def __init__(self, path: Path) -> None:
-        header = read_header(path)
-        self.path, self.metadata, self._start = path, header.metadata, header.start
-        self.slots = {name: Slot(DTYPES[info.dtype], info.shape) for name, info in header.tensors.items()}
-        self._begin = {name: info.begin for name, info in header.tensors.items()}
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows of a tensor as the file has them now; ModelError when it has become shorter."""
-        slot = self.slots[name]
-        width = slot.columns * slot.dtype.itemsize
-        content = torch.empty((last - first) * width, dtype=torch.uint8)
-        if len(content):
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self._start + self._begin[name] + first * width)
-                if file.readinto(content.numpy().data) != len(content):
-                    raise ModelError("the file changed while it was read", where=f"{self.path}: {name}")
-        return content.view(slot.dtype).view(last - first, slot.columns)
-
-
-class MemorySource:
-    """Tensors that are in memory already."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        self.metadata = {"format": "pt"}
-        self.slots = {name: Slot(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        slot = self.slots[name]
-        return self._tensors[name].reshape(slot.rows, slot.columns)[first:last]
-
-
-class Piece(NamedTuple):
+class Span(NamedTuple):
     """Rows ``first`` to ``last`` of a source's tensor, and what changes them."""
 
     source: Source
@@ -117,10 +41,10 @@ class Piece(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A tensor to be written: its pieces below one another."""
+    """A tensor to be written: its spans below one another."""
 
     slot: Slot
-    pieces: tuple[Piece, ...]
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -191,30 +115,30 @@ def write_file(path: Path, out: OutFile, tally: Tally, written: Callable[[int], 
                 pass
 
         write(out.header())
-        for slot, pieces in out.tensors.values():
-            for piece in pieces:
-                size = piece.source.slots[piece.name].dtype.itemsize
-                for first, last in piece.blocks(READ // size):
-                    after = _after(piece, first, last, slot.dtype, tally)
+        for slot, spans in out.tensors.values():
+            for span in spans:
+                size = span.source.slots[span.name].dtype.itemsize
+                for first, last in span.blocks(READ // size):
+                    after = _after(span, first, last, slot.dtype, tally)
                     write(after.contiguous().flatten().view(torch.uint8).numpy().data)
                     written(after.nbytes)
     return digest.hexdigest()
 
 
-def _after(piece: Piece, first: int, last: int, dtype: torch.dtype, tally: Tally) -> Tensor:
+def _after(span: Span, first: int, last: int, dtype: torch.dtype, tally: Tally) -> Tensor:
     """Rows as they are written: [last - first, columns] in ``dtype``."""
-    before = piece.source.rows(piece.name, first, last)
-    if piece.change is None:
+    before = span.source.rows(span.name, first, last)
+    if span.change is None:
         after = before.to(dtype)
         finite = dtype == before.dtype or bool(torch.isfinite(after).all())
     else:
         after, finite = torch.empty(before.shape, dtype=dtype), True
-        for a, b in Piece(piece.source, piece.name, first, last).blocks(WORK):
+        for a, b in Span(span.source, span.name, first, last).blocks(WORK):
             rows = slice(a - first, b - first)
             weight = before[rows].float()
-            total = piece.change.rows(weight, a - piece.first)
+            total = span.change.rows(weight, a - span.first)
             after[rows] = total
             finite &= math.isfinite(tally.weights(weight, total, after[rows]))
     if not finite:
-        raise ModelError(f"not finite in {dtype}: it overflows, or was not finite before", where=piece.name)
+        raise ModelError(f"not finite in {dtype}: it overflows, or was not finite before", where=span.name)
     return after

@@ -56,8 +56,10 @@ def adaptable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return found
 
 
-def sizes(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    """Features in and out, or channels."""
+def sizes(layer: nn.Linear | nn.Conv2d | nn.Embedding) -> tuple[int, int]:
+    """Features in and out, or channels; of an embedding [V, D] D and V, like the head's that shares its weight."""
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
     if isinstance(layer, nn.Conv2d):
         return layer.in_channels, layer.out_channels
     return layer.in_features, layer.out_features
@@ -152,7 +154,8 @@ def fit(model: nn.Module, deltas: Mapping[str, Delta]) -> dict[str, str]:
 
     Raises ModelError naming the module that is missing, or whose shape differs. ``model`` may be on meta.
     """
-    layers = adaptable(model)
+    embeddings = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    layers = {**embeddings, **adaptable(model)}
     bare = {name.removeprefix("text_model."): name for name in layers}
     paths = {}
     for key, delta in deltas.items():

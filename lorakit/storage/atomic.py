@@ -7,6 +7,8 @@ killed process left.
 
 import ctypes
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorakit.errors import DISK_ERRORS, CheckpointError, ConflictError, ResourceError
@@ -84,6 +86,7 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
     with disk_errors(final):
         make_folder(final.parent)
         folder = Path(tempfile.mkdtemp(prefix=f"{TMP}{final.name}-", dir=final.parent))
+        held = _hold(folder)
         try:
             yield folder
             os.chmod(folder, 0o777 & ~_umask())
@@ -96,6 +99,8 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        finally:
+            os.close(held)
         fsync(final.parent)
         _remove(folder)
 
@@ -118,8 +123,9 @@ def new_file(final: Path, *, replace: bool = False) -> Iterator[Path]:
         raise ConflictError("exists already", where=str(final), hint="choose another name, or remove it")
     with disk_errors(final):
         make_folder(final.parent)
-        handle, name = tempfile.mkstemp(prefix=TMP, suffix=f"-{final.name}", dir=final.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{TMP}{final.name}-", suffix=final.suffix, dir=final.parent)
         os.close(handle)
+        held = _hold(Path(name))
         try:
             yield Path(name)
             fsync(Path(name))
@@ -128,6 +134,8 @@ def new_file(final: Path, *, replace: bool = False) -> Iterator[Path]:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+        finally:
+            os.close(held)
         fsync(final.parent)
 
 
@@ -167,6 +175,32 @@ def sweep(folder: Path) -> None:
         return
     for path in folder.glob(f"{TMP}*"):
         _remove(path)
+
+
+def sweep_killed(final: Path) -> None:
+    """Remove what ``new_folder`` or ``new_file`` left beside ``final`` in a process that was killed.
+
+    What a living process is writing there, it holds a lock on.
+    """
+    for path in final.parent.glob(f"{TMP}{glob.escape(final.name)}-*"):
+        if path.is_symlink():
+            continue
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(path)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(handle)
+
+
+def _hold(path: Path) -> int:
+    """Open and lock a file or folder against ``sweep_killed``, for as long as it is open."""
+    handle = os.open(path, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
 
 
 def fsync(path: Path) -> None:

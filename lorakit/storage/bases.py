@@ -15,7 +15,7 @@ from lorakit.errors import ModelError
 from lorakit.storage import checks
 from lorakit.storage.headers import read_header
 
-__all__ = ["BaseLocation", "digest", "read_header", "resolve", "weight_files"]
+__all__ = ["BaseLocation", "digest", "file_digest", "read_header", "resolve", "weight_files"]
 
 Layout = Literal["diffusers", "transformers", "single-file", "gguf"]
 
@@ -156,10 +156,15 @@ def digest(location: BaseLocation) -> str:
     total = hashlib.sha256()
     root = location.path if location.path.is_dir() else location.path.parent
     for file in weight_files(location):
-        status = file.stat()
         total.update(f"{file.relative_to(root).as_posix()}\0".encode())
-        total.update(_file_digest(file, status.st_size, status.st_mtime_ns))
+        total.update(file_digest(file))
     return total.hexdigest()
+
+
+def file_digest(path: Path) -> bytes:
+    """SHA-256 of a file's contents; remembered while size and mtime stay."""
+    status = path.stat()
+    return _file_digest(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)

@@ -277,7 +277,6 @@ def test_broken_weights(written: Path, llama: Path, change: dict[str, torch.Tens
         ({"r": 8}, "the configuration says otherwise"),
         ({"lora_alpha": 0}, "lora_alpha"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "biases"),
         ({"use_dora": True}, "magnitude is missing"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, LlamaForCausalLM
 
 from lorakit.adapters.inject import adapter_state, fold, inject, load_adapter_state
-from lorakit.adapters.merge import MergeReport
+from lorakit.adapters.merge import MergeReport, Progress
 from lorakit.adapters.merge import merge as write_merge
-from lorakit.adapters.merge_plan import plan_merge
+from lorakit.adapters.merge_plan import Settings, plan_merge
 from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import deltas, write_kohya, write_peft
 from lorakit.errors import ConflictError, ModelError, ResourceError
@@ -64,9 +63,9 @@ def merge(
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> MergeReport:
-    plan = plan_merge(base, [(adapter, scale)], out, dtype=dtype, overwrite=overwrite)
+    plan = plan_merge(base, [(adapter, scale)], out, Settings(dtype))
     return write_merge(plan, overwrite=overwrite, progress=progress)
 
 
@@ -116,7 +115,7 @@ def test_equals_pefts_merge(tmp_path: Path, case: str) -> None:
         changed += 1
         tolerance = expected.abs() * EPSILON[dtype] + 1e-6
         assert ((after[name].float() - expected).abs() <= tolerance).all()
-    assert report.modules == changed > 0
+    assert report.changed == changed > 0
     assert report.dtype == str(dtype).removeprefix("torch.")
     assert report.rounding <= EPSILON[dtype]
     assert (report.lost == 0) == (dtype == torch.float32)
@@ -136,14 +135,14 @@ def test_layout_is_kept(tmp_path: Path) -> None:
     (base / "LICENSE").write_text("as it is")
     (base / "pytorch_model.bin").write_bytes(b"old")
     trained(base, tmp_path / "adapter", Adapter(rank=4))
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     merge(resolve(str(base)), tmp_path / "adapter", tmp_path / "out", progress=lambda *at: seen.append(at))
-    names = sorted(p.name for p in base.iterdir() if p.suffix != ".bin")
+    names = sorted([*(p.name for p in base.iterdir() if p.suffix != ".bin"), "merge_receipt.json"])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     was = json.loads((base / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == was["weight_map"]
-    assert index["metadata"]["total_size"] == was["metadata"]["total_size"] == seen[-1][0] == seen[-1][1]
+    assert index["metadata"]["total_size"] == was["metadata"]["total_size"] == seen[-1][1] == seen[-1][2]
     for shard in base.glob("*.safetensors"):
         with safe_open(shard, "pt") as before, safe_open(tmp_path / "out" / shard.name, "pt") as after:
             assert before.metadata() == after.metadata()
@@ -164,7 +163,7 @@ def test_scale_and_dtype(tmp_path: Path) -> None:
     assert report.dtype == "float32"
     assert LlamaForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values()) == report.bytes
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values()) == report.size
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +193,7 @@ def test_stable_diffusion(sd: Path, tmp_path: Path, form: str, dtype: torch.dtyp
         for name in models:
             write_peft(path / name, states[name], injections[name], base_name="x")
     report = merge(resolve(str(sd)), path, tmp_path / "out", dtype=dtype)
-    assert report.modules == len(injections["unet"].targets) + len(injections["text_encoder"].targets)
+    assert report.changed == len(injections["unet"].targets) + len(injections["text_encoder"].targets)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.safety_checker is None
     for name, model in models.items():
@@ -239,7 +238,7 @@ def test_old_clip_names(sd: Path, tmp_path: Path) -> None:
     text = CLIPTextModel.from_pretrained(base / "text_encoder")
     injection = disturbed(text, Adapter(rank=4), CLIP)
     write_peft(tmp_path / "adapter" / "text_encoder", adapter_state(text), injection, base_name="x")
-    assert merge(resolve(str(base)), tmp_path / "adapter", tmp_path / "out").modules == 8
+    assert merge(resolve(str(base)), tmp_path / "adapter", tmp_path / "out").changed == 8
     assert all(name.startswith("text_model.") for name in load_file(tmp_path / "out/text_encoder/model.safetensors"))
     fold(text)
     merged_text = CLIPTextModel.from_pretrained(tmp_path / "out" / "text_encoder")

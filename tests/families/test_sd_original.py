@@ -116,7 +116,7 @@ def test_single_file_to_single_file(base: BaseLocation, adapter: Path, tmp_path:
     layers = {"cond_stage_model", "model"}
     assert {key.split(".")[0] for key in changed} == layers
     assert all(before[key].dtype == after[key].dtype for key in before)
-    assert report.modules >= len(changed)
+    assert report.changed >= len(changed)
     wanted, parts = expected(base, adapter), load_parts(resolve(str(out)), PLACE)
     for component in ("unet", "text_encoder", "vae"):
         equal(pieces(parts)[component], pieces(wanted)[component])
@@ -141,10 +141,10 @@ def test_single_file_to_folder_and_diffusers_reads_both(base: BaseLocation, adap
 def test_what_is_refused(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
     original = open_original(base)
     with pytest.raises(ConflictError, match="OUT is the base"):
-        plan_merge(base, [(adapter, 1.0)], base.path, overwrite=True, original=original)
+        merge(plan_merge(base, [(adapter, 1.0)], base.path, original=original), overwrite=True)
     (tmp_path / "there.safetensors").write_bytes(b"x")
     with pytest.raises(ConflictError, match="exists"):
-        plan_merge(base, [(adapter, 1.0)], tmp_path / "there.safetensors", original=original)
+        merge(plan_merge(base, [(adapter, 1.0)], tmp_path / "there.safetensors", original=original))
     (tmp_path / "base" / "tokenizer").rename(tmp_path / "elsewhere")
     with pytest.raises(ModelError, match="vocabulary"):
         merge(plan_merge(base, [(adapter, 1.0)], tmp_path / "folder", original=original))

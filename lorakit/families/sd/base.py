@@ -80,10 +80,13 @@ def native_size(unet: Any, vae: Any) -> tuple[int, int]:
     return width * vae_factor(vae), height * vae_factor(vae)
 
 
-def load_parts(location: BaseLocation, place: Place) -> Parts:
-    """Load a base on ``place``, frozen. Raises: ModelError when a part does not load or does not fit the others."""
+def load_parts(location: BaseLocation, place: Place, tokenizer: CLIPTokenizer | None = None) -> Parts:
+    """Load a base on ``place``, frozen; a single file with ``tokenizer`` where it is given.
+
+    Raises: ModelError when a part does not load or does not fit the others.
+    """
     if location.layout == "single-file":
-        loaded = load_single_file(location.path, place.dtype)
+        loaded = load_single_file(location.path, place.dtype, tokenizer)
         text = conditioning_of([loaded.tokenizer], {"text_encoder": loaded.text_encoder}, zeros=False)
         parts = Parts(text, loaded.unet, loaded.vae, loaded.schedule)
     else:

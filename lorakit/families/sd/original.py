@@ -11,7 +11,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from lorakit.adapters.merge_plan import Original
+from lorakit.adapters.merge_base import Original
 from lorakit.errors import ModelError
 from lorakit.families.sd.plan import skeleton
 from lorakit.families.sd.single_file import PREFIXES, load_tokenizer, read_configs, rename

@@ -68,13 +68,13 @@ def read_configs(path: Path) -> Configs:
         raise ModelError(f"not laid out like SD 1.x or 2.x: no {error}", where=str(path)) from error
 
 
-def load_single_file(path: Path, dtype: torch.dtype) -> SingleFile:
-    """Load all parts, UNet and text encoder in ``dtype``, the VAE in float32.
+def load_single_file(path: Path, dtype: torch.dtype, tokenizer: CLIPTokenizer | None = None) -> SingleFile:
+    """Load all parts, UNet and text encoder in ``dtype``, the VAE in float32; CLIP's tokenizer where none is given.
 
     Raises: ModelError when a tensor is missing, left over or misshapen, or CLIP's vocabulary is not on this machine.
     """
     configs = read_configs(path)
-    tokenizer = load_tokenizer(path, configs.text_encoder["vocab_size"])
+    tokenizer = tokenizer or load_tokenizer(path, configs.text_encoder["vocab_size"])
     unet, vae = _unet(**configs.unet), _vae(**configs.vae)
     text_encoder: Any = CLIPTextModel(CLIPTextConfig(**configs.text_encoder))
     for component, module in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):

@@ -1,0 +1,137 @@
+"""A base as a merge sees it: where each tensor of each component is, and what comes along with the weights."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lorakit.adapters.carry import copy_rest
+from lorakit.adapters.skeleton import load_gguf, skeleton
+from lorakit.adapters.source import FileSource, MemorySource, Source
+from lorakit.errors import ModelError
+from lorakit.storage import checks
+from lorakit.storage.bases import BaseLocation
+
+SHARD = 5_000_000_000
+"""Bytes of a shard when a GGUF file becomes a folder."""
+
+
+class Home(NamedTuple):
+    """Where a component's tensor is in the base: rows of a file's tensor."""
+
+    file: str
+    name: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Original:
+    """A single-file checkpoint, as the family that knows its names sees it."""
+
+    models: Mapping[str, nn.Module]
+    """The components on the meta device."""
+    names: Mapping[str, tuple[tuple[str, str], ...]]
+    """Tensor in the file -> the (component, tensor) pairs that it stacks, by rows. Others belong to no component."""
+    write_rest: Callable[[Path], None]
+    """Writes a diffusers folder's files beside the weights."""
+
+
+@dataclass(frozen=True)
+class OpenBase:
+    """A base's headers."""
+
+    models: Mapping[str, nn.Module]
+    """The components on the meta device, or in memory."""
+    sources: Mapping[str, Source]
+    """By path inside the folder, or the file's name."""
+    homes: dict[str, dict[str, Home]]
+    """By component and the model's own tensor name."""
+    write_rest: Callable[[Path, Mapping[str, Any]], None]
+    """Writes what comes along into a folder, with these changes to the model's config."""
+
+    def home(self, component: str, name: str) -> Home | None:
+        return self.homes.get(component, {}).get(bare(component, name))
+
+
+def bare(component: str, name: str) -> str:
+    """A tensor's or module's name without what older transformers put before CLIP's."""
+    return name.removeprefix("text_model.") if component.startswith("text_encoder") else name
+
+
+def open_base(base: BaseLocation, original: Original | None) -> OpenBase:
+    """Raises ModelError when a component lacks a tensor or has one too many."""
+    if base.layout == "gguf":
+        return _open_gguf(base)
+    if base.layout == "single-file":
+        if original is None:
+            raise ModelError("a single file's names are not known", where=base.name)
+        return _open_single(base, original)
+    return _open_folder(base)
+
+
+def _open_folder(base: BaseLocation) -> OpenBase:
+    models = skeleton(base)
+    folders = {"model": ""} if base.layout == "transformers" else {name: f"{name}/" for name in checks.WEIGHTS}
+    sources: dict[str, Source] = {}
+    homes: dict[str, dict[str, Home]] = {}
+    for component, folder in folders.items():
+        homes[component] = {}
+        for path in checks.shard_files(base.path / folder, checks.WEIGHTS.get(component, "model")):
+            source = sources[folder + path.name] = FileSource(path)
+            homes[component] |= {
+                bare(component, name): Home(folder + path.name, name, 0, slot.rows)
+                for name, slot in source.slots.items()
+            }
+    return OpenBase(models, sources, homes, lambda out, config: copy_rest(base, out, config))
+
+
+def _open_single(base: BaseLocation, original: Original) -> OpenBase:
+    file, source = base.path.name, FileSource(base.path)
+    rows = {
+        component: {name: tensor.shape[0] if tensor.dim() else 1 for name, tensor in model.state_dict().items()}
+        for component, model in original.models.items()
+    }
+    homes: dict[str, dict[str, Home]] = {component: {} for component in rows}
+    for key, parts in original.names.items():
+        place = 0
+        for component, name in parts:
+            size = rows[component].get(name, 0) if len(parts) > 1 else source.slots[key].rows
+            homes[component][name] = Home(file, key, place, place + size)
+            place += size
+    for component, names in rows.items():
+        for name in names.keys() ^ homes[component].keys():
+            reason = "is missing" if name in names else "is left over"
+            raise ModelError(f"{component}'s {name} {reason}", where=str(base.path))
+    return OpenBase(original.models, {file: source}, homes, lambda out, _: original.write_rest(out))
+
+
+def _open_gguf(base: BaseLocation) -> OpenBase:
+    model, tokenizer = load_gguf(base)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, parameter in model.named_parameters():
+        if size and size + parameter.nbytes > SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = parameter
+        size += parameter.nbytes
+    form = "model.safetensors" if len(shards) == 1 else "model-{:05d}-of-{:05d}.safetensors"
+    sources: dict[str, Source] = {
+        form.format(number, len(shards)): MemorySource(tensors) for number, tensors in enumerate(shards, 1)
+    }
+    homes = {name: Home(file, name, 0, slot.rows) for file, s in sources.items() for name, slot in s.slots.items()}
+
+    def write_rest(out: Path, config: Mapping[str, Any]) -> None:
+        model.config.architectures = [type(model).__name__]
+        for key, value in config.items():
+            setattr(model.config, key, value)
+        model.config.save_pretrained(out)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+    return OpenBase({"model": model}, sources, {"model": homes}, write_rest)

@@ -1,0 +1,55 @@
+"""A few jobs side by side on the cores there are; the first that fails stops the others."""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+WORKERS = 4
+"""Jobs at a time, where there are as many cores: what is read and written at once also counts in memory."""
+
+
+class Stopped(Exception):
+    """Another job failed."""
+
+
+class Crew:
+    """Runs jobs in threads. A job calls ``go_on`` now and then with the bytes it has dealt with since."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self._total, self._progress, self._done = total, progress, 0
+        self._lock, self._stop = threading.Lock(), threading.Event()
+
+    def go_on(self, size: int) -> None:
+        """Raises Stopped when another job has failed or the program is interrupted."""
+        if self._stop.is_set():
+            raise Stopped
+        with self._lock:
+            self._done += size
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+    def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
+        """The jobs' results in order; what the first one to fail raised."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, min(WORKERS, cores, len(jobs)))
+        threads = torch.get_num_threads()
+        options = (max(1, threads // workers),)
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=options) as pool:
+            futures = [pool.submit(job) for job in jobs]
+            try:
+                done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+                failed = [error for future in done if (error := future.exception()) is not None]
+                if failed:
+                    raise next((error for error in failed if not isinstance(error, Stopped)), failed[0])
+                assert not waiting
+                return [future.result() for future in futures]
+            finally:
+                self._stop.set()
+                for future in futures:
+                    future.cancel()
+                torch.set_num_threads(threads)

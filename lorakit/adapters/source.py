@@ -1,0 +1,89 @@
+"""Tensors to be had row by row, from a safetensors file or from memory, so that no model has to fit into memory."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lorakit.errors import ModelError
+from lorakit.storage.headers import read_header
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+SPELLING = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+"""The dtypes that a weight may have for an adapter to be added, and that ``--dtype`` converts."""
+
+
+class Slot(NamedTuple):
+    """A tensor's dtype and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Its first dimension; a scalar is one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row."""
+        return math.prod(self.shape[1:])
+
+
+class Source(Protocol):
+    """Tensors to be had row by row."""
+
+    slots: dict[str, Slot]
+    metadata: dict[str, str]
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """[last - first, columns], in memory of its own or not to be written to."""
+        ...
+
+
+class FileSource:
+    """The tensors of one checked safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        header = read_header(path)
+        self.path, self.metadata, self._start = path, header.metadata, header.start
+        self.slots = {name: Slot(DTYPES[info.dtype], info.shape) for name, info in header.tensors.items()}
+        self._begin = {name: info.begin for name, info in header.tensors.items()}
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows of a tensor as the file has them now; ModelError when it has become shorter."""
+        slot = self.slots[name]
+        width = slot.columns * slot.dtype.itemsize
+        content = torch.empty((last - first) * width, dtype=torch.uint8)
+        if len(content):
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self._start + self._begin[name] + first * width)
+                if file.readinto(content.numpy().data) != len(content):
+                    raise ModelError("the file changed while it was read", where=f"{self.path}: {name}")
+        return content.view(slot.dtype).view(last - first, slot.columns)
+
+
+class MemorySource:
+    """Tensors that are in memory already."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self.metadata = {"format": "pt"}
+        self.slots = {name: Slot(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        slot = self.slots[name]
+        return self._tensors[name].reshape(slot.rows, slot.columns)[first:last]

@@ -1,0 +1,206 @@
+"""Merging what PEFT trains beside LoRA of layers, tied heads, several adapters, 4-bit bases: against PEFT's forward."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from lorakit.adapters import stream
+from lorakit.adapters.files import read_adapter
+from lorakit.adapters.merge import merge
+from lorakit.adapters.merge_plan import Settings, plan_merge
+from lorakit.adapters.nf4 import NF4Source
+from lorakit.adapters.source import FileSource, MemorySource
+from lorakit.errors import ModelError
+from lorakit.families.llama import compare as llama_compare
+from lorakit.families.llama.base import load_model
+from lorakit.families.place import Place
+from lorakit.storage.bases import resolve
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*ensure_weight_tying.*:UserWarning"),
+]
+TOKENS = torch.arange(24).reshape(2, 12)
+Q, EMBED, HEAD = "q_proj", "embed_tokens", "lm_head"
+
+
+def adapter(base: Path, out: Path, seed: int = 0, **options: Any) -> torch.Tensor:
+    """Save a PEFT adapter with every trained number disturbed; the logits of base + adapter as PEFT computes them."""
+    kind = Qwen2ForCausalLM if "Qwen2" in (base / "config.json").read_text() else LlamaForCausalLM
+    model = get_peft_model(
+        kind.from_pretrained(base, dtype=torch.float32), LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(out)
+    return logits(model)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits.float()
+
+
+def merged(base: Path, adapters: list[tuple[Path, float]], out: Path, settings: Settings = Settings()) -> Path:
+    """Merged, its tensors and its logits verified."""
+    location = resolve(str(base))
+    plan = plan_merge(location, adapters, out, settings)
+    quantization = "nf4" if settings.quant_base == "as-trained" else "none"
+
+    def compare(place: Path) -> dict[str, Any]:
+        share, _ = llama_compare.compare(location, adapters, place, quantization)
+        assert share < 1e-4
+        return {"difference": share}
+
+    report = merge(plan, compare=compare)
+    assert report.checked is not None
+    assert report.checked.changed >= report.changed > 0
+    assert report.checked.worst <= 1
+    return out
+
+
+PARTS = {
+    "head whole": (True, {"target_modules": [Q], "modules_to_save": [HEAD]}),
+    "embedding whole": (True, {"target_modules": [Q], "modules_to_save": [EMBED]}),
+    "both whole": (True, {"target_modules": [Q], "modules_to_save": [EMBED, HEAD]}),
+    "both whole and tied": (True, {"target_modules": [Q], "modules_to_save": [EMBED], "ensure_weight_tying": True}),
+    "embedding": (True, {"target_modules": [Q, EMBED]}),
+    "head": (True, {"target_modules": [Q, HEAD]}),
+    "embedding and head": (True, {"target_modules": [Q, EMBED, HEAD]}),
+    "tied LoRA": (True, {"target_modules": [Q, EMBED, HEAD], "ensure_weight_tying": True}),
+    "untied head whole": (False, {"target_modules": [Q], "modules_to_save": [HEAD]}),
+    "untied embedding": (False, {"target_modules": [Q, EMBED]}),
+    "dora": (False, {"target_modules": [Q, "down_proj"], "use_dora": True}),
+    "fan in fan out": (True, {"target_modules": [Q, "down_proj"], "fan_in_fan_out": True, "use_rslora": True}),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_computes_what_peft_computes(tmp_path: Path, case: str) -> None:
+    tied, options = PARTS[case]
+    base = tiny_llama(tmp_path / "base", tied=tied, max_shard_size="40KB")
+    expected = adapter(base, tmp_path / "adapter", **options)
+    out = merged(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    model = LlamaForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    stays = tied and not {EMBED, HEAD} & {*options["target_modules"], *options.get("modules_to_save", [])}
+    stays |= "ensure_weight_tying" in options
+    assert model.config.tie_word_embeddings == stays
+    weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert ("lm_head.weight" in weight_map) == (not stays)
+
+
+def test_only_a_merge_takes_in_what_is_not_lora_of_a_layer(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    for options in ({"modules_to_save": [HEAD]}, {"target_modules": [EMBED]}):
+        adapter(base, tmp_path / "adapter", **{"target_modules": [Q], **options})
+        with pytest.raises(ModelError, match="only a merge"):
+            read_adapter(tmp_path / "adapter", {"model": LlamaForCausalLM.from_pretrained(base)})
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["norm"]}))
+    with pytest.raises(ModelError, match="'norm', the weights do not have it"):
+        plan_merge(resolve(str(base)), [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
+def test_biases(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **shape)).save_pretrained(
+        tmp_path / "base"
+    )
+    tokenizer.save_pretrained(tmp_path / "base")
+    for bias in ("all", "lora_only"):
+        expected = adapter(tmp_path / "base", tmp_path / bias, target_modules=[Q], bias=bias)
+        out = merged(tmp_path / "base", [(tmp_path / bias, 1.0)], tmp_path / f"out-{bias}")
+        torch.testing.assert_close(logits(Qwen2ForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
+        name = "model.layers.0.self_attn.q_proj.bias"
+        before, after = load_file(tmp_path / "base/model.safetensors"), load_file(out / "model.safetensors")
+        assert not torch.equal(before[name], after[name])
+
+
+def test_several_adapters_are_one_sum(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", dtype=torch.bfloat16, tied=False)
+    adapter(base, tmp_path / "a", seed=1, target_modules=[Q, "down_proj"], modules_to_save=[HEAD])
+    adapter(base, tmp_path / "b", seed=2, target_modules=[Q, "up_proj"], modules_to_save=[HEAD], use_rslora=True)
+    plan = plan_merge(resolve(str(base)), [(tmp_path / "a", 0.75), (tmp_path / "b", -0.5)], tmp_path / "out")
+    merge(plan)
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    name = "model.layers.1.self_attn.q_proj"
+    pairs = [(t, s) for t, s in ((a, 0.75 * 6 / 4), (b, -0.5 * 6 / 2))]
+    total = before[f"{name}.weight"].double()
+    for tensors, scale in pairs:
+        lora = [tensors[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB"]
+        total += scale * lora[1] @ lora[0]
+    assert torch.equal(after[f"{name}.weight"], total.bfloat16())
+    head = before["lm_head.weight"].double()
+    wholes = [t["base_model.model.lm_head.weight"].double() for t in (a, b)]
+    expected = head + 0.75 * (wholes[0] - head) - 0.5 * (wholes[1] - head)
+    torch.testing.assert_close(after["lm_head.weight"].double(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_dora_does_not_add_up(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    adapter(base, tmp_path / "a", target_modules=[Q], use_dora=True)
+    adapter(base, tmp_path / "b", target_modules=[Q])
+    with pytest.raises(ModelError, match="does not add up"):
+        plan_merge(resolve(str(base)), [(tmp_path / "a", 1.0), (tmp_path / "b", 1.0)], tmp_path / "out")
+
+
+@pytest.mark.parametrize("columns", [48, 64, 200])
+def test_nf4_by_rows_is_bitsandbytes_own(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.adapters.nf4.ROWS", 1000)
+    weight = torch.randn(160, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    row = weight.float().reshape(1, -1)
+    whole = bnb.dequantize_4bit(*bnb.quantize_4bit(row, compress_statistics=True, quant_type="nf4"))
+    expected = whole.view(160, columns)
+    source = NF4Source(MemorySource({"w": weight}), {"w"})
+    for first, last in ((0, 160), (7, 93), (159, 160)):
+        assert torch.equal(source.rows("w", first, last), expected[first:last])
+
+
+def test_a_base_as_training_over_4_bits_saw_it(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", tied=False)
+    config = LlamaForCausalLM.from_pretrained(base).config
+    config.hidden_size, config.head_dim = 64, 16  # rows of whole blocks, as every published model has
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(base)
+    adapter(base, tmp_path / "adapter", target_modules=[Q])
+    adapters, settings = [(tmp_path / "adapter", 1.0)], Settings(quant_base="as-trained")
+    out = merged(base, adapters, tmp_path / "out", settings)
+    model = load_model(resolve(str(base)), Place(torch.device("cpu"), torch.float32), "nf4", attention="sdpa")
+    trained = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(out)), logits(trained), rtol=1e-3, atol=1e-3)
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert kept == {name for name in before if "norm" in name or "embed" in name or "lm_head" in name}
+
+
+def test_rows_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_llama(tmp_path / "base", dtype=torch.bfloat16)
+    adapter(base, tmp_path / "adapter", target_modules=[Q, "down_proj", EMBED], use_dora=False)
+    location, adapters = resolve(str(base)), [(tmp_path / "adapter", 0.5)]
+    one = merge(plan_merge(location, adapters, tmp_path / "one"))
+    monkeypatch.setattr(stream, "READ", 900)
+    monkeypatch.setattr(stream, "WORK", 70)
+    other = merge(plan_merge(location, adapters, tmp_path / "other"))
+    files = [FileSource(tmp_path / name / "model.safetensors") for name in ("one", "other")]
+    for name, slot in files[0].slots.items():
+        a, b = (file.rows(name, 0, slot.rows).float() for file in files)
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
+    assert one.rounding == pytest.approx(other.rounding, rel=0.1)
+    assert one.lost == pytest.approx(other.lost, rel=0.01)

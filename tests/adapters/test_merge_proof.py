@@ -1,0 +1,232 @@
+"""A merge that proves itself: what verifying finds, the receipt, the plan, the command line, and a killed merge."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from lorakit.adapters.change import Change
+from lorakit.adapters.merge import merge
+from lorakit.adapters.merge_plan import plan_merge
+from lorakit.adapters.stream import Tally, write_file
+from lorakit.adapters.verify import verify_file
+from lorakit.cli import app
+from lorakit.errors import LorakitError, ModelError
+from lorakit.storage.atomic import new_folder, sha256, sweep_killed
+from lorakit.storage.bases import resolve
+from tests.adapters.test_merge_parts import adapter
+from tests.tiny import tiny_llama
+from tests.torture import trace
+from tests.torture.warm import Warm
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base, in bf16 and three shards, and two adapters a and b."""
+    folder = tmp_path_factory.mktemp("proof")
+    base = tiny_llama(folder / "base", dtype=torch.bfloat16, tied=False, max_shard_size="60KB")
+    for seed, name in enumerate(("a", "b")):
+        adapter(base, folder / name, seed=seed, target_modules=["q_proj", "down_proj"])
+    return folder
+
+
+def lorakit(*words: object) -> tuple[int, str]:
+    """The command in this process: exit code, and what it printed."""
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    if isinstance(done.exception, LorakitError):
+        return done.exception.exit_code, str(done.exception)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x40
+    path.write_bytes(content)
+
+
+@pytest.mark.fault(62)
+def test_every_kind_of_damage_is_found(models: Path, tmp_path: Path) -> None:
+    plan = plan_merge(resolve(str(models / "base")), [(models / "a", 1.0)], tmp_path / "out")
+    name, out = next(
+        (n, f) for n, f in plan.files.items() if any(s.change for t in f.tensors.values() for s in t.spans)
+    )
+    path = tmp_path / "model.safetensors"
+    digest = write_file(path, out, Tally(), lambda _: None)
+    assert digest == sha256(path)
+    checked = verify_file(path, out, digest, lambda _: None)
+    assert checked.changed == sum(span.change is not None for target in out.tensors.values() for span in target.spans)
+    whole, place = path.read_bytes(), len(out.header())
+    for name, target in out.tensors.items():
+        flip(path, place + 1)  # the high byte of a bf16: sign and exponent
+        with pytest.raises(ModelError, match="read back"):
+            verify_file(path, out, digest, lambda _: None)
+        with pytest.raises(ModelError, match=r"rounding may be|not the base's") as caught:
+            verify_file(path, out, sha256(path), lambda _: None)
+        assert caught.value.where == name
+        path.write_bytes(whole)
+        place += target.slot.bytes
+
+
+def test_a_sum_off_by_two_roundings_is_found(models: Path, tmp_path: Path) -> None:
+    """One more unit in the last place of a bf16 than rounding may cost."""
+    plan = plan_merge(resolve(str(models / "base")), [(models / "a", 1.0)], tmp_path / "out")
+    key = "model.layers.0.self_attn.q_proj.weight"
+    out = next(file for file in plan.files.values() if key in file.tensors)
+    path = tmp_path / "model.safetensors"
+    write_file(path, out, Tally(), lambda _: None)
+    tensors = load_file(path)
+    row = tensors[key].view(torch.int16)[5]
+    row += 1
+    save_file(tensors, path, {"format": "pt"})
+    ordered = type(out)({name: out.tensors[name] for name in _order(path)}, out.metadata)
+    with pytest.raises(ModelError, match="times as far") as caught:
+        verify_file(path, ordered, sha256(path), lambda _: None)
+    assert caught.value.where == key
+
+
+def _order(path: Path) -> Iterator[str]:
+    from lorakit.adapters.source import FileSource
+
+    yield from FileSource(path).slots
+
+
+@pytest.mark.fault(62)
+def test_what_does_not_verify_is_removed_and_exits_4(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = Change.rows
+
+    def doubled(self: Change, weight: torch.Tensor, first: int) -> torch.Tensor:
+        total = plain(self, weight, first)
+        return 2 * total - weight if self.dtype == torch.float32 else total
+
+    monkeypatch.setattr(Change, "rows", doubled)
+    code, told = lorakit("merge", models / "base", models / "a", "out")
+    assert (code, list(tmp_path.iterdir())) == (4, [])
+    assert "does not verify" in told
+    # Without the tensors' check the outputs tell.
+    monkeypatch.setattr("lorakit.adapters.merge._verify", lambda *_: None)
+    monkeypatch.setattr("lorakit.commands.merge.TOLERANCE", {"bfloat16": 0.02})
+    code, told = lorakit("merge", models / "base", models / "a", "out")
+    assert (code, list(tmp_path.iterdir())) == (4, [])
+    assert "logits of 4 prompts differ" in told
+
+
+def test_receipt(models: Path, tmp_path: Path) -> None:
+    code, told = lorakit("merge", models / "base", f"{models / 'a'}:0.5", models / "b", tmp_path / "out")
+    assert code == 0
+    assert "recomputed in float64" in told
+    assert "logits of 4 prompts differ" in told
+    receipt = json.loads((tmp_path / "out" / "merge_receipt.json").read_text())
+    for name, digest in receipt["base"]["files"].items():
+        assert digest == sha256(models / "base" / name)
+    present = {path.name for path in (tmp_path / "out").iterdir()}
+    assert receipt["out"].keys() == present - {"merge_receipt.json"}
+    for name, digest in receipt["out"].items():
+        assert digest == sha256(tmp_path / "out" / name)
+    assert [(Path(a["path"]).name, a["weight"]) for a in receipt["adapters"]] == [("a", 0.5), ("b", 1.0)]
+    for entry in receipt["adapters"]:
+        assert sorted(entry["files"]) == [
+            f"{Path(entry['path']).name}/adapter_{e}" for e in ("config.json", "model.safetensors")
+        ]
+        assert all(digest == sha256(models / name) for name, digest in entry["files"].items())
+    assert 0 < receipt["largest_rounding"] < 0.01
+    assert 0 < receipt["delta_lost_to_dtype"] < 0.1
+    assert receipt["verified"]["tensors"]["recomputed"] == receipt["changed_tensors"] == 4
+    assert receipt["verified"]["outputs"]["difference"] < 0.1
+    code, told = lorakit("merge", models / "base", models / "a", tmp_path / "plain", "--no-verify")
+    assert "verified" not in told
+    assert json.loads((tmp_path / "plain" / "merge_receipt.json").read_text())["verified"] == {
+        "tensors": None,
+        "outputs": None,
+    }
+
+
+def test_dry_run_and_another_base(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, told = lorakit("merge", models / "base", f"{models / 'a'}:0.5", "out", "--scale", 0.5, "--dry-run")
+    assert code == 0
+    assert "x 0.25 (peft, rank 4)" in told
+    assert "4 of 21 tensors" in told
+    assert "out/model-00001-of-" in told
+    assert list(tmp_path.iterdir()) == []
+    files = {name: (models / "a" / f"adapter_{name}").read_bytes() for name in ("config.json", "model.safetensors")}
+    other = tmp_path / "other"
+    other.mkdir()
+    for name, content in files.items():
+        (other / f"adapter_{name}").write_bytes(content)
+    tensors = load_file(other / "adapter_model.safetensors")
+    for digest, expected in ((hashlib.sha256(b"x").hexdigest(), True), (_digest(models), False)):
+        save_file(tensors, other / "adapter_model.safetensors", {"lorakit_base": f"another/base sha256:{digest}"})
+        _, told = lorakit("merge", models / "base", other, "out", "--dry-run")
+        assert ("not trained on these weights" in told) == expected
+        report = merge(plan_merge(resolve(str(models / "base")), [(other, 1.0)], tmp_path / f"out-{expected}"))
+        assert bool(report.warnings) == expected
+
+
+def _digest(models: Path) -> str:
+    from lorakit.storage.bases import digest
+
+    return digest(resolve(str(models / "base")))
+
+
+@pytest.mark.fault(59)
+@pytest.mark.skipif(not trace.SUPPORTED, reason="kills by ptrace")
+@pytest.mark.parametrize("over", [False, True])
+def test_killed_at_operations_on_files(models: Path, tmp_path: Path, over: bool) -> None:
+    """`make torture` does it at all of them; here every 7th."""
+
+    def inputs() -> dict[str, str]:
+        return {str(p): sha256(p) for n in ("base", "a") for p in (models / n).iterdir()}
+
+    def outcome(folder: Path) -> dict[str, str]:
+        return {path.name: sha256(path) for path in folder.iterdir()}
+
+    before = inputs()
+    words: list[Any] = ["merge", models / "base", models / "a", "out", *(["--overwrite"] if over else [])]
+    with Warm(tmp_path / "warm") as warm:
+        runs = tmp_path / "runs"
+        whole = [{}]
+        for name, more in (("old", ["--scale", 0.5]), ("new", [])):
+            assert warm.run([*words, *more], runs / name).code == 0
+            whole.append(outcome(runs / name / "out"))
+        cwd = runs / ("old" if over else "traced")
+        traced = warm.run(words, cwd, {"trace": {"root": str(cwd)}})
+        assert traced.code == 0, traced.err
+        assert trace.unsynced([(a, b, c) for a, b, c in traced.operations], "out") == []
+        for number in range(over * 3, len(traced.operations), 7):
+            cwd = runs / str(number)
+            if over:
+                assert warm.run([*words, "--scale", 0.5], cwd).code == 0
+            hook = {"root": str(cwd), "kill_at": number, "torn": number % 2 == 0}
+            done = warm.run(words, cwd, {"trace": hook})
+            assert done.code == -9, (number, done.err)
+            left = [path.name for path in cwd.iterdir()]
+            assert all(name == "out" or name.startswith(".tmp-") for name in left)
+            found = outcome(cwd / "out") if "out" in left else {}
+            assert found in (whole[1:] if over else [{}, whole[2]]), done.operations[-1]
+            assert warm.run([*words, "--overwrite"], cwd).code == 0
+            assert [path.name for path in cwd.iterdir()] == ["out"], "what was left is swept"
+            assert outcome(cwd / "out") == whole[2]
+    assert inputs() == before
+
+
+def test_what_a_living_process_writes_is_not_swept(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out", manifest=False) as folder:
+        sweep_killed(tmp_path / "out")
+        assert folder.is_dir()
+    leftover = tmp_path / ".tmp-out-x"
+    leftover.mkdir()
+    (tmp_path / ".tmp-out-y").symlink_to(tmp_path)
+    sweep_killed(tmp_path / "out")
+    assert not leftover.exists()
+    assert os.path.lexists(tmp_path / ".tmp-out-y")
