@@ -5,18 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from lorakit.adapters.carry import copy_rest
-from lorakit.adapters.skeleton import load_gguf, skeleton
-from lorakit.adapters.source import FileSource, MemorySource, Source
+from lorakit.adapters.skeleton import skeleton
+from lorakit.adapters.source import FileSource, Source
 from lorakit.errors import ModelError
 from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
-
-SHARD = 5_000_000_000
-"""Bytes of a shard when a GGUF file becomes a folder."""
 
 
 class Home(NamedTuple):
@@ -45,7 +41,7 @@ class OpenBase:
     """A base's headers."""
 
     models: Mapping[str, nn.Module]
-    """The components on the meta device, or in memory."""
+    """The components on the meta device."""
     sources: Mapping[str, Source]
     """By path inside the folder, or the file's name."""
     homes: dict[str, dict[str, Home]]
@@ -62,25 +58,22 @@ def bare(component: str, name: str) -> str:
     return name.removeprefix("text_model.") if component.startswith("text_encoder") else name
 
 
-def open_base(base: BaseLocation, original: Original | None) -> OpenBase:
-    """Raises ModelError when a component lacks a tensor or has one too many."""
-    if base.layout == "gguf":
-        return _open_gguf(base)
-    if base.layout == "single-file":
-        if original is None:
-            raise ModelError("a single file's names are not known", where=base.name)
-        return _open_single(base, original)
-    return _open_folder(base)
+def open_base(base: BaseLocation, original: Original | None = None) -> OpenBase:
+    """The headers of a folder, or of the single file that ``original`` describes.
+
+    Raises ModelError when a component lacks a tensor or has one too many."""
+    return _open_folder(base) if original is None else _open_single(base, original)
 
 
 def _open_folder(base: BaseLocation) -> OpenBase:
     models = skeleton(base)
-    folders = {"model": ""} if base.layout == "transformers" else {name: f"{name}/" for name in checks.WEIGHTS}
+    stems = {"model": "model"} if base.layout == "transformers" else checks.weight_stems(base.path)
     sources: dict[str, Source] = {}
     homes: dict[str, dict[str, Home]] = {}
-    for component, folder in folders.items():
+    for component, stem in stems.items():
         homes[component] = {}
-        for path in checks.shard_files(base.path / folder, checks.WEIGHTS.get(component, "model")):
+        folder = "" if base.layout == "transformers" else f"{component}/"
+        for path in checks.shard_files(base.path / folder, stem):
             source = sources[folder + path.name] = FileSource(path)
             homes[component] |= {
                 bare(component, name): Home(folder + path.name, name, 0, slot.rows)
@@ -107,31 +100,3 @@ def _open_single(base: BaseLocation, original: Original) -> OpenBase:
             reason = "is missing" if name in names else "is left over"
             raise ModelError(f"{component}'s {name} {reason}", where=str(base.path))
     return OpenBase(original.models, {file: source}, homes, lambda out, _: original.write_rest(out))
-
-
-def _open_gguf(base: BaseLocation) -> OpenBase:
-    model, tokenizer = load_gguf(base)
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, parameter in model.named_parameters():
-        if size and size + parameter.nbytes > SHARD:
-            shards.append({})
-            size = 0
-        shards[-1][name] = parameter
-        size += parameter.nbytes
-    form = "model.safetensors" if len(shards) == 1 else "model-{:05d}-of-{:05d}.safetensors"
-    sources: dict[str, Source] = {
-        form.format(number, len(shards)): MemorySource(tensors) for number, tensors in enumerate(shards, 1)
-    }
-    homes = {name: Home(file, name, 0, slot.rows) for file, s in sources.items() for name, slot in s.slots.items()}
-
-    def write_rest(out: Path, config: Mapping[str, Any]) -> None:
-        model.config.architectures = [type(model).__name__]
-        for key, value in config.items():
-            setattr(model.config, key, value)
-        model.config.save_pretrained(out)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-
-    return OpenBase({"model": model}, sources, {"model": homes}, write_rest)

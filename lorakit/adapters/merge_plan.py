@@ -10,8 +10,7 @@ import torch
 
 from lorakit.adapters.change import Change, Term, Whole
 from lorakit.adapters.files import assemble
-from lorakit.adapters.merge_base import Home, OpenBase, Original, open_base
-from lorakit.adapters.nf4 import as_trained
+from lorakit.adapters.merge_base import Home, OpenBase
 from lorakit.adapters.pieces import CONFIG, open_pieces
 from lorakit.adapters.source import FLOATS, FileSource, Slot
 from lorakit.adapters.stream import OutFile, Span, Target
@@ -84,30 +83,31 @@ class MergePlan:
 
 def plan_merge(
     base: BaseLocation,
+    opened: OpenBase,
     adapters: Sequence[tuple[Path, float]],
     out: Path,
     settings: Settings = Settings(),
-    original: Original | None = None,
 ) -> MergePlan:
     """Map every tensor of the adapters, each taken ``weight`` times, to rows of one tensor of the base.
 
-    ``out`` is a folder, or with a name that ends in ``.safetensors`` a single file when the base is one, which
-    ``original`` then describes.
+    ``opened`` are the base's headers, or those of the folder that a GGUF base unpacks to. ``out`` is a folder, or with
+    a name that ends in ``.safetensors`` a single file when the base is one.
 
     Raises ModelError when an adapter does not fit, ConflictError for a single file from a base that is none.
     """
     single = out.suffix == ".safetensors"
-    if single and original is None:
+    if single and base.layout != "single-file":
         raise ConflictError("only a single-file base makes a single file", where=str(out), hint="name a folder")
     dtype = settings.dtype or (torch.float16 if base.layout == "gguf" else None)
-    opened = open_base(base, original)
     found: dict[tuple[str, str], list[Term]] = {}
     planned = tuple(_read(path, weight, opened, found) for path, weight in adapters)
     if settings.quant_base == "as-trained":
+        from lorakit.adapters.nf4 import as_trained  # bitsandbytes takes seconds to import
+
         opened = replace(opened, sources=as_trained(opened))
     tied = tied_names(opened.models)
     changes, head = _changes(opened, found, tied)
-    if original is not None and not single:
+    if base.layout == "single-file" and not single:
         files = _unpacked(opened, changes, dtype)
     else:
         files = _same_layout(opened, changes, dtype)

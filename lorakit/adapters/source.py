@@ -1,7 +1,6 @@
-"""Tensors to be had row by row, from a safetensors file or from memory, so that no model has to fit into memory."""
+"""Tensors to be had row by row, from a safetensors file, so that no model has to fit into memory."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -74,16 +73,3 @@ class FileSource:
                 if file.readinto(content.numpy().data) != len(content):
                     raise ModelError("the file changed while it was read", where=f"{self.path}: {name}")
         return content.view(slot.dtype).view(last - first, slot.columns)
-
-
-class MemorySource:
-    """Tensors that are in memory already."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        self.metadata = {"format": "pt"}
-        self.slots = {name: Slot(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        slot = self.slots[name]
-        return self._tensors[name].reshape(slot.rows, slot.columns)[first:last]

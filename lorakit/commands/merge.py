@@ -80,15 +80,21 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
 def _plan(location: "BaseLocation", adapters: Sequence[tuple[Path, float]], out: Path, options: Options) -> "MergePlan":
     import torch
 
+    from lorakit.adapters.merge_base import open_base
     from lorakit.adapters.merge_plan import Settings, plan_merge
 
-    original = None
+    original, folder = None, location
     if location.layout == "single-file":
         from lorakit.families.sd.original import open_original
 
         original = open_original(location)
+    elif location.layout == "gguf":
+        from lorakit.families.llama.base import as_folder
+
+        folder = as_folder(location, torch.float32)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return plan_merge(location, adapters, out, Settings(dtype, options.quant_base or "original"), original)
+    settings = Settings(dtype, options.quant_base or "original")
+    return plan_merge(location, open_base(folder, original), adapters, out, settings)
 
 
 def _compare(plan: "MergePlan") -> "Compare | None":

@@ -16,10 +16,12 @@ from transformers import AutoTokenizer, CLIPTextModel, LlamaForCausalLM
 from lorakit.adapters.inject import adapter_state, fold, inject, load_adapter_state
 from lorakit.adapters.merge import MergeReport, Progress
 from lorakit.adapters.merge import merge as write_merge
+from lorakit.adapters.merge_base import open_base
 from lorakit.adapters.merge_plan import Settings, plan_merge
 from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import deltas, write_kohya, write_peft
 from lorakit.errors import ConflictError, ModelError, ResourceError
+from lorakit.families.llama.base import as_folder
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import BaseLocation, resolve
 from tests.tiny import tiny_gguf, tiny_llama, tiny_sd
@@ -65,7 +67,8 @@ def merge(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    plan = plan_merge(base, [(adapter, scale)], out, Settings(dtype))
+    opened = open_base(as_folder(base, torch.float32))
+    plan = plan_merge(base, opened, [(adapter, scale)], out, Settings(dtype))
     return write_merge(plan, overwrite=overwrite, progress=progress)
 
 
@@ -301,7 +304,8 @@ def test_adapter_of_another_base(tmp_path: Path, sd: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_gguf_becomes_a_folder(tmp_path: Path) -> None:
+def test_gguf_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     path = tiny_gguf(tmp_path / "base" / "tiny.gguf")
     original = tmp_path / "base" / "tiny-folder"
     with_adapter = trained(original, tmp_path / "adapter", Adapter(rank=4, alpha=8))

@@ -8,15 +8,16 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lorakit.adapters import stream
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.merge import merge
-from lorakit.adapters.merge_plan import Settings, plan_merge
+from lorakit.adapters.merge_base import open_base
+from lorakit.adapters.merge_plan import MergePlan, Settings, plan_merge
 from lorakit.adapters.nf4 import NF4Source
-from lorakit.adapters.source import FileSource, MemorySource
+from lorakit.adapters.source import FileSource
 from lorakit.errors import ModelError
 from lorakit.families.llama import compare as llama_compare
 from lorakit.families.llama.base import load_model
@@ -54,10 +55,15 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(TOKENS).logits.float()
 
 
+def planned(base: Path, adapters: list[tuple[Path, float]], out: Path) -> MergePlan:
+    location = resolve(str(base))
+    return plan_merge(location, open_base(location), adapters, out)
+
+
 def merged(base: Path, adapters: list[tuple[Path, float]], out: Path, settings: Settings = Settings()) -> Path:
     """Merged, its tensors and its logits verified."""
     location = resolve(str(base))
-    plan = plan_merge(location, adapters, out, settings)
+    plan = plan_merge(location, open_base(location), adapters, out, settings)
     quantization = "nf4" if settings.quant_base == "as-trained" else "none"
 
     def compare(place: Path) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def test_only_a_merge_takes_in_what_is_not_lora_of_a_layer(tmp_path: Path) -> No
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["norm"]}))
     with pytest.raises(ModelError, match="'norm', the weights do not have it"):
-        plan_merge(resolve(str(base)), [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+        planned(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
 
 
 def test_biases(tmp_path: Path) -> None:
@@ -136,7 +142,7 @@ def test_several_adapters_are_one_sum(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base", dtype=torch.bfloat16, tied=False)
     adapter(base, tmp_path / "a", seed=1, target_modules=[Q, "down_proj"], modules_to_save=[HEAD])
     adapter(base, tmp_path / "b", seed=2, target_modules=[Q, "up_proj"], modules_to_save=[HEAD], use_rslora=True)
-    plan = plan_merge(resolve(str(base)), [(tmp_path / "a", 0.75), (tmp_path / "b", -0.5)], tmp_path / "out")
+    plan = planned(base, [(tmp_path / "a", 0.75), (tmp_path / "b", -0.5)], tmp_path / "out")
     merge(plan)
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
@@ -158,17 +164,18 @@ def test_dora_does_not_add_up(tmp_path: Path) -> None:
     adapter(base, tmp_path / "a", target_modules=[Q], use_dora=True)
     adapter(base, tmp_path / "b", target_modules=[Q])
     with pytest.raises(ModelError, match="does not add up"):
-        plan_merge(resolve(str(base)), [(tmp_path / "a", 1.0), (tmp_path / "b", 1.0)], tmp_path / "out")
+        planned(base, [(tmp_path / "a", 1.0), (tmp_path / "b", 1.0)], tmp_path / "out")
 
 
 @pytest.mark.parametrize("columns", [48, 64, 200])
-def test_nf4_by_rows_is_bitsandbytes_own(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nf4_by_rows_is_bitsandbytes_own(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorakit.adapters.nf4.ROWS", 1000)
     weight = torch.randn(160, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
     row = weight.float().reshape(1, -1)
     whole = bnb.dequantize_4bit(*bnb.quantize_4bit(row, compress_statistics=True, quant_type="nf4"))
     expected = whole.view(160, columns)
-    source = NF4Source(MemorySource({"w": weight}), {"w"})
+    save_file({"w": weight}, tmp_path / "w.safetensors")
+    source = NF4Source(FileSource(tmp_path / "w.safetensors"), {"w"})
     for first, last in ((0, 160), (7, 93), (159, 160)):
         assert torch.equal(source.rows("w", first, last), expected[first:last])
 
@@ -193,11 +200,11 @@ def test_a_base_as_training_over_4_bits_saw_it(tmp_path: Path) -> None:
 def test_rows_make_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_llama(tmp_path / "base", dtype=torch.bfloat16)
     adapter(base, tmp_path / "adapter", target_modules=[Q, "down_proj", EMBED], use_dora=False)
-    location, adapters = resolve(str(base)), [(tmp_path / "adapter", 0.5)]
-    one = merge(plan_merge(location, adapters, tmp_path / "one"))
+    adapters = [(tmp_path / "adapter", 0.5)]
+    one = merge(planned(base, adapters, tmp_path / "one"))
     monkeypatch.setattr(stream, "READ", 900)
     monkeypatch.setattr(stream, "WORK", 70)
-    other = merge(plan_merge(location, adapters, tmp_path / "other"))
+    other = merge(planned(base, adapters, tmp_path / "other"))
     files = [FileSource(tmp_path / name / "model.safetensors") for name in ("one", "other")]
     for name, slot in files[0].slots.items():
         a, b = (file.rows(name, 0, slot.rows).float() for file in files)

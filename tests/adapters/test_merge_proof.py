@@ -14,14 +14,13 @@ from typer.testing import CliRunner
 
 from lorakit.adapters.change import Change
 from lorakit.adapters.merge import merge
-from lorakit.adapters.merge_plan import plan_merge
 from lorakit.adapters.stream import Tally, write_file
 from lorakit.adapters.verify import verify_file
 from lorakit.cli import app
 from lorakit.errors import LorakitError, ModelError
 from lorakit.storage.atomic import new_folder, sha256, sweep_killed
 from lorakit.storage.bases import resolve
-from tests.adapters.test_merge_parts import adapter
+from tests.adapters.test_merge_parts import adapter, planned
 from tests.tiny import tiny_llama
 from tests.torture import trace
 from tests.torture.warm import Warm
@@ -54,7 +53,7 @@ def flip(path: Path, place: int) -> None:
 
 @pytest.mark.fault(62)
 def test_every_kind_of_damage_is_found(models: Path, tmp_path: Path) -> None:
-    plan = plan_merge(resolve(str(models / "base")), [(models / "a", 1.0)], tmp_path / "out")
+    plan = planned(models / "base", [(models / "a", 1.0)], tmp_path / "out")
     name, out = next(
         (n, f) for n, f in plan.files.items() if any(s.change for t in f.tensors.values() for s in t.spans)
     )
@@ -77,7 +76,7 @@ def test_every_kind_of_damage_is_found(models: Path, tmp_path: Path) -> None:
 
 def test_a_sum_off_by_two_roundings_is_found(models: Path, tmp_path: Path) -> None:
     """One more unit in the last place of a bf16 than rounding may cost."""
-    plan = plan_merge(resolve(str(models / "base")), [(models / "a", 1.0)], tmp_path / "out")
+    plan = planned(models / "base", [(models / "a", 1.0)], tmp_path / "out")
     key = "model.layers.0.self_attn.q_proj.weight"
     out = next(file for file in plan.files.values() if key in file.tensors)
     path = tmp_path / "model.safetensors"
@@ -169,7 +168,7 @@ def test_dry_run_and_another_base(models: Path, tmp_path: Path, monkeypatch: pyt
         save_file(tensors, other / "adapter_model.safetensors", {"lorakit_base": f"another/base sha256:{digest}"})
         _, told = lorakit("merge", models / "base", other, "out", "--dry-run")
         assert ("not trained on these weights" in told) == expected
-        report = merge(plan_merge(resolve(str(models / "base")), [(other, 1.0)], tmp_path / f"out-{expected}"))
+        report = merge(planned(models / "base", [(other, 1.0)], tmp_path / f"out-{expected}"))
         assert bool(report.warnings) == expected
 
 
@@ -180,7 +179,7 @@ def _digest(models: Path) -> str:
 
 
 @pytest.mark.fault(59)
-@pytest.mark.skipif(not trace.SUPPORTED, reason="kills by ptrace")
+@pytest.mark.skipif(not trace.supported(), reason="no tracing here: it takes Linux on x86-64")
 @pytest.mark.parametrize("over", [False, True])
 def test_killed_at_operations_on_files(models: Path, tmp_path: Path, over: bool) -> None:
     """`make torture` does it at all of them; here every 7th."""

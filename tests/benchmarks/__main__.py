@@ -1,6 +1,6 @@
 """Time lorakit beside what its users would pick instead.
 
-    python -m tests.benchmarks [llama|sd|sd15|start|all] [--steps N] [--repeats N] [--write]
+    python -m tests.benchmarks [llama|sd|sd15|start|merge|all] [--steps N] [--repeats N] [--write]
 
 All contenders train in turn (A B A B), each in a process of its own, on the same model, data, batches, precision,
 adapter, optimizer and learning rate.
@@ -13,9 +13,10 @@ from pathlib import Path
 
 from tests.benchmarks import machine, report
 from tests.benchmarks.compare import Settings, compare, measure_roof
+from tests.benchmarks.merge import merge
 from tests.benchmarks.start import start
 
-KINDS = ("llama", "sd", "start")
+KINDS = ("llama", "sd", "start", "merge")
 """What ``all`` runs; sd15 takes long and is asked for by name."""
 
 
@@ -49,9 +50,10 @@ def run(given: argparse.Namespace, work: Path) -> None:
     )
     kinds = KINDS if given.what == "all" else (given.what,)
     print(f"{machine.describe()}\n{machine.versions(given.peer_python)}", flush=True)
-    roof = measure_roof(settings) if set(kinds) - {"start"} else {}
+    roof = measure_roof(settings) if set(kinds) - {"start", "merge"} else {}
+    bodies = {"start": lambda: start(settings), "merge": lambda: merge(work.resolve(), given.repeats)}
     for kind in kinds:
-        body = start(settings) if kind == "start" else compare(kind, settings, roof)
+        body = bodies[kind]() if kind in bodies else compare(kind, settings, roof)
         print(f"\n{body}\n", flush=True)
         if given.write:
             name = kind if given.batch is None else f"{kind}, batch {given.batch}"

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import adapter_state, apply, fold, inject, load_adapter_state
 from lorakit.adapters.merge import merge
+from lorakit.adapters.merge_base import open_base
 from lorakit.adapters.merge_plan import plan_merge
 from lorakit.adapters.write import write_peft
 from lorakit.errors import ConflictError, ModelError
@@ -107,7 +108,7 @@ def equal(found: nn.Module, wanted: nn.Module) -> None:
 
 def test_single_file_to_single_file(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "base" / "merged.safetensors"
-    report = merge(plan_merge(base, [(adapter, 1.0)], out, original=open_original(base)))
+    report = merge(plan_merge(base, open_base(base, open_original(base)), [(adapter, 1.0)], out))
     before, after = load_file(base.path), load_file(out)
     assert list(before) == list(after)
     with safe_open(base.path, "pt") as one, safe_open(out, "pt") as two:
@@ -123,9 +124,10 @@ def test_single_file_to_single_file(base: BaseLocation, adapter: Path, tmp_path:
 
 
 def test_single_file_to_folder_and_diffusers_reads_both(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
-    original, folder, file = open_original(base), tmp_path / "folder", tmp_path / "base" / "merged.safetensors"
-    merge(plan_merge(base, [(adapter, 1.0)], folder, original=original))
-    merge(plan_merge(base, [(adapter, 1.0)], file, original=original))
+    opened = open_base(base, open_original(base))
+    folder, file = tmp_path / "folder", tmp_path / "base" / "merged.safetensors"
+    merge(plan_merge(base, opened, [(adapter, 1.0)], folder))
+    merge(plan_merge(base, opened, [(adapter, 1.0)], file))
     wanted = expected(base, adapter)
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     for component in ("unet", "text_encoder", "vae"):
@@ -139,14 +141,14 @@ def test_single_file_to_folder_and_diffusers_reads_both(base: BaseLocation, adap
 
 
 def test_what_is_refused(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
-    original = open_original(base)
+    opened = open_base(base, open_original(base))
     with pytest.raises(ConflictError, match="OUT is the base"):
-        merge(plan_merge(base, [(adapter, 1.0)], base.path, original=original), overwrite=True)
+        merge(plan_merge(base, opened, [(adapter, 1.0)], base.path), overwrite=True)
     (tmp_path / "there.safetensors").write_bytes(b"x")
     with pytest.raises(ConflictError, match="exists"):
-        merge(plan_merge(base, [(adapter, 1.0)], tmp_path / "there.safetensors", original=original))
+        merge(plan_merge(base, opened, [(adapter, 1.0)], tmp_path / "there.safetensors"))
     (tmp_path / "base" / "tokenizer").rename(tmp_path / "elsewhere")
     with pytest.raises(ModelError, match="vocabulary"):
-        merge(plan_merge(base, [(adapter, 1.0)], tmp_path / "folder", original=original))
+        merge(plan_merge(base, opened, [(adapter, 1.0)], tmp_path / "folder"))
     assert not (tmp_path / "folder").exists()
     assert not list(tmp_path.glob(".tmp-*"))

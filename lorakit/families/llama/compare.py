@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.reference import difference, put_on
-from lorakit.families.llama.base import Quantization, load_model, load_tokenizer
+from lorakit.families.llama.base import Quantization, as_folder, load_model, load_tokenizer
 from lorakit.families.place import Place
 from lorakit.storage.bases import BaseLocation, resolve
 
@@ -29,9 +29,10 @@ def compare(
 
     In float32, one model in memory at a time. ``quantization`` is what training saw the base through.
     """
-    tokenizer = load_tokenizer(base)
+    folder = as_folder(base, PLACE.dtype)
+    tokenizer = load_tokenizer(folder)
     ids = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in PROMPTS]
-    model = load_model(base, PLACE, quantization, attention="sdpa")
+    model = load_model(folder, PLACE, quantization, attention="sdpa")
     put_on({"model": model}, adapters)
     expected = _logits(model, ids)
     del model

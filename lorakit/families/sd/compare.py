@@ -3,14 +3,15 @@
 import gc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.adapters.reference import difference, put_on
 from lorakit.families.place import Place
-from lorakit.families.sd.base import Parts, load_parts, text_states, token_ids
+from lorakit.families.sd.base import Parts, load_parts
+from lorakit.families.sd.conditioning import ids_of
 from lorakit.storage.bases import BaseLocation, resolve
 
 PROMPTS = ("a photo of a red fox in the snow", "a castle by the sea, oil on canvas", "")
@@ -23,12 +24,10 @@ def compare(base: BaseLocation, adapters: Sequence[tuple[Path, float]], out: Pat
     words. One model is in memory at a time.
     """
     parts = load_parts(base, PLACE)
-    modules: dict[str, nn.Module] = {"unet": parts.unet, "text_encoder": parts.text_encoder}
-    put_on(modules, adapters)
-    tokenizer = parts.tokenizer
-    ids = token_ids(tokenizer, PROMPTS)
+    put_on(parts.adaptable, adapters)
+    ids, tokenizer = ids_of(parts.conditioning, PROMPTS), parts.conditioning.tokenizers[0]
     expected = _predictions(parts, ids)
-    del modules, parts
+    del parts
     gc.collect()
     found = _predictions(load_parts(resolve(str(out)), PLACE, tokenizer), ids)
     share = difference(expected, found)
@@ -36,10 +35,13 @@ def compare(base: BaseLocation, adapters: Sequence[tuple[Path, float]], out: Pat
 
 
 def _predictions(parts: Parts, ids: Tensor) -> list[Tensor]:
-    config = cast(Any, parts.unet).config
-    size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
+    unet: Any = parts.unet
+    size = unet.config.sample_size if isinstance(unet.config.sample_size, int) else min(unet.config.sample_size)
+    side = min(size, 32)
     generator = torch.Generator().manual_seed(0)
-    noisy = torch.randn(len(ids), config.in_channels, *[min(size, 32)] * 2, generator=generator)
+    noisy = torch.randn(len(ids), unet.config.in_channels, side, side, generator=generator)
+    pixels = float(side * parts.factor)
+    frames = torch.tensor([[pixels, pixels, 0.0, 0.0, pixels, pixels]]).repeat(len(ids), 1)
     with torch.inference_mode():
-        states = text_states(parts.text_encoder, ids)
-        return [cast(Any, parts.unet)(noisy, torch.tensor(TIMESTEPS), states).sample]
+        told = parts.conditioning.arguments(parts.conditioning.encode(ids), frames, torch.float32)
+        return [unet(noisy, torch.tensor(TIMESTEPS), **told).sample]
