@@ -89,7 +89,8 @@ def merge(
         list[str], typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Adapters or run folders, each with a weight.")
     ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A folder; for a single-file base also a .safetensors file.")
+        Path,
+        typer.Argument(metavar="OUT", help="A folder; for Stable Diffusion 1.x also a .safetensors file."),
     ],
     scale: Annotated[float, typer.Option(help="Factor on every adapter's weight.")] = 1.0,
     dtype: Annotated[
@@ -106,11 +107,15 @@ def merge(
         bool, typer.Option("--verify/--no-verify", help="Read OUT back, recompute, and compare with base + adapter.")
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    as_adapter: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="RANK", help="Write the adapters' sum as an adapter of this rank, by SVD."),
+    ] = None,
 ) -> None:
     """Add adapters to their base for good: W + scale * B A, summed in float32, rounded once."""
     from lorakit.commands import merge as command
 
-    options = command.Options(scale, dtype, quant_base, revision, overwrite, verify, dry_run)
+    options = command.Options(scale, dtype, quant_base, revision, overwrite, verify, dry_run, as_adapter)
     command.run(base, adapter, out, options)
 
 

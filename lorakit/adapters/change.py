@@ -38,16 +38,16 @@ class Change:
             raise ModelError("an adapter with DoRA does not add up with another", hint="merge one of them first")
         self.magnitude = magnitudes[0].to(dtype) if magnitudes else None
         self.whole = [(what, weight) for what, weight in terms if isinstance(what, Whole)]
-        self.A = self.B = None
-        if deltas:
-            self.A = torch.cat([delta.A.flatten(1).to(dtype) for delta, _ in deltas])
-            self.B = torch.cat([delta.B.flatten(1).to(dtype) * (weight * delta.scale) for delta, weight in deltas], 1)
+        self.products = [
+            (delta.B.flatten(1).to(dtype), delta.A.flatten(1).to(dtype), weight * delta.scale)
+            for delta, weight in deltas
+        ]
 
     @property
     def shapes(self) -> set[tuple[int, int]]:
         """Rows and columns of each part; one pair when they fit each other."""
-        found = {(slot.rows, slot.columns) for whole, _ in self.whole for slot in [whole.source.slots[whole.name]]}
-        return found if self.A is None or self.B is None else found | {(self.B.shape[0], self.A.shape[1])}
+        slots = [whole.source.slots[whole.name] for whole, _ in self.whole]
+        return {(slot.rows, slot.columns) for slot in slots} | {(b.shape[0], a.shape[1]) for b, a, _ in self.products}
 
     def rows(self, weight: Tensor, first: int) -> Tensor:
         """The changed rows [n, columns] in ``dtype``, for ``weight`` [n, columns] in ``dtype``, from ``first`` on."""
@@ -58,8 +58,8 @@ class Change:
             total = weight * kept if kept else torch.zeros_like(weight)
             for whole, share in self.whole:
                 total = total.add_(whole.source.rows(whole.name, first, last).to(self.dtype), alpha=share)
-        if self.A is not None and self.B is not None:
-            total = torch.addmm(total, self.B[first:last], self.A)
+        for b, a, scale in self.products:
+            total = torch.addmm(total, b[first:last], a, alpha=scale)
         if self.magnitude is None:
             return total
         norm: Tensor = torch.linalg.vector_norm(total, dim=1)
@@ -74,12 +74,16 @@ class Change:
         """
         last = first + weight.shape[0]
         bound = weight.abs() + total.abs()
-        if self.A is not None and self.B is not None:
-            rows, columns = torch.linalg.vector_norm(self.B[first:last], dim=1), torch.linalg.vector_norm(self.A, dim=0)
-            bound = torch.addr(bound, rows, columns) * (self.A.shape[0] + 4)
-        if self.magnitude is None or self.A is None or self.B is None:
+        rank = 0
+        for b, a, scale in self.products:
+            rows, columns = torch.linalg.vector_norm(b[first:last], dim=1), torch.linalg.vector_norm(a, dim=0)
+            bound = torch.addr(bound, rows, columns, alpha=abs(scale))
+            rank += a.shape[0]
+        bound *= rank + 4
+        if self.magnitude is None:
             return bound
-        norm = torch.linalg.vector_norm(torch.addmm(weight, self.B[first:last], self.A), dim=1)
+        b, a, scale = self.products[0]
+        norm = torch.linalg.vector_norm(torch.addmm(weight, b[first:last], a, alpha=scale), dim=1)
         bound *= (self.magnitude[first:last].abs() / norm)[:, None]
         spread: Tensor = total.abs() * (weight.shape[1] ** 0.5 + 4)
         return bound + spread

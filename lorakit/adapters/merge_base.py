@@ -36,6 +36,14 @@ class Original:
     """Writes a diffusers folder's files beside the weights."""
 
 
+class Packed(NamedTuple):
+    """What a tensor of a single file is made of: a component's tensor, in this shape."""
+
+    component: str
+    name: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class OpenBase:
     """A base's headers."""
@@ -48,6 +56,8 @@ class OpenBase:
     """By component and the model's own tensor name."""
     write_rest: Callable[[Path, Mapping[str, Any]], None]
     """Writes what comes along into a folder, with these changes to the model's config."""
+    packed: tuple[Mapping[str, Packed], dict[str, str]] | None = None
+    """For a folder that becomes a single file: its tensors by original name, and its metadata."""
 
     def home(self, component: str, name: str) -> Home | None:
         return self.homes.get(component, {}).get(bare(component, name))

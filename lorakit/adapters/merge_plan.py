@@ -10,7 +10,7 @@ import torch
 
 from lorakit.adapters.change import Change, Term, Whole
 from lorakit.adapters.files import assemble
-from lorakit.adapters.merge_base import Home, OpenBase
+from lorakit.adapters.merge_base import Home, OpenBase, Packed
 from lorakit.adapters.pieces import CONFIG, open_pieces
 from lorakit.adapters.source import FLOATS, FileSource, Slot
 from lorakit.adapters.stream import OutFile, Span, Target
@@ -91,13 +91,13 @@ def plan_merge(
     """Map every tensor of the adapters, each taken ``weight`` times, to rows of one tensor of the base.
 
     ``opened`` are the base's headers, or those of the folder that a GGUF base unpacks to. ``out`` is a folder, or with
-    a name that ends in ``.safetensors`` a single file when the base is one.
+    a name that ends in ``.safetensors`` a single file, when the base is one or ``opened.packed`` tells its names.
 
     Raises ModelError when an adapter does not fit, ConflictError for a single file from a base that is none.
     """
     single = out.suffix == ".safetensors"
-    if single and base.layout != "single-file":
-        raise ConflictError("only a single-file base makes a single file", where=str(out), hint="name a folder")
+    if single and base.layout != "single-file" and opened.packed is None:
+        raise ConflictError("only a Stable Diffusion becomes a single file", where=str(out), hint="name a folder")
     dtype = settings.dtype or (torch.float16 if base.layout == "gguf" else None)
     found: dict[tuple[str, str], list[Term]] = {}
     planned = tuple(_read(path, weight, opened, found) for path, weight in adapters)
@@ -109,6 +109,8 @@ def plan_merge(
     changes, head = _changes(opened, found, tied)
     if base.layout == "single-file" and not single:
         files = _unpacked(opened, changes, dtype)
+    elif opened.packed is not None:
+        files = {"": _packed(opened, *opened.packed, changes, dtype)}
     else:
         files = _same_layout(opened, changes, dtype)
         if head is not None and tied is not None:
@@ -120,7 +122,7 @@ def plan_merge(
         adapters=planned,
         out=out,
         settings=settings,
-        files={"": files[base.path.name]} if single else files,
+        files={"": files[base.path.name]} if single and opened.packed is None else files,
         changed=len(changes) + (head is not None and bool(head.terms)),
         untied=head is not None,
         write_rest=lambda folder: opened.write_rest(folder, config),
@@ -219,3 +221,22 @@ def _unpacked(base: OpenBase, changes: Changes, dtype: torch.dtype | None) -> di
             tensors[name] = Target(slot, (Span(source, home.name, home.first, home.last, changes.get(home)),))
         files[f"{component}/{checks.WEIGHTS[component]}.safetensors"] = OutFile(tensors, {"format": "pt"})
     return files
+
+
+def _packed(
+    base: OpenBase,
+    names: Mapping[str, Packed],
+    metadata: dict[str, str],
+    changes: Changes,
+    dtype: torch.dtype | None,
+) -> OutFile:
+    """A folder's components as one file in the original names."""
+    tensors = {}
+    for key, (component, name, shape) in names.items():
+        home = base.home(component, name)
+        if home is None:
+            raise ModelError(f"{component} has no such tensor", where=name)
+        source = base.sources[home.file]
+        slot = _converted(Slot(source.slots[home.name].dtype, shape), dtype)
+        tensors[key] = Target(slot, (Span(source, home.name, home.first, home.last, changes.get(home)),))
+    return OutFile(tensors, metadata)

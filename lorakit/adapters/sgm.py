@@ -10,6 +10,8 @@ from collections.abc import Collection
 from lorakit.errors import ModelError
 
 _RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",
@@ -17,6 +19,7 @@ _RESNET = {
 }
 _OUTSIDE = {
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -27,7 +30,7 @@ _BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions
 
 
 def original_paths(paths: Collection[str]) -> dict[str, str]:
-    """The original path of each of ``paths``, which are all adaptable layers of a diffusers UNet.
+    """The original path of each of ``paths``, which are all adaptable layers of a diffusers UNet, or all its layers.
 
     Raises ModelError for a path that such a UNet has not.
     """

@@ -16,9 +16,9 @@ from peft import PeftModel
 from lorakit.adapters.convert import convert
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import adapter_state, inject, load_adapter_state
-from lorakit.adapters.skeleton import load_gguf
 from lorakit.adapters.write import write_peft
-from lorakit.families.llama.base import GROUPS
+from lorakit.families.llama.base import GROUPS, as_folder, load_model, load_tokenizer
+from lorakit.families.place import Place
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import resolve
 
@@ -27,6 +27,8 @@ PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time 
 ADAPTER = Adapter(rank=8, alpha=16, targets="attention+mlp", rank_pattern={"v_proj": 4}, alpha_pattern={"k_proj": 5.0})
 FLOAT32 = 0
 """llama.cpp's number for the type, of the key-value cache here."""
+
+PLACE = Place(torch.device("cpu"), torch.float32)
 
 
 def unpacked(source: Path, out: Path) -> Path:
@@ -49,7 +51,8 @@ def unpacked(source: Path, out: Path) -> Path:
 @pytest.mark.filterwarnings("ignore")
 def test_next_tokens_are_those_of_transformers_with_peft(tmp_path: Path) -> None:
     base = resolve("builtin:smollm2-135m")
-    model, tokenizer = load_gguf(base)
+    folder = as_folder(base, PLACE.dtype)
+    model, tokenizer = load_model(folder, PLACE, "none", attention="sdpa"), load_tokenizer(folder)
     injection = inject(model, ADAPTER, GROUPS, seed=0)
     generator = torch.Generator().manual_seed(3)
     state = {
@@ -58,7 +61,7 @@ def test_next_tokens_are_those_of_transformers_with_peft(tmp_path: Path) -> None
     }
     load_adapter_state(model, state)
     write_peft(tmp_path / "peft", state, injection, base_name=base.name, task="CAUSAL_LM")
-    plain, _ = load_gguf(base)
+    plain = load_model(folder, PLACE, "none", attention="sdpa")
     saved = read_adapter(tmp_path / "peft", {"model": plain})
     convert(saved, tmp_path / "a.gguf", "gguf", models={"model": plain}, base_name=base.name)
     file = unpacked(base.path, tmp_path / "f32.gguf")

@@ -114,7 +114,7 @@ def test_what_does_not_verify_is_removed_and_exits_4(
     assert "does not verify" in told
     # Without the tensors' check the outputs tell.
     monkeypatch.setattr("lorakit.adapters.merge._verify", lambda *_: None)
-    monkeypatch.setattr("lorakit.commands.merge.TOLERANCE", {"bfloat16": 0.02})
+    monkeypatch.setattr("lorakit.commands.merge_told.TOLERANCE", {"bfloat16": 0.02})
     code, told = lorakit("merge", models / "base", models / "a", "out")
     assert (code, list(tmp_path.iterdir())) == (4, [])
     assert "logits of 4 prompts differ" in told
@@ -148,6 +148,23 @@ def test_receipt(models: Path, tmp_path: Path) -> None:
         "tensors": None,
         "outputs": None,
     }
+
+
+def test_the_sum_as_an_adapter(models: Path, tmp_path: Path) -> None:
+    specs = [f"{models / 'a'}:0.5", f"{models / 'b'}:-2"]
+    for rank, exact in ((8, True), (3, False)):
+        code, told = lorakit("merge", models / "base", *specs, tmp_path / str(rank), "--as-adapter", rank)
+        assert code == 0
+        assert ("keeps 100.00%" in told) == exact
+        lora = load_file(tmp_path / str(rank) / "adapter_model.safetensors")
+        parts = [(load_file(models / n / "adapter_model.safetensors"), w * 6 / 4) for n, w in (("a", 0.5), ("b", -2))]
+        for key in [key for key in lora if "lora_A" in key]:
+            other = key.replace("lora_A", "lora_B")
+            total = sum(s * t[other].double() @ t[key].double() for t, s in parts)
+            found = lora[other].double() @ lora[key].double()
+            u, sizes, v = torch.linalg.svd(total)
+            best = (u[:, :rank] * sizes[:rank]) @ v[:rank]
+            torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-5)
 
 
 def test_dry_run_and_another_base(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """A single-file checkpoint merged into a single file in its own names, and into a diffusers folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import PNDMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,13 +16,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import adapter_state, apply, fold, inject, load_adapter_state
 from lorakit.adapters.merge import merge
-from lorakit.adapters.merge_base import open_base
+from lorakit.adapters.merge_base import OpenBase, open_base
 from lorakit.adapters.merge_plan import plan_merge
 from lorakit.adapters.write import write_peft
 from lorakit.errors import ConflictError, ModelError
 from lorakit.families.place import Place
 from lorakit.families.sd.base import Parts, load_parts
 from lorakit.families.sd.original import open_original
+from lorakit.families.sd.pack import packed_names
 from lorakit.families.sd.targets import TEXT_GROUPS, UNET_GROUPS
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import BaseLocation, resolve
@@ -31,6 +33,7 @@ from tests.tiny import tiny_clip_tokenizer
 __all__ = ["models"]
 PLACE = Place(torch.device("cpu"), torch.float32)
 EVERYTHING = Adapter(rank=2, targets=["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "time_emb_proj"])
+SECTIONS = {"unet": EVERYTHING, "text_encoder": Adapter(rank=2, alpha=3, targets="attention+mlp")}
 GROUPS = {"unet": UNET_GROUPS, "text_encoder": TEXT_GROUPS}
 
 
@@ -74,15 +77,18 @@ def base(request: pytest.FixtureRequest, models: dict[str, Any], tmp_path: Path)
 def adapter(base: BaseLocation, tmp_path: Path) -> Path:
     """A LoRA for UNet and text encoder that changes what they compute."""
     parts = load_parts(base, PLACE)
-    sections = {"unet": EVERYTHING, "text_encoder": Adapter(rank=2, alpha=3, targets="attention+mlp")}
-    for component, section in sections.items():
-        module = parts.adaptable[component]
-        injection = inject(module, section, GROUPS[component], seed=0)
-        generator = torch.Generator().manual_seed(2)
-        state = {k: 0.2 * torch.randn(v.shape, generator=generator) for k, v in adapter_state(module).items()}
-        load_adapter_state(module, state)
-        write_peft(tmp_path / "adapter" / component, adapter_state(module), injection, base_name="x")
+    for component, section in SECTIONS.items():
+        write_disturbed(parts, component, section, tmp_path / "adapter" / component)
     return tmp_path / "adapter"
+
+
+def write_disturbed(parts: Parts, component: str, section: Adapter, folder: Path) -> None:
+    module = parts.adaptable[component]
+    injection = inject(module, section, GROUPS[component], seed=0)
+    generator = torch.Generator().manual_seed(2)
+    state = {k: 0.2 * torch.randn(v.shape, generator=generator) for k, v in adapter_state(module).items()}
+    load_adapter_state(module, state)
+    write_peft(folder, adapter_state(module), injection, base_name="x")
 
 
 def expected(base: BaseLocation, adapter: Path) -> Parts:
@@ -152,3 +158,41 @@ def test_what_is_refused(base: BaseLocation, adapter: Path, tmp_path: Path) -> N
         merge(plan_merge(base, opened, [(adapter, 1.0)], tmp_path / "folder"))
     assert not (tmp_path / "folder").exists()
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.fixture
+def folder(models: dict[str, Any], tmp_path: Path) -> BaseLocation:
+    """The same models as a diffusers folder."""
+    schedule = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+    StableDiffusionPipeline(
+        *(models["vae"], models["text_encoder"], tiny_clip_tokenizer(), models["unet"], schedule, None, None),
+        requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "base")
+    return resolve(str(tmp_path / "base"))
+
+
+def test_a_folder_becomes_a_single_file(folder: BaseLocation, models: dict[str, Any], tmp_path: Path) -> None:
+    for component, section in SECTIONS.items():
+        write_disturbed(load_parts(folder, PLACE), component, section, tmp_path / "adapter" / component)
+    out, plain = tmp_path / "merged.safetensors", write(tmp_path, models)
+    merge(plan_merge(folder, _packable(folder), [(tmp_path / "adapter", 1.0)], out))
+    kept = {key: t for key, t in load_file(plain).items() if "position_ids" not in key and key != "alphas_cumprod"}
+    found = load_file(out)
+    assert {key: t.shape for key, t in found.items()} == {key: t.shape for key, t in kept.items()}
+    assert all(torch.equal(found[key], kept[key]) for key in kept if key.startswith("first_stage_model."))
+    wanted, parts = expected(folder, tmp_path / "adapter"), load_parts(resolve(str(out)), PLACE)
+    for component, module in pieces(parts).items():
+        equal(module, pieces(wanted)[component])
+
+
+def _packable(folder: BaseLocation) -> OpenBase:
+    return replace(open_base(folder), packed=packed_names(folder))
+
+
+def test_what_a_single_file_cannot_say_is_refused(folder: BaseLocation, tmp_path: Path) -> None:
+    config = folder.path / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_head_dim": 4}))
+    with pytest.raises(ModelError, match="attention_head_dim is 4, a single file's readers take it to be 8"):
+        packed_names(folder)
+    with pytest.raises(ConflictError, match="only a Stable Diffusion"):
+        plan_merge(folder, open_base(folder), [], tmp_path / "out.safetensors")

@@ -63,9 +63,16 @@ def read_configs(path: Path) -> Configs:
     second = OPEN_CLIP in shapes
     kind = _prediction_type(path, header.metadata, second)
     try:
-        return Configs(_unet_config(shapes, kind), _vae_config(shapes), _text_config(shapes, second), _schedule(kind))
+        return configs_of_shapes(shapes, kind)
     except (KeyError, IndexError, ValueError) as error:
         raise ModelError(f"not laid out like SD 1.x or 2.x: no {error}", where=str(path)) from error
+
+
+def configs_of_shapes(shapes: Shapes, kind: str) -> Configs:
+    """The configs that the tensors' shapes tell; ``kind`` is what the UNet predicts. KeyError and the like for a layout
+    that is not SD 1.x or 2.x."""
+    second = OPEN_CLIP in shapes
+    return Configs(_unet_config(shapes, kind), _vae_config(shapes), _text_config(shapes, second), _schedule(kind))
 
 
 def load_single_file(path: Path, dtype: torch.dtype, tokenizer: CLIPTokenizer | None = None) -> SingleFile:

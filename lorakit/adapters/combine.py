@@ -1,0 +1,31 @@
+"""Several adapters as one: their weighted sum is an adapter whose rank is the sum of their ranks."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lorakit.adapters.delta import Delta, SavedAdapter
+from lorakit.errors import ModelError
+
+
+def combine(adapters: Sequence[tuple[SavedAdapter, float]]) -> SavedAdapter:
+    """sum_i weight_i scale_i B_i A_i of each module, exactly, in float32: the A below one another, the B side by side.
+
+    Raises ModelError for DoRA, which does not add up.
+    """
+    parts: dict[str, dict[str, list[tuple[Delta, float]]]] = {}
+    for saved, weight in adapters:
+        for (component, path), delta in saved.all_deltas().items():
+            if delta.magnitude is not None:
+                raise ModelError("DoRA does not add up with other adapters", where=path, hint="merge it by itself")
+            parts.setdefault(component, {}).setdefault(path, []).append((delta, weight))
+    components = {
+        component: {path: _stacked(deltas) for path, deltas in modules.items()} for component, modules in parts.items()
+    }
+    return SavedAdapter(adapters[0][0].family, components, "peft", {})
+
+
+def _stacked(deltas: Sequence[tuple[Delta, float]]) -> Delta:
+    a = torch.cat([delta.A.float() for delta, _ in deltas])
+    b = torch.cat([delta.B.float() * (weight * delta.scale) for delta, weight in deltas], 1)
+    return Delta(a, b, 1.0)

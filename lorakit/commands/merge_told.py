@@ -1,0 +1,79 @@
+"""What `lorakit merge` prints: the plan, what was done, and how the outputs compare."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import ModelError
+
+if TYPE_CHECKING:
+    from lorakit.adapters.merge import Compare, MergeReport
+    from lorakit.adapters.merge_plan import MergePlan
+
+TOLERANCE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.25}
+"""How far the merged model's outputs may be from base + adapter's, as a share of their spread: several times what
+rounding the weights to the dtype does."""
+ROOM = 0.7
+"""Share of the free memory that a model may take to be compared."""
+
+
+def compare_with(plan: "MergePlan") -> "Compare | None":
+    """What compares the outputs; None, and a line that says why, where a model does not fit into memory."""
+    import psutil
+
+    needed = 4 * plan.elements
+    free = psutil.virtual_memory().available
+    if needed > ROOM * free:
+        print(f"too large to compare outputs: {needed / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB free; tensors only")
+        return None
+    adapters = [(adapter.path, adapter.weight) for adapter in plan.adapters]
+
+    def compare(place: Path) -> dict[str, Any]:
+        if plan.base.family == "sd":
+            from lorakit.families.sd.compare import compare as compare_sd
+
+            share, told = compare_sd(plan.base, adapters, place)
+        else:
+            from lorakit.families.llama.compare import compare as compare_llama
+
+            quantized = plan.settings.quant_base == "as-trained"
+            share, told = compare_llama(plan.base, adapters, place, "nf4" if quantized else "none")
+        allowed = max(TOLERANCE[dtype] for dtype in plan.dtypes)
+        if not share <= allowed:
+            hint = "the merged model was removed; --dtype float32 rounds less"
+            raise ModelError(f"does not verify: {told}, allowed are {allowed:.0%}", where=str(plan.out), hint=hint)
+        return {"difference": share, "allowed": allowed, "in_words": told}
+
+    return compare
+
+
+def tell_plan(plan: "MergePlan", overwrite: bool) -> None:
+    """Print what would be written. Raises what stands in the way; reads the base where an adapter records its own."""
+    from lorakit.adapters.out import check_out, check_space
+    from lorakit.adapters.receipt import other_base
+
+    check_out(plan, overwrite)
+    free = check_space(plan)
+    print(f"base     {plan.base.name} ({plan.base.layout})")
+    for adapter in plan.adapters:
+        ranks = ", ".join(map(str, adapter.ranks))
+        print(f"adapter  {adapter.path} x {adapter.weight:g} ({adapter.format}, rank {ranks})")
+        if warning := other_base(adapter, plan.base):
+            print(f"         {warning}")
+    tensors = sum(len(file.tensors) for file in plan.files.values())
+    print(f"changes  {plan.changed} of {tensors} tensors, summed in float32, rounded once")
+    if plan.untied:
+        print("         the head, tied to the embedding, gets a weight of its own, and the config says so")
+    for name, file in plan.files.items():
+        print(f"writes   {plan.out / name}: {len(file.tensors)} tensors, {file.size / 1e9:.3f} GB")
+    print(f"in all   {plan.size / 1e9:.3f} GB ({', '.join(plan.dtypes)}), {free / 1e9:.1f} GB are free")
+
+
+def tell(report: "MergeReport") -> None:
+    """Print what was done."""
+    print(f"merged {report.changed} tensors ({report.dtype}) into {report.out}, {report.size / 1e6:.1f} MB")
+    print(f"largest rounding error {report.rounding:.2e}; {report.lost:.2%} of the change lost to rounding")
+    if report.checked is not None:
+        print(f"verified: {report.checked.changed} tensors recomputed in float64, every other one as in the base")
+    if report.compared is not None:
+        print(f"verified: {report.compared['in_words']}")
+    print(f'next: lorakit generate --base {report.out} --prompt "..."')
