@@ -1,6 +1,7 @@
 """What any number of adapters do to one tensor together, a few of its rows at a time."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,22 @@ class Change:
         slots = [whole.source.slots[whole.name] for whole, _ in self.whole]
         return {(slot.rows, slot.columns) for slot in slots} | {(b.shape[0], a.shape[1]) for b, a, _ in self.products}
 
+    @cached_property
+    def square(self) -> float | None:
+        """Squared norm of what LoRA adds, from the small A A^T and B^T B; None where something else changes too."""
+        if self.whole or self.magnitude is not None:
+            return None
+        products = [(b.double(), a.double(), scale) for b, a, scale in self.products]
+        found = sum(
+            one * other * float(((b.T @ d) * (a @ c.T)).sum()) for b, a, one in products for d, c, other in products
+        )
+        return max(found, 0.0)
+
+    @cached_property
+    def _columns(self) -> list[Tensor]:
+        """The norm of each column of each A."""
+        return [torch.linalg.vector_norm(a, dim=0) for _, a, _ in self.products]
+
     def rows(self, weight: Tensor, first: int) -> Tensor:
         """The changed rows [n, columns] in ``dtype``, for ``weight`` [n, columns] in ``dtype``, from ``first`` on."""
         last = first + weight.shape[0]
@@ -75,8 +92,8 @@ class Change:
         last = first + weight.shape[0]
         bound = weight.abs() + total.abs()
         rank = 0
-        for b, a, scale in self.products:
-            rows, columns = torch.linalg.vector_norm(b[first:last], dim=1), torch.linalg.vector_norm(a, dim=0)
+        for (b, a, scale), columns in zip(self.products, self._columns, strict=True):
+            rows = torch.linalg.vector_norm(b[first:last], dim=1)
             bound = torch.addr(bound, rows, columns, alpha=abs(scale))
             rank += a.shape[0]
         bound *= rank + 4

@@ -20,7 +20,7 @@ from lorakit.adapters.stream import Tally, write_file
 from lorakit.adapters.verify import Checked, verify_file
 from lorakit.errors import ModelError
 from lorakit.storage.atomic import new_file, new_folder, sweep_killed, write_text
-from lorakit.storage.bases import file_digest, resolve, weight_files
+from lorakit.storage.bases import resolve, start_digest
 
 Compare = Callable[[Path], dict[str, Any]]
 """Compares what a merged model at a path computes with base + adapter; ModelError when it is too far off."""
@@ -72,6 +72,7 @@ def merge(
     check_out(plan, overwrite)
     sweep_killed(plan.out)
     check_space(plan)
+    start_digest(plan.base)
     with _place(plan, overwrite) as place:
         tally, written = _write(plan, place, progress)
         resolve(str(place))
@@ -115,7 +116,7 @@ def _paths(plan: MergePlan, place: Path) -> dict[str, Path]:
 
 
 def _write(plan: MergePlan, place: Path, progress: Progress | None) -> tuple[Tally, dict[str, str]]:
-    """Write the weight files, reading the base's for their SHA-256 beside it; the files' own."""
+    """Write the weight files; their SHA-256."""
     crew = Crew(plan.size, None if progress is None else partial(progress, "merging"))
     total = Tally()
 
@@ -124,18 +125,11 @@ def _write(plan: MergePlan, place: Path, progress: Progress | None) -> tuple[Tal
         tally = Tally()
         return write_file(path, plan.files[name], tally, crew.go_on), tally
 
-    def read(path: Path) -> None:
-        file_digest(path)
-
-    files, paths = list(_paths(plan, place).items()), weight_files(plan.base)
-    jobs: list[Callable[[], Any]] = []
-    for number in range(max(len(files), len(paths))):
-        jobs += [partial(write, *files[number])] if number < len(files) else []
-        jobs += [partial(read, paths[number])] if number < len(paths) else []
-    results = [result for result in crew.run(jobs) if result is not None]
+    files = _paths(plan, place)
+    results = crew.run([partial(write, name, path) for name, path in files.items()])
     for _, tally in results:
         total.add(tally)
-    return total, {name: digest for (name, _), (digest, _) in zip(files, results, strict=True)}
+    return total, {name: digest for name, (digest, _) in zip(files, results, strict=True)}
 
 
 def _verify(plan: MergePlan, place: Path, written: dict[str, str], progress: Progress | None) -> Checked:

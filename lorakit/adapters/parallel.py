@@ -10,7 +10,7 @@ import torch
 
 T = TypeVar("T")
 WORKERS = 4
-"""Jobs at a time, where there are as many cores: what is read and written at once also counts in memory."""
+"""Jobs at a time: what is read and written at once also counts in memory."""
 
 
 class Stopped(Exception):
@@ -36,7 +36,7 @@ class Crew:
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """The jobs' results in order; what the first one to fail raised."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, min(WORKERS, cores, len(jobs)))
+        workers = max(1, min(WORKERS, cores + 1, len(jobs)))  # one more, for one may wait for the disk
         threads = torch.get_num_threads()
         options = (max(1, threads // workers),)
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=options) as pool:

@@ -78,7 +78,8 @@ def _error(span: Span, exact: Change | None, first: int, last: int, found: Tenso
         allowed = total.abs() * (torch.finfo(found.dtype).eps / 2 * (1 + 2.0**-6))
         allowed += exact.bound(weight, total, a - span.first) * SINGLE + torch.finfo(found.dtype).smallest_normal
         error = total.sub_(found[a - first : b - first]).abs_().div_(allowed)
-        worst = max(worst, float(torch.linalg.vector_norm(error, torch.inf)))
+        largest = float(error.max())
+        worst = largest if not largest <= worst else worst
     return worst
 
 

@@ -5,8 +5,10 @@ The only module that may use the network: a hub id is downloaded as safetensors 
 
 import hashlib
 import re
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Literal
@@ -15,7 +17,7 @@ from lorakit.errors import ModelError
 from lorakit.storage import checks
 from lorakit.storage.headers import read_header
 
-__all__ = ["BaseLocation", "digest", "file_digest", "read_header", "resolve", "weight_files"]
+__all__ = ["BaseLocation", "digest", "file_digest", "read_header", "resolve", "start_digest", "weight_files"]
 
 Layout = Literal["diffusers", "transformers", "single-file", "gguf"]
 
@@ -28,6 +30,10 @@ HUB_PATTERNS = [
     "text_encoder_2/model.safetensors", "text_encoder_2/model-*.safetensors", "tokenizer_2/*",
 ]  # fmt: skip
 """What a model of either family needs; pickles, code, half-precision copies and pictures stay where they are."""
+
+
+_digests: dict[tuple[Path, int, int], Future[bytes]] = {}
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -162,12 +168,27 @@ def digest(location: BaseLocation) -> str:
 
 
 def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file's contents; remembered while size and mtime stay."""
+    """SHA-256 of a file's contents; remembered while size and mtime stay, and read by one thread only."""
     status = path.stat()
-    return _file_digest(path, status.st_size, status.st_mtime_ns)
+    key = (path, status.st_size, status.st_mtime_ns)
+    with _lock:
+        first = key not in _digests
+        found = _digests.setdefault(key, Future())
+    if first:
+        try:
+            with path.open("rb") as file:
+                found.set_result(hashlib.file_digest(file, "sha256").digest())
+        except BaseException as error:
+            found.set_exception(error)
+    return found.result()
 
 
-@lru_cache(maxsize=256)
-def _file_digest(path: Path, _size: int, _mtime: int) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+def start_digest(location: BaseLocation) -> None:
+    """Read a base's weights for ``digest`` in the background; who asks for it meanwhile waits for that."""
+
+    def read() -> None:
+        with suppress(OSError):  # who asks gets it
+            for path in weight_files(location):
+                file_digest(path)
+
+    threading.Thread(target=read, daemon=True).start()

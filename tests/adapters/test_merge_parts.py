@@ -125,9 +125,9 @@ def test_biases(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **shape)).save_pretrained(
-        tmp_path / "base"
-    )
+    Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, max_window_layers=2, **shape)
+    ).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     for bias in ("all", "lora_only"):
         expected = adapter(tmp_path / "base", tmp_path / bias, target_modules=[Q], bias=bias)
