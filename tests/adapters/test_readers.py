@@ -136,6 +136,20 @@ def test_peft_opens_every_component(bases: dict[str, Path], tmp_path: Path) -> N
             torch.testing.assert_close(layer.get_delta_weight("default"), product(delta), rtol=1e-5, atol=1e-6)
 
 
+def test_peft_merges_dora_of_linear_layers_and_convolutions(bases: dict[str, Path], tmp_path: Path) -> None:
+    theirs, ours = (components(pipeline(bases, "sdxl"))["unet"] for _ in range(2))
+    saved = random_adapter({"unet": ours}, ("to_q", "conv1"), mixed=True, dora=True)
+    convert(saved, tmp_path / "a", "peft", models={"unet": ours}, base_name="tiny")
+    merged: Any = PeftModel.from_pretrained(theirs, tmp_path / "a" / "unet").merge_and_unload()
+    for path, delta in saved.components["unet"].items():
+        assert delta.magnitude is not None
+        total = ours.get_submodule(path).weight + product(delta)
+        rows = (-1, *[1] * (total.dim() - 1))
+        norm = torch.linalg.vector_norm(total.flatten(1), dim=1)
+        expected = total * (delta.magnitude / norm).reshape(rows)
+        torch.testing.assert_close(merged.get_submodule(path).weight, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gguf_adds_up_with_the_gguf_base(tmp_path: Path) -> None:
     """A base in GGUF + B A of the GGUF LoRA is the GGUF of the base with B A added: q and k rows go along."""
     base = tiny_gguf(tmp_path / "base.gguf")
