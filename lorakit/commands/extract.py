@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
 from lorakit.commands.adapter_base import meta_models
+from lorakit.commands.progress import counted
 from lorakit.errors import RecipeError
 
 
@@ -19,12 +17,8 @@ def run(base: str, tuned: str, out: Path, rank: int) -> None:
     if one.layout != other.layout:
         raise RecipeError(f"{one.name} is {one.layout}, {other.name} is {other.layout}", hint="give two of one kind")
     models = meta_models(one)
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("weights", total=None)
-        saved, kept = extract(
-            one, other, models, rank, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with counted("weights") as progress:
+        saved, kept = extract(one, other, models, rank, progress)
     convert(saved, out, "peft", models=models, base_name=one.name)
     print(f"rank {rank} keeps {kept.share:.2%} of the difference of {kept.modules} layers (squared norm), "
           f"of {kept.least_module} {kept.least:.2%}")  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lorakit.commands.adapter_base import find_base, named_base
-from lorakit.commands.progress import warnings_to
+from lorakit.commands.progress import counted, warnings_to
 from lorakit.errors import ModelError
 
 
@@ -24,7 +24,9 @@ def run(adapter: Path, out: Path, rank: int, base: str | None) -> None:
             reason = f"the names in a {form} file can only be read against the base it was made for"
             raise ModelError(reason, where=str(adapter), hint="name it with --base")
         models = None if found is None else found.models
-        smaller, kept = resize(assemble(adapter, pieces, models), rank)
+        whole = assemble(adapter, pieces, models)
+        with counted("modules") as progress:
+            smaller, kept = resize(whole, rank, progress)
         name = (found.name if found else "") or named_base(pieces)
         done = convert(smaller, out, form, models=models, base_name=name)
     print(f"rank {rank} keeps {kept.share:.2%} of the change (squared norm), of {kept.least_module} {kept.least:.2%}")
