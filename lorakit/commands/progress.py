@@ -17,7 +17,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 @contextmanager
 def counted(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal for as long as the block lasts; what it yields is told how many are done, and of how many."""
+    """A bar on the terminal while the block lasts; what it yields is told how many are done, and of how many."""
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(what, total=None)
