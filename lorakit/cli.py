@@ -1,5 +1,6 @@
 """The command line: arguments, help, printing of errors, exit codes. Everything heavy is imported inside a command."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -199,16 +200,21 @@ def convert(
 @app.command()
 def verify(
     recipe: RecipeFile,
-    resume: Annotated[  # noqa: ARG001 (the one thing to verify)
+    resume: Annotated[
         bool, typer.Option("--resume", help="Stop a run, resume it, compare with one never stopped.")
-    ],
+    ] = False,
     set_: Set = None,
     num_processes: Processes = 1,
 ) -> None:
-    """Prove on your own recipe that a resumed run is bit-equal to one that was never stopped (a few steps)."""
-    from lorakit.commands import verify as command
+    """Prove on your own recipe that the fast path is exact, or with --resume that a resumed run is bit-equal."""
+    if resume:
+        from lorakit.commands import verify as command
 
-    command.resume(recipe, set_ or [], num_processes)
+        command.resume(recipe, set_ or [], num_processes)
+    else:
+        from lorakit.commands import exactness
+
+        exactness.run(recipe, set_ or [])
 
 
 @app.command()
@@ -295,4 +301,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every lost connection prints a stack of C++
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars for loading; lorakit shows its own
+    # bitsandbytes recommends a package that would fetch kernels from the hub, at every start on some CPUs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.exit(guarded(lambda: _run(arguments)))

@@ -5,10 +5,12 @@ the weight each time. ``LoraLinear`` computes the same function by ``numerics.lo
 (several adapters at once, a merged one) PEFT still computes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.lora import Linear
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.numerics.lora import Magnitude, lora_linear, row_squares
 
@@ -19,9 +21,11 @@ class LoraLinear(Linear):
     _squares: Tensor | None = None
     """DoRA: squared norms of the frozen weight's rows, float32 [O]."""
 
+    _plain = False
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(names) != 1 or args or kwargs:
+        if self._plain or self.disable_adapters or self.merged or len(names) != 1 or args or kwargs:
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
         (name,) = names
@@ -46,3 +50,16 @@ class LoraLinear(Linear):
         if self._squares is None:
             self._squares = row_squares(weight, m.dtype)
         return Magnitude(m, self._squares)
+
+
+@contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """PEFT's own forward pass in every layer, for as long as the block lasts."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for layer in layers:
+        layer._plain = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._plain = False

@@ -48,6 +48,14 @@ class Task(Protocol):
         """float32 SUM of the loss over ``batch.count`` items; ``model`` may be a wrapper of ``self.model``."""
         ...
 
+    def plain_loss(self, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """``loss`` by plain means, to hold the fast path against: no function of lorakit's own takes part.
+
+        ``dtype`` is that of base and matmuls; when it is not the model's own, the model, its adapter with it, is
+        converted for good.
+        """
+        ...
+
     def metrics(self, held_out_loss: float) -> Mapping[str, float]:
         """What a mean held-out loss means to the family's users: perplexity, say."""
         ...

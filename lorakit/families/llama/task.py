@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lorakit.adapters.inject import adapter_parameters, adapter_state, inject, load_adapter_state
+from lorakit.adapters.linear import plain_layers
 from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import write_peft
 from lorakit.data.chat import Message
@@ -76,6 +79,28 @@ class LlamaTask:
         """Sum over labelled tokens of -log p(token | the tokens before it in its chat)."""
         chats = cast(ChatBatch, batch)
         return cast(Tensor, model(chats.tokens, chats.positions, chats.lengths, chats.rows, chats.targets))
+
+    def plain_loss(self, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """transformers' model with PEFT's layers and eager attention, a chat at a time, and all its logits."""
+        chats, lm = cast(ChatBatch, batch), self._loaded.lm
+        if lm.dtype != dtype:
+            lm.to(dtype)
+        width = chats.tokens.shape[1]
+        lengths = chats.lengths or (width,) * len(chats.tokens)
+        losses, start = [], 0
+        lm.set_attn_implementation("eager")
+        try:
+            with plain_layers(lm):
+                for length in lengths:
+                    tokens = chats.tokens.flatten()[start : start + length]
+                    here = (chats.rows >= start) & (chats.rows < start + length)
+                    logits = lm(input_ids=tokens[None], use_cache=False).logits[0]
+                    logits = logits[chats.rows[here] - start].to(torch.promote_types(dtype, torch.float32))
+                    losses.append(functional.cross_entropy(logits, chats.targets[here], reduction="sum"))
+                    start += length
+        finally:
+            lm.set_attn_implementation(packed.NAME)
+        return torch.stack(losses).sum()
 
     def metrics(self, held_out_loss: float) -> Mapping[str, float]:
         return {"perplexity": math.exp(min(held_out_loss, 700.0))}

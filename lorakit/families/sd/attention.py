@@ -3,7 +3,9 @@
 Shapes: ``B`` pictures, ``T`` places of the picture, ``S`` tokens attended to, ``W`` width, ``H`` heads.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
@@ -42,11 +44,24 @@ class Processor:
         mixed = attn.to_out[1](attn.to_out[0](mixed))
         if attn.residual_connection:
             mixed = mixed + hidden_states
-        scaled: Tensor = mixed / attn.rescale_output_factor
-        return scaled
+        if attn.rescale_output_factor != 1:
+            mixed = mixed / attn.rescale_output_factor
+        return cast(Tensor, mixed)
 
 
 def use_own_attention(unet: nn.Module) -> None:
     """Give every attention block of a UNet the processor."""
     model: Any = unet
     model.set_attn_processor(Processor())
+
+
+@contextmanager
+def diffusers_attention(unet: nn.Module) -> Iterator[None]:
+    """diffusers' own processor in every attention block, for as long as the block lasts."""
+    model: Any = unet
+    before = dict(model.attn_processors)
+    model.set_attn_processor(_diffusers())
+    try:
+        yield
+    finally:
+        model.set_attn_processor(before)

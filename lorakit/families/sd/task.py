@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.inject import adapter_parameters, adapter_state, inject, load_adapter_state
+from lorakit.adapters.linear import plain_layers
 from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import deltas, version_of, write_kohya, write_peft
 from lorakit.errors import ModelError
 from lorakit.families.place import Place
+from lorakit.families.sd.attention import diffusers_attention
 from lorakit.families.sd.base import Parts, find_base, load_parts, noise_schedule
 from lorakit.families.sd.batches import BatchMaker, SDBatch
 from lorakit.families.sd.conditioning import Text, ids_of
@@ -100,6 +102,14 @@ class SDTask:
             for g, predicted in zip(groups, predictions, strict=True)
         ]
         return torch.stack(sums).sum()
+
+    def plain_loss(self, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """diffusers' UNet with PEFT's layers and diffusers' own attention."""
+        denoiser = cast(Denoiser, self.model)
+        if denoiser.dtype != dtype:
+            denoiser.to(dtype).dtype = dtype
+        with plain_layers(denoiser), diffusers_attention(self.parts.unet):
+            return self.loss(denoiser, batch)
 
     def metrics(self, held_out_loss: float) -> Mapping[str, float]:  # noqa: ARG002 (the loss says it all)
         return {}

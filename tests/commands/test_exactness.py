@@ -1,0 +1,44 @@
+"""`lorakit verify` on real recipes: it passes, and fails when the fast path is wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit.adapters import linear
+from lorakit.commands import exactness
+from lorakit.errors import ModelError, RecipeError
+from tests.torture import runs
+
+
+@pytest.mark.parametrize("family", ["llama", "sd"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_fast_path_is_as_exact_as_plain_means(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    recipe = runs.make(family, tmp_path / family)
+    exactness.run(Path(recipe), [f"compute.precision={precision}"])
+    out = capsys.readouterr().out
+    assert "fast path" in out
+    assert "plain means" in out
+
+
+@pytest.mark.parametrize("family", ["llama", "sd"])
+def test_a_wrong_fast_path_is_found(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    recipe = runs.make(family, tmp_path / family)
+    right = linear.lora_linear
+
+    def wrong(x: torch.Tensor, *arguments: object) -> torch.Tensor:
+        return right(x, *arguments) * 1.001  # type: ignore[arg-type]
+
+    monkeypatch.setattr(linear, "lora_linear", wrong)
+    with pytest.raises(ModelError, match="further from exact"):
+        exactness.run(Path(recipe), ["compute.precision=fp32"])
+
+
+def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="widened"):
+        exactness.run(Path(runs.make("llama", tmp_path / "llama")), ["base.quantization=nf4"])
