@@ -70,15 +70,20 @@ def painted(row: "ShownRow", *, marks: bool) -> Text:
 
 
 def _pictures(recipe: SDRecipe, rows: int, console: Console) -> None:
+    import torch
+
     from lorakit.data.captions import with_trigger
     from lorakit.data.images import choose_bucket, decode
     from lorakit.data.pictures import Picture, Rejects, find_pictures
     from lorakit.errors import DataError
+    from lorakit.families.sd.base import find_base
+    from lorakit.families.sd.plan import skeleton
     from lorakit.families.sd.prepare import held_out_ids, sizes_of
 
     data = recipe.data
     rejects = Rejects(data.on_bad)
-    sizes = sizes_of(data, _vae_factor(recipe))
+    bones = skeleton(find_base(recipe.base), torch.float32)
+    sizes = sizes_of(data, bones.factor, bones.size)
     counts = [0] * len(sizes)
     usable: list[tuple[Picture, tuple[int, int], int]] = []
     for picture in find_pictures(data, rejects):
@@ -108,17 +113,6 @@ def _pictures(recipe: SDRecipe, rows: int, console: Console) -> None:
         console.print(f"{100 * data.caption_dropout:.0f} % of the examples of a step get an empty caption")
     for left_out in rejects.errors:
         console.print(f"[yellow]left out: {unmarked(visible(str(left_out)))}[/]")
-
-
-def _vae_factor(recipe: SDRecipe) -> int:
-    """Pixels of a picture's side for one of its latents', without loading the VAE."""
-    from lorakit.families.sd.base import find_base, vae_factor
-    from lorakit.storage.checks import read_json
-
-    location = find_base(recipe.base)
-    if location.layout == "single-file":
-        return 8  # of every SD 1.x and 2.x checkpoint
-    return vae_factor(read_json(location.path / "vae" / "config.json"))
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -10,6 +10,7 @@ from PIL import Image
 from lorakit.errors import DataError, ModelError, RecipeError
 from lorakit.families import sd
 from lorakit.families.place import Place
+from lorakit.families.sd.prepare import resolution_of, sizes_of
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
 from tests.tiny import tiny_sd
@@ -92,3 +93,11 @@ def test_a_plan_leaves_no_trace_and_refuses_like_load(
     ):
         with pytest.raises(error):
             sd.plan(SDBase(model=str(model)), adapter, pictures, Layout(0, 4), place())
+
+
+def test_the_resolution_is_the_bases_own_where_the_recipe_gives_none() -> None:
+    data = PictureData(path="x", bucket_step=8)
+    assert resolution_of(data, (64, 64)) == 64
+    assert resolution_of(data, (96, 54)) == 72
+    assert resolution_of(data.model_copy(update={"resolution": 40}), (64, 64)) == 40
+    assert max(width * height for width, height in sizes_of(data, 4, (64, 64))) == 64 * 64

@@ -15,7 +15,7 @@ from lorakit.data.images import Size, choose_bucket, read_size
 from lorakit.data.pictures import Picture, Rejects, find_pictures
 from lorakit.errors import DataError
 from lorakit.families.place import Place
-from lorakit.families.sd.base import find_base, noise_schedule, read_schedule, vae_factor
+from lorakit.families.sd.base import find_base, native_size, noise_schedule, read_schedule, vae_factor
 from lorakit.families.sd.conditioning import Conditioning, conditioning_of
 from lorakit.families.sd.prepare import held_out_ids, sizes_of
 from lorakit.families.sd.single_file import read_configs
@@ -63,6 +63,8 @@ class Skeleton:
     """Without tokenizers."""
     vae: nn.Module
     factor: int
+    size: Size
+    """Width and height in pixels that the base was trained at."""
     schedule: dict[str, Any]
 
     @property
@@ -95,6 +97,7 @@ def skeleton(location: BaseLocation, dtype: torch.dtype) -> Skeleton:
                 conditioning_of([], encoders, zeros=False),
                 vae_class.from_config(vae).requires_grad_(False),
                 vae_factor(vae),
+                native_size(unet, vae),
                 schedule,
             )
 
@@ -112,7 +115,7 @@ def plan(base: SDBase, adapter: SDAdapter, data: PictureData, layout: Layout, pl
         found = inject(modules[component], section, groups, seed=0).targets
         targets.extend(target._replace(name=f"{component}.{target.name}") for target in found)
     trainable = sum(p.numel() for m in modules.values() for p in m.parameters() if p.requires_grad)
-    sizes = sizes_of(data, bones.factor)
+    sizes = sizes_of(data, bones.factor, bones.size)
     counts, held_out, rejects = _count(data, sizes, layout.seed)
     largest = max(counts, key=lambda size: size[0] * size[1])
     activations = _activation_bytes(bones, largest, layout.micro_batch, place)

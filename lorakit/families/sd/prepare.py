@@ -1,6 +1,7 @@
 """Pictures and captions -> cached latents and text states, computed once for equal inputs whatever the run."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -53,15 +54,24 @@ class Examples:
         return content_key(len(self.train), *parts)
 
 
-def sizes_of(data: PictureData, factor: int) -> tuple[Size, ...]:
-    """The sizes that pictures are brought to. Raises: RecipeError when they do not fit a VAE of ``factor``."""
-    step = data.bucket_step if data.buckets else data.resolution
+def resolution_of(data: PictureData, native: Size) -> int:
+    """Pixels of a side: the recipe's, or those of a square as large as the base's own (width, height)."""
+    return data.resolution if data.resolution is not None else round(math.sqrt(native[0] * native[1]))
+
+
+def sizes_of(data: PictureData, factor: int, native: Size) -> tuple[Size, ...]:
+    """The sizes that pictures are brought to, for a VAE of ``factor`` in a base of ``native`` size.
+
+    Raises: RecipeError when they do not fit.
+    """
+    resolution = resolution_of(data, native)
+    step = data.bucket_step if data.buckets else resolution
     if step % factor:
         field = "data.bucket_step" if data.buckets else "data.resolution"
         raise RecipeError(f"{step} is not a multiple of {factor}, the VAE's factor", where=field)
-    sizes = bucket_sizes(data.resolution, step)
+    sizes = bucket_sizes(resolution, step)
     if not sizes:
-        raise RecipeError(f"no bucket of {step} pixels fits a resolution of {data.resolution}", where="data.resolution")
+        raise RecipeError(f"no bucket of {step} pixels fits a resolution of {resolution}", where="data.resolution")
     return sizes if data.buckets else ((step, step),)
 
 
@@ -75,15 +85,15 @@ def held_out_ids(pictures: Sequence[Picture], share: float, seed: int) -> set[st
     return {p.id for p in ranked[:count]}
 
 
-def prepare_examples(data: PictureData, vae: Any, layout: Layout) -> Examples:
-    """Read every picture, cache what is not cached yet, and split.
+def prepare_examples(data: PictureData, vae: Any, sizes: tuple[Size, ...], layout: Layout) -> Examples:
+    """Read every picture, bring it to one of ``sizes``, cache what is not cached yet, and split.
 
     Ranks start at different places and skip what another has finished, so they share the work without waiting.
     Raises: DataError at the first bad picture, or with on_bad "skip" when none is left.
     """
     rejects = Rejects(data.on_bad)
     pictures = find_pictures(data, rejects)
-    maker = _LatentMaker(data, vae, layout.seed)
+    maker = _LatentMaker(data, vae, sizes, layout.seed)
     found: dict[int, list[_Entry]] = {}
     first = layout.rank * len(pictures) // layout.world
     for number in (*range(first, len(pictures)), *range(first)):
@@ -120,12 +130,12 @@ class _Entry(NamedTuple):
 class _LatentMaker:
     """Pictures to cached posteriors of one VAE under one recipe's transform."""
 
-    def __init__(self, data: PictureData, vae: Any, seed: int) -> None:
+    def __init__(self, data: PictureData, vae: Any, sizes: tuple[Size, ...], seed: int) -> None:
         self.data = data
         self.vae = vae
         self.seed = seed
         self.factor = vae_factor(vae.config)
-        self.sizes = sizes_of(data, self.factor)
+        self.sizes = sizes
         self.cache = TensorCache(default_folder() / "latents")
         self.vae_hash = checksum(dict(vae.state_dict()))
 

@@ -20,7 +20,7 @@ from lorakit.families.sd.batches import BatchMaker, SDBatch
 from lorakit.families.sd.conditioning import Text, ids_of
 from lorakit.families.sd.generate import DrawSettings, Painter
 from lorakit.families.sd.pictures import grid, save_picture
-from lorakit.families.sd.prepare import Examples, TextStates, prepare_examples
+from lorakit.families.sd.prepare import Examples, TextStates, prepare_examples, resolution_of, sizes_of
 from lorakit.families.sd.targets import split_adapter
 from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix
@@ -153,7 +153,7 @@ class SDTask:
             changes,
             version=version_of(self.parts.adaptable),
             prediction_type=self._loaded.maker.kind,
-            resolution=self._loaded.maker.data.resolution,
+            resolution=resolution_of(self._loaded.maker.data, self.parts.size),
             models=self.parts.adaptable,
             metadata=strings,
         )
@@ -191,7 +191,8 @@ def load(
     drawing = DrawSettings.from_recipe(sample)
     drawing.check(parts)
     injections = _inject(parts, adapter, layout.seed)
-    examples = prepare_examples(data, parts.vae, layout)
+    sizes = sizes_of(data, parts.factor, parts.size)
+    examples = prepare_examples(data, parts.vae, sizes, layout)
     text = _text_source(parts, data, adapter, examples)
     maker = BatchMaker(examples, schedule, parts.vae, (data, learning.diffusion), text)
     if place.gradient_checkpointing:  # the text encoder's activations are few beside the UNet's
