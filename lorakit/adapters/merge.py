@@ -20,7 +20,7 @@ from lorakit.adapters.stream import Tally, write_file
 from lorakit.adapters.verify import Checked, verify_file
 from lorakit.errors import ModelError
 from lorakit.storage.atomic import new_file, new_folder, sweep_killed, write_text
-from lorakit.storage.bases import resolve, start_digest
+from lorakit.storage.bases import resolve
 
 Compare = Callable[[Path], dict[str, Any]]
 """Compares what a merged model at a path computes with base + adapter; ModelError when it is too far off."""
@@ -72,7 +72,6 @@ def merge(
     check_out(plan, overwrite)
     sweep_killed(plan.out)
     check_space(plan)
-    start_digest(plan.base)
     with _place(plan, overwrite) as place:
         tally, written = _write(plan, place, progress)
         resolve(str(place))
@@ -101,9 +100,9 @@ def merge(
 def _place(plan: MergePlan, overwrite: bool) -> Iterator[Path]:
     """Where to write: a file, or a folder that has all but the weights and becomes ``plan.out`` in the end."""
     if "" in plan.files:
-        receipt_path(plan.out).unlink(missing_ok=True)
         with new_file(plan.out, replace=overwrite) as file:
             yield file
+            receipt_path(plan.out).unlink(missing_ok=True)  # an older file's
         return
     with new_folder(plan.out, manifest=False, replace=overwrite) as folder:
         plan.write_rest(folder)

@@ -36,7 +36,7 @@ class Crew:
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """The jobs' results in order; what the first one to fail raised."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, min(WORKERS, cores + 1, len(jobs)))  # one more, for one may wait for the disk
+        workers = max(1, min(WORKERS, cores, len(jobs)))
         threads = torch.get_num_threads()
         options = (max(1, threads // workers),)
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=options) as pool:

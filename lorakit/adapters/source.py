@@ -1,5 +1,6 @@
 """Tensors to be had row by row, from a safetensors file, so that no model has to fit into memory."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import ModelError
+from lorakit.storage.bases import remember_digest
 from lorakit.storage.headers import read_header
 
 DTYPES = {
@@ -61,6 +63,9 @@ class FileSource:
         self.path, self.metadata, self._start = path, header.metadata, header.start
         self.slots = {name: Slot(DTYPES[info.dtype], info.shape) for name, info in header.tensors.items()}
         self._begin = {name: info.begin for name, info in header.tensors.items()}
+        self._read = hashlib.sha256()
+        self._place, self._size = 0, path.stat().st_size
+        """How far the file has been read in order, which a merge that keeps its layout does, and so hashes it."""
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows of a tensor as the file has them now; ModelError when it has become shorter."""
@@ -68,8 +73,20 @@ class FileSource:
         width = slot.columns * slot.dtype.itemsize
         content = torch.empty((last - first) * width, dtype=torch.uint8)
         if len(content):
+            place = self._start + self._begin[name] + first * width
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self._start + self._begin[name] + first * width)
+                if place == self._start and not self._place:
+                    self._read.update(file.read(self._start))
+                    self._place = self._start
+                file.seek(place)
                 if file.readinto(content.numpy().data) != len(content):
                     raise ModelError("the file changed while it was read", where=f"{self.path}: {name}")
+                if place == self._place:
+                    self._hash(content)
         return content.view(slot.dtype).view(last - first, slot.columns)
+
+    def _hash(self, content: Tensor) -> None:
+        self._read.update(content.numpy().data)
+        self._place += len(content)
+        if self._place == self._size:
+            remember_digest(self.path, self._read.digest())

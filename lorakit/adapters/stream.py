@@ -6,7 +6,6 @@ A file to be written is a list of tensors, each stacked from rows of tensors tha
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,11 @@ from lorakit.adapters.change import Change
 from lorakit.adapters.source import SPELLING, Slot, Source
 from lorakit.errors import ModelError
 
-READ = 16 << 20
-"""Bytes of a tensor that are in memory at a time, for each file in work."""
-WORK = 256 << 10
+READ = 2 << 20
+"""Bytes of a tensor that are in memory at a time, for each file in work: few enough to be there in the cache when they
+are hashed, changed and written, and for the allocator to keep the pages."""
+WORK = 128 << 10
 """Elements that are summed at a time: few enough to stay in a core's cache."""
-FLUSH = 256 << 20
-"""Bytes after which a file is flushed to the disk, so that the disk works all the time and not only in the end."""
 
 
 class Span(NamedTuple):
@@ -112,18 +110,13 @@ def write_file(path: Path, out: OutFile, tally: Tally, written: Callable[[int], 
 
     Raises ModelError when a sum is not finite in its dtype.
     """
-    digest, dirty = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file, torch.no_grad():
 
         def write(content: bytes | memoryview) -> None:
-            nonlocal dirty
             digest.update(content)
-            dirty += len(content)
             while content := content[file.write(content) :]:
                 pass
-            if dirty > FLUSH:
-                os.fdatasync(file.fileno())
-                dirty = 0
 
         write(out.header())
         for slot, spans in out.tensors.values():

@@ -72,6 +72,8 @@ def tell(report: "MergeReport") -> None:
     """Print what was done."""
     print(f"merged {report.changed} tensors ({report.dtype}) into {report.out}, {report.size / 1e6:.1f} MB")
     print(f"largest rounding error {report.rounding:.2e}; {report.lost:.2%} of the change lost to rounding")
+    for warning in report.warnings:
+        print(f"warning: {warning}")
     if report.checked is not None:
         print(f"verified: {report.checked.changed} tensors recomputed in float64, every other one as in the base")
     if report.compared is not None:

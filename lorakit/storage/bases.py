@@ -5,9 +5,6 @@ The only module that may use the network: a hub id is downloaded as safetensors 
 
 import hashlib
 import re
-import threading
-from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
@@ -17,7 +14,7 @@ from lorakit.errors import ModelError
 from lorakit.storage import checks
 from lorakit.storage.headers import read_header
 
-__all__ = ["BaseLocation", "digest", "file_digest", "read_header", "resolve", "start_digest", "weight_files"]
+__all__ = ["BaseLocation", "digest", "file_digest", "read_header", "remember_digest", "resolve", "weight_files"]
 
 Layout = Literal["diffusers", "transformers", "single-file", "gguf"]
 
@@ -32,8 +29,7 @@ HUB_PATTERNS = [
 """What a model of either family needs; pickles, code, half-precision copies and pictures stay where they are."""
 
 
-_digests: dict[tuple[Path, int, int], Future[bytes]] = {}
-_lock = threading.Lock()
+_digests: dict[tuple[Path, int, int], bytes] = {}
 
 
 @dataclass(frozen=True)
@@ -168,27 +164,19 @@ def digest(location: BaseLocation) -> str:
 
 
 def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file's contents; remembered while size and mtime stay, and read by one thread only."""
+    """SHA-256 of a file's contents; remembered while size and mtime stay."""
+    key = _state(path)
+    if key not in _digests:
+        with path.open("rb") as file:
+            _digests[key] = hashlib.file_digest(file, "sha256").digest()
+    return _digests[key]
+
+
+def remember_digest(path: Path, digest: bytes) -> None:
+    """Spare ``file_digest`` a file that was read for another reason."""
+    _digests[_state(path)] = digest
+
+
+def _state(path: Path) -> tuple[Path, int, int]:
     status = path.stat()
-    key = (path, status.st_size, status.st_mtime_ns)
-    with _lock:
-        first = key not in _digests
-        found = _digests.setdefault(key, Future())
-    if first:
-        try:
-            with path.open("rb") as file:
-                found.set_result(hashlib.file_digest(file, "sha256").digest())
-        except BaseException as error:
-            found.set_exception(error)
-    return found.result()
-
-
-def start_digest(location: BaseLocation) -> None:
-    """Read a base's weights for ``digest`` in the background; who asks for it meanwhile waits for that."""
-
-    def read() -> None:
-        with suppress(OSError):  # who asks gets it
-            for path in weight_files(location):
-                file_digest(path)
-
-    threading.Thread(target=read, daemon=True).start()
+    return path, status.st_size, status.st_mtime_ns

@@ -15,6 +15,8 @@ from tests.benchmarks import runner
 from tests.benchmarks.report import table
 
 CACHES = Path("/proc/sys/vm/drop_caches")
+ROOM = 36_000_000_000
+"""Bytes of disk: base and result, and something over."""
 
 
 def cold(folder: Path) -> None:
@@ -34,6 +36,8 @@ def merge(work: Path, repeats: int, shape: Sequence[str] = ()) -> str:
 
     ``shape``: options of ``prepare_merge``.
     """
+    if not shape and shutil.disk_usage(work).free < ROOM:
+        return f"Left out: it takes {ROOM / 1e9:.0f} GB of disk in {work} (--work names another place)."
     folder = work / "merge"
     base, adapter, out = folder / "base", folder / "adapter", folder / "out"
     try:
