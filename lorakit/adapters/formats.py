@@ -82,7 +82,7 @@ def detect(keys: Iterable[str]) -> Format:
     for key in keys:
         found = next((form for form, prefixes in _PREFIXES.items() if key.startswith(tuple(prefixes))), None)
         if found is None:
-            raise ModelError("a key of no known adapter format (PEFT, diffusers, kohya, GGUF)", where=key)
+            raise _not_lora(key, "a key of no known adapter format (PEFT, diffusers, kohya, GGUF)")
         first.setdefault(found, key)
     if len(first) > 1:
         raise ModelError(f"keys of several formats ({', '.join(sorted(first))})", where=", ".join(first.values()))
@@ -100,13 +100,17 @@ def split(key: str, form: Format, component: str | None = None) -> Key:
         return Key(component, module, "A" if old[3] == "down" else "B")
     suffix = next((s for s in sorted(_SUFFIXES[form], key=len, reverse=True) if key.endswith(s)), None)
     if suffix is None:
-        kind = next((kind for part, kind in _OTHER_KINDS.items() if part in key), None)
-        reason = "not a part of LoRA" if kind is None else f"the adapter is {kind} (LyCORIS), not LoRA"
-        raise ModelError(reason, where=key)
+        raise _not_lora(key, "not a part of LoRA")
     module = key.removesuffix(suffix)
     if form in ("peft", "diffusers"):
         module = module.removeprefix(prefix)
     return Key(component, module, _SUFFIXES[form][suffix])
+
+
+def _not_lora(key: str, reason: str) -> ModelError:
+    """What a key belongs to where that is known, else ``reason``."""
+    kind = next((kind for part, kind in _OTHER_KINDS.items() if part in key), None)
+    return ModelError(reason if kind is None else f"the adapter is {kind} (LyCORIS), not LoRA", where=key)
 
 
 def is_xl(layers: Mapping[str, Collection[str]]) -> bool:

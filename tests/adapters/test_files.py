@@ -303,6 +303,7 @@ def test_not_adapters(tmp_path: Path, written: Path, sd: Path) -> None:
         ("lora_unet_input_blocks_1_1_proj_in.alpha", "XL"),
         ("lora_unet_x.hada_w1_a", r"LoHa \(LyCORIS\)"),
         ("lora_unet_x.lokr_w1", r"LoKr \(LyCORIS\)"),
+        ("lycoris_unet_x.lokr_w1", r"LoKr \(LyCORIS\)"),
         ("lora_unet_nothing.alpha", "no such module"),
     ):
         save_file({key: torch.ones(1)}, path)
