@@ -6,7 +6,6 @@ configuration names is never loaded for it.
 
 import logging
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters import formats, gguf_lora
 from lorakit.adapters.delta import Delta, SavedAdapter
+from lorakit.adapters.patterns import number, targeted
 from lorakit.adapters.pieces import CONFIG, WEIGHTS, Piece, located, open_pieces
 from lorakit.adapters.targets import adaptable, fit
 from lorakit.errors import ModelError
@@ -114,20 +114,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise ModelError(f"{key} is not supported", where=CONFIG)
 
 
-def _number(config: Mapping[str, Any], field: str, path: str) -> float:
-    """``r`` or ``lora_alpha`` of a module: its pattern's, which is a regular expression, or the general one."""
-    table = config.get("rank_pattern" if field == "r" else "alpha_pattern") or {}
-    for pattern, value in table.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return float(value)
-    if not isinstance(config.get(field), int | float) or not config[field] > 0:
-        raise ModelError(f"{field} is {config.get(field)!r}, not a positive number", where=CONFIG)
-    return float(config[field])
-
-
 def configured(config: Mapping[str, Any], path: str, rank: int) -> tuple[float, float]:
     """A module's alpha and scale by PEFT's configuration. Raises ModelError when either is not there or not above 0."""
-    alpha = _number(config, "lora_alpha", path)
+    alpha = number(config, "lora_alpha", path, CONFIG)
     return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -149,7 +138,7 @@ def _deltas(
         a, b = _matrices(module, parts, tensors)
         rank, scale = a.shape[0], 1.0
         if config is not None:
-            if _number(config, "r", module) != rank:
+            if number(config, "r", module, CONFIG) != rank:
                 raise ModelError(f"rank {rank}, but the configuration says otherwise", where=parts["A"])
             _, scale = configured(config, module, rank)
         elif "alpha" in parts:
@@ -198,11 +187,7 @@ def _check_targets(config: Mapping[str, Any], model: nn.Module, found: Iterable[
         return
     bare = {name.removeprefix("text_model.") for name in found}
     for name in adaptable(model):
-        if isinstance(targets, str):
-            wanted = targets != "all-linear" and re.fullmatch(targets, name) is not None
-        else:
-            wanted = name in targets or name.endswith(tuple(f".{target}" for target in targets))
-        if wanted and name.removeprefix("text_model.") not in bare:
+        if targeted(targets, name, CONFIG) and name.removeprefix("text_model.") not in bare:
             raise ModelError("the configuration targets it, the weights do not have it", where=name)
 
 
