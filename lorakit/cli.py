@@ -137,6 +137,7 @@ def generate(
     fuse: Annotated[
         bool, typer.Option("--fuse", help="Add the adapters to the weights first: no extra work a step.")
     ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after what a stopped batch has finished.")] = False,
     negative_prompt: Annotated[str, typer.Option(help="SD: what the picture should not show.")] = "",
     steps: Annotated[int, typer.Option(min=1, help="SD: denoising steps.")] = 25,
     guidance_scale: Annotated[float, typer.Option(min=0.0, help="SD: weight of the prompt.")] = 7.5,
@@ -155,7 +156,7 @@ def generate(
     from lorakit.commands import generate as command
 
     request = command.Request(
-        base, revision, tuple(adapter or ()), tuple(prompt or ()), prompts, out, device, seed, fuse
+        base, revision, tuple(adapter or ()), tuple(prompt or ()), prompts, out, device, seed, fuse, resume
     )
     command.run(
         request,

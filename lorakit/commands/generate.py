@@ -1,6 +1,8 @@
 """`lorakit generate`: pictures or answers, whichever family the base is of."""
 
 import json
+import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +12,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorakit.commands.progress import warnings_to
-from lorakit.errors import ConflictError, DataError, RecipeError
+from lorakit.errors import ConflictError, DataError, RecipeError, Stopped
+from lorakit.storage.atomic import disk_errors, write_bytes
+from lorakit.training.stop import INTERRUPTED, StopSignals
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from lorakit.data.chat import Message
     from lorakit.families.place import Place
     from lorakit.storage.bases import BaseLocation
@@ -31,6 +37,8 @@ class Request:
     device: str
     seed: int
     fuse: bool = False
+    resume: bool = False
+    """Go on with what a batch that was stopped left undone."""
 
 
 def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) -> None:
@@ -41,11 +49,11 @@ def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) ->
     from lorakit.storage.bases import resolve
 
     location, console = resolve(request.base, request.revision), Console(stderr=True)
-    with warnings_to(console):
+    with warnings_to(console), StopSignals(lambda _: None, world=1) as signals:
         if location.family == "sd":
-            _draw(request, location, prompts, adapters, sd)
+            _draw(request, location, prompts, adapters, sd, signals)
         else:
-            _answer(request, location, prompts, adapters, llama)
+            _answer(request, location, prompts, adapters, llama, signals)
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
@@ -91,9 +99,11 @@ def _draw(
     prompts: list[str],
     adapters: list[tuple[Path, float]],
     options: Mapping[str, Any],
+    signals: StopSignals,
 ) -> None:
     """Numbered PNG files after those that are there already, and a grid when there are several pictures."""
     from lorakit.families.sd.generate import DrawSettings, grid, open_painter, save_picture
+    from lorakit.families.sd.pictures import read_settings
 
     out = request.out or Path("pictures")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -102,16 +112,24 @@ def _draw(
     painter = open_painter(location, adapters, place.device, place.dtype, fuse=request.fuse)
     settings = DrawSettings(seed=request.seed, **options)
     settings.check(painter.parts)
-    out.mkdir(parents=True, exist_ok=True)
+    jobs = painter.jobs(prompts, settings)
+    if request.resume:
+        done = [metadata for path in sorted(out.glob("*.png")) if (metadata := read_settings(path)) is not None]
+        jobs = [job for job in jobs if painter.metadata(*job, settings) not in done]
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     first = 1 + max((int(p.stem) for p in out.glob("*.png") if p.stem.isdigit()), default=0)
-    drawn = painter.draw(prompts, settings)
-    for number, (picture, metadata) in enumerate(drawn, start=first):
+    drawn: list[Image] = []
+    labels: list[str] = []
+    for number, (picture, metadata) in enumerate(painter.paint(jobs, settings), start=first):
         save_picture(picture, metadata, out / f"{number:04d}.png")
-        print(out / f"{number:04d}.png")
+        print(out / f"{number:04d}.png", flush=True)
+        drawn.append(picture)
+        labels.append(str(metadata["prompt"]))
+        _check_stop(signals, out)
     if len(drawn) > 1:
-        labels = [str(metadata["prompt"]) for _, metadata in drawn]
         sheet = out / f"grid-{first:04d}.png"
-        save_picture(grid([picture for picture, _ in drawn], labels), {}, sheet)
+        save_picture(grid(drawn, labels), {}, sheet)
         print(sheet)
 
 
@@ -121,13 +139,18 @@ def _answer(
     prompts: list[str],
     adapters: list[tuple[Path, float]],
     options: Mapping[str, Any],
+    signals: StopSignals,
 ) -> None:
     """Stream to the terminal; with ``--out`` or ``--prompts`` also write {"prompt", "answer"} lines as they finish."""
     from lorakit.families.llama.generate import Settings, open_chat
 
     out = request.out or (Path("answers.jsonl") if request.prompts_file else None)
-    if out is not None and (out.exists() or out.is_symlink()):
-        raise ConflictError("exists already", where=str(out), hint="give another file with --out")
+    prompts = _unanswered(out, prompts) if out is not None and request.resume else prompts
+    if out is not None and not request.resume and os.path.lexists(out):
+        raise ConflictError("exists already", where=str(out), hint="give another file with --out, or --resume")
+    for name in ("temperature", "top_p", "min_p"):
+        if not math.isfinite(options[name]):
+            raise RecipeError(f"{options[name]} is not a finite number", where=name)
     chat = open_chat(location, adapters, _place(request.device), fuse=request.fuse)
     names = ("temperature", "top_p", "min_p", "max_new_tokens")
     settings = Settings(seed=request.seed, **{name: options[name] for name in names})
@@ -139,11 +162,43 @@ def _answer(
         for piece in chat.stream(question, settings):
             pieces.append(piece)
             print(piece, end="", flush=True)
+            _check_stop(signals, out)
         print()
         if out is not None:
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"prompt": prompt, "answer": "".join(pieces)}, ensure_ascii=False) + "\n")
     sys.stdout.flush()
+
+
+def _unanswered(out: Path, prompts: list[str]) -> list[str]:
+    """The prompts after those that ``out`` has answers to; a line that was cut off is removed.
+
+    Raises ConflictError when ``out`` holds anything but answers to the first of the prompts.
+    """
+    if not os.path.lexists(out):
+        return prompts
+    conflict = ConflictError("holds other than the answers to these prompts", where=str(out), hint="give another --out")
+    if out.is_symlink() or not out.is_file():
+        raise conflict
+    whole = out.read_bytes().rpartition(b"\n")[0].splitlines(keepends=True)
+    try:
+        answered = [json.loads(line)["prompt"] for line in whole]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise conflict from error
+    if answered != prompts[: len(answered)]:
+        raise conflict
+    text = b"".join(whole)
+    write_bytes(out, text + b"\n" if text else text)
+    return prompts[len(answered) :]
+
+
+def _check_stop(signals: StopSignals, kept: Path | None) -> None:
+    """Raises Stopped after a signal. Between two pictures or pieces of text, since libraries swallow what is raised
+    inside them."""
+    if signals.received:
+        name, code = ("SIGTERM", 75) if signals.sigterm else ("SIGINT", INTERRUPTED)
+        hint = f"the same command with --resume goes on after what is in {kept}" if kept else ""
+        raise Stopped(f"{name}: stopped", exit_code=code, hint=hint)
 
 
 def _messages(prompt: str, system: str | None) -> list["Message"]:

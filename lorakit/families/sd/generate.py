@@ -5,7 +5,7 @@ Legend: B prompts at once, C latent channels, H and W latent height and width.
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,24 +139,27 @@ class Painter:
         parameter = next(parts.unet.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
 
-    def draw(
-        self,
-        prompts: Sequence[str],
-        settings: DrawSettings,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> list[tuple[Image.Image, dict[str, Any]]]:
-        """``settings.count`` pictures for each prompt, each with the settings that draw it again.
+    def draw(self, prompts: Sequence[str], settings: DrawSettings) -> list[tuple[Image.Image, dict[str, Any]]]:
+        """``settings.count`` pictures for each prompt, each with the settings that draw it again, as ``paint`` does."""
+        return list(self.paint(self.jobs(prompts, settings), settings))
 
-        A picture's noise follows from its seed alone. ``progress`` is told (pictures done, pictures in all).
-        A prompt longer than the text encoder reads gives a warning with the part that is lost.
+    def jobs(self, prompts: Sequence[str], settings: DrawSettings) -> list[tuple[str, int]]:
+        """Prompt and seed of each picture."""
+        return [(prompt, settings.seed + i) for prompt in prompts for i in range(settings.count)]
+
+    def paint(
+        self, jobs: Sequence[tuple[str, int]], settings: DrawSettings
+    ) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
+        """A picture for each prompt and seed, with the settings that draw it again, as they are finished.
+
+        A picture's noise follows from its seed alone. A prompt longer than the text encoder reads gives a warning with
+        the part that is lost.
         Raises: RecipeError for settings out of bounds, NonFiniteError when latents are not finite.
         """
         settings.check(self.parts)
-        self._warn_of_cut([*prompts, settings.negative_prompt])
+        self._warn_of_cut([*(prompt for prompt, _ in jobs), settings.negative_prompt])
         width, height = settings.size(self.parts)
-        jobs = [(prompt, settings.seed + i) for prompt in prompts for i in range(settings.count)]
         at_once = max(1, min(16, PIXELS_AT_ONCE // (width * height)))
-        drawn: list[tuple[Image.Image, dict[str, Any]]] = []
         training = [module for module in self.parts.adaptable.values() if module.training]
         for module in training:
             module.eval()
@@ -165,13 +168,10 @@ class Painter:
                 chosen = jobs[start : start + at_once]
                 latents = self._denoise([p for p, _ in chosen], [s for _, s in chosen], settings)
                 for (prompt, seed), latent in zip(chosen, latents, strict=True):
-                    drawn.append((self._decode(latent, seed), self._metadata(prompt, seed, settings)))
-                if progress:
-                    progress(len(drawn), len(jobs))
+                    yield self._decode(latent, seed), self.metadata(prompt, seed, settings)
         finally:
             for module in training:
                 module.train()
-        return drawn
 
     @torch.no_grad()
     def _denoise(self, prompts: Sequence[str], seeds: Sequence[int], settings: DrawSettings) -> Tensor:
@@ -219,7 +219,8 @@ class Painter:
         with model_errors(self.base, "its scheduler cannot be made"):
             return getattr(diffusers, kind).from_config(schedule, **options)
 
-    def _metadata(self, prompt: str, seed: int, settings: DrawSettings) -> dict[str, Any]:
+    def metadata(self, prompt: str, seed: int, settings: DrawSettings) -> dict[str, Any]:
+        """What is kept in a picture's file: all that draws it again."""
         width, height = settings.size(self.parts)
         return {
             "prompt": prompt,

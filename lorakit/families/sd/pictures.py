@@ -45,6 +45,16 @@ def save_picture(picture: Image.Image, settings: Mapping[str, Any], path: Path) 
     atomic.write_bytes(path, out.getvalue())
 
 
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """The settings that ``save_picture`` put into a PNG; None when there are none."""
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            settings = json.loads(picture.info["lorakit"])
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError, RecursionError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
 def grid(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int | None = None) -> Image.Image:
     """All pictures on one white sheet, each with its label below, near square or in ``columns`` columns.
 

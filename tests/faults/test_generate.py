@@ -1,0 +1,169 @@
+"""Faults 60, 63 and 65 to 70: what generate and merge leave, and never leave."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lorakit.families.sd.pictures import read_settings
+from tests.faults.harness import lorakit, untouched
+
+SMALL = ("--width", "32", "--height", "32", "--steps", "2")
+
+
+@pytest.mark.fault(65)
+@pytest.mark.parametrize("prompt", ["../../etc/passwd", "/tmp/x", "a\0b", "-rf", "con:", "a" * 5000, "\x1b[31m\n"])
+def test_65_prompts_never_name_files(tmp_path: Path, whole_sd: Path, prompt: str) -> None:
+    told = lorakit("generate", "--base", whole_sd, f"--prompt={prompt}", "--out", tmp_path / "out", *SMALL)
+    assert told.code == 0, told.err
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["out", "out/0001.png"]
+    with Image.open(tmp_path / "out/0001.png") as picture:
+        assert picture.size == (32, 32)
+
+
+@pytest.mark.fault(66)
+def test_66_out_is_there_or_a_link(tmp_path: Path, whole_sd: Path, whole_llama: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for base, outs in ((whole_sd, ("file", "link", "dangling")), (whole_llama, ("file", "link", "dangling"))):
+        for out in outs:
+            with untouched(tmp_path):
+                told = lorakit("generate", "--base", base, "--prompt", "a", "--out", tmp_path / out)
+                told.refused(7, str(tmp_path / out))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/0001.png").symlink_to("../file")
+    told = lorakit("generate", "--base", whole_sd, "--prompt", "a", "--out", tmp_path / "out", *SMALL)
+    assert told.code == 0, told.err
+    assert (tmp_path / "file").read_text() == "precious"
+    assert (tmp_path / "out/0002.png").is_file()
+
+
+@pytest.mark.fault(67)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("width", "33"),
+        ("height", "100000"),
+        ("steps", "1001"),
+        ("steps", "0"),
+        ("count", "100000"),
+        ("guidance-scale", "nan"),
+        ("guidance-scale", "inf"),
+        ("guidance-scale", "-1"),
+        ("scheduler", "fast"),
+        ("width", str(2**70)),
+    ],
+)
+def test_67_sizes_steps_and_counts(tmp_path: Path, whole_sd: Path, option: str, value: str) -> None:
+    told = lorakit("generate", "--base", whole_sd, "--prompt", "a", "--out", tmp_path / "out", f"--{option}={value}")
+    told.refused(2, option.replace("-", "_") if f"--{option}" not in told.err else f"--{option}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.fault(67)
+@pytest.mark.parametrize("option", ["temperature=nan", "temperature=inf", "top-p=nan", "min-p=nan", "seed=-1"])
+def test_67_choices_that_are_no_numbers(tmp_path: Path, whole_llama: Path, option: str) -> None:
+    told = lorakit("generate", "--base", whole_llama, "--prompt", "a", "--out", tmp_path / "out.jsonl", f"--{option}")
+    told.refused(2, option.split("=")[0].replace("-", "_") if "finite" in told.err else option.split("=")[0])
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.fault(68)
+def test_68_latents_that_are_not_finite(sd: Path) -> None:
+    path = sd / "base/unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1e30 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    with untouched(sd):
+        told = lorakit("generate", "--base", sd / "base", "--prompt", "a", "--out", sd / "out", *SMALL)
+        told.refused(5, "not finite")
+
+
+@pytest.mark.fault(69)
+def test_69_a_prompt_that_is_too_long(tmp_path: Path, whole_sd: Path, whole_llama: Path) -> None:
+    words = "rocket " * 600 + "lostword"
+    told = lorakit("generate", "--base", whole_sd, "--prompt", words, "--out", tmp_path / "out", *SMALL)
+    assert told.code == 0
+    assert "its end is not read" in told.err
+    assert "lostword" in told.err.replace(" ", "")
+    lorakit("generate", "--base", whole_llama, "--prompt", words).refused(4, "prompt", "tokens")
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "lorakit", "generate", *map(str, words)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def stop(running: subprocess.Popen[str], enough: Path, count: int, number: int) -> str:
+    """Send a signal once ``count`` lines or pictures are at ``enough``; what the process said."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and running.poll() is None:
+        done = len(list(enough.glob("*.png")))
+        if enough.suffix == ".jsonl" and enough.exists():
+            done = enough.stat().st_size
+        if done >= count:
+            break
+        time.sleep(0.01)
+    running.send_signal(number)
+    return running.communicate(timeout=60)[1]
+
+
+@pytest.mark.fault(70)
+def test_70_an_interrupted_batch_of_pictures_goes_on(tmp_path: Path, whole_sd: Path) -> None:
+    words = ("--base", whole_sd, "--prompt", "red", "--prompt", "blue", "--count", "40", *SMALL[:4], "--steps", "40")
+    out = tmp_path / "out"
+    running = start(*words, "--out", out)
+    told = stop(running, out, 16, signal.SIGTERM)
+    assert running.returncode == 75, told
+    assert "--resume" in told
+    assert "Traceback" not in told
+    left = sorted(out.glob("*.png"))
+    assert 16 <= len(left) < 80
+    before = {path.name: path.read_bytes() for path in left}
+    assert all(read_settings(path) for path in left)
+    again = ("--base", whole_sd, "--prompt", "red", "--prompt", "blue", "--count", "40", *SMALL[:4], "--steps", "40")
+    assert lorakit("generate", *again, "--out", out, "--resume").code == 0
+    assert {name: (out / name).read_bytes() for name in before} == before
+    jobs = [read_settings(path) or {} for path in sorted(out.glob("[0-9]*.png"))]
+    assert sorted((job["prompt"], job["seed"]) for job in jobs) == [(p, s) for p in ("blue", "red") for s in range(40)]
+    assert not list(out.glob(".tmp-*"))
+
+
+@pytest.mark.fault(70)
+def test_70_an_interrupted_batch_of_answers_goes_on(tmp_path: Path, whole_llama: Path) -> None:
+    prompts, out, whole = tmp_path / "prompts.txt", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    prompts.write_text("".join(f"What is {i}?\n" for i in range(60)))
+    words = ("--base", whole_llama, "--prompts", prompts, "--max-new-tokens", "40")
+    running = start(*words, "--out", out)
+    told = stop(running, out, 200, signal.SIGINT)
+    assert running.returncode == 130, told
+    assert "--resume" in told
+    lorakit("generate", *words, "--out", out).refused(7, str(out))
+    out.write_bytes(out.read_bytes() + b'{"prompt": "What is')
+    assert lorakit("generate", *words, "--out", out, "--resume").code == 0
+    assert lorakit("generate", *words, "--out", whole).code == 0
+    assert out.read_bytes() == whole.read_bytes()
+    out.write_text('{"prompt": "another"}\n')
+    with untouched(tmp_path):
+        lorakit("generate", *words, "--out", out, "--resume").refused(7, "other than the answers")
+
+
+@pytest.mark.fault(60, 63)
+def test_60_merge_over_something(tmp_path: Path, whole_llama: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(whole_llama, base)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precious").write_text("precious")
+    os.symlink("out", tmp_path / "link")
+    for out, flags in (("out", ()), ("out", ("--overwrite",)), ("link", ("--overwrite",)), ("base", ("--overwrite",)),
+                       ("adapter", ()), ("base/inside", ()), (".", ("--overwrite",))):  # fmt: skip
+        with untouched(tmp_path):
+            lorakit("merge", base, tmp_path / "adapter", tmp_path / out, *flags).refused(7, str(tmp_path / out))
