@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorakit.commands.progress import warnings_to
-from lorakit.errors import ConflictError, DataError, RecipeError, Stopped
+from lorakit.errors import INTERRUPTED, TERMINATED, ConflictError, DataError, RecipeError, Stopped
 from lorakit.storage.atomic import disk_errors, write_bytes
-from lorakit.training.stop import INTERRUPTED, StopSignals
+from lorakit.training.stop import StopSignals
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -196,7 +196,7 @@ def _check_stop(signals: StopSignals, kept: Path | None) -> None:
     """Raises Stopped after a signal. Between two pictures or pieces of text, since libraries swallow what is raised
     inside them."""
     if signals.received:
-        name, code = ("SIGTERM", 75) if signals.sigterm else ("SIGINT", INTERRUPTED)
+        name, code = ("SIGTERM", TERMINATED) if signals.sigterm else ("SIGINT", INTERRUPTED)
         hint = f"the same command with --resume goes on after what is in {kept}" if kept else ""
         raise Stopped(f"{name}: stopped", exit_code=code, hint=hint)
 

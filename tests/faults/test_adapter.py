@@ -88,7 +88,6 @@ def test_34_wrong_shape(here: Path, whole_llama: Path) -> None:
         (f"{LAYER}.lora_B.weight", None),
         (f"{LAYER}.lora_C.weight", torch.zeros(4, 4)),
         ("base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight", torch.zeros(4, 32)),
-        ("base_model.model.model.embed_tokens.weight", torch.zeros(4)),
         (f"{LAYER}.lora_A.default.weight", torch.zeros(4, 32)),
     ],
 )
@@ -244,7 +243,7 @@ def test_42_the_base_that_an_adapter_names_is_not_loaded(here: Path, whole_llama
 
 
 HOSTILE = [
-    {"peft_type": "LOHA"}, {"peft_type": None}, {"bias": "all"}, {"modules_to_save": ["lm_head"]},
+    {"peft_type": "LOHA"}, {"peft_type": None}, {"modules_to_save": ["lm_head"]},
     {"lora_alpha": "much"}, {"lora_alpha": 0}, {"lora_alpha": -1}, {"lora_alpha": 10**400},
     {"rank_pattern": {"(": 4}}, {"rank_pattern": ["q_proj"]}, {"rank_pattern": {"q_proj": "x"}},
     {"target_modules": "("}, {"target_modules": {"a": 1}}, {"target_modules": 3},

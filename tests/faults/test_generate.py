@@ -1,7 +1,5 @@
-"""Faults 60, 63 and 65 to 70: what generate and merge leave, and never leave."""
+"""Faults 65 to 70: what generate leaves, and never leaves."""
 
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -153,17 +151,3 @@ def test_70_an_interrupted_batch_of_answers_goes_on(tmp_path: Path, whole_llama:
     out.write_text('{"prompt": "another"}\n')
     with untouched(tmp_path):
         lorakit("generate", *words, "--out", out, "--resume").refused(7, "other than the answers")
-
-
-@pytest.mark.fault(60, 63)
-def test_60_merge_over_something(tmp_path: Path, whole_llama: Path) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(whole_llama, base)
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/precious").write_text("precious")
-    os.symlink("out", tmp_path / "link")
-    for out, flags in (("out", ()), ("out", ("--overwrite",)), ("link", ("--overwrite",)), ("base", ("--overwrite",)),
-                       ("adapter", ()), ("base/inside", ()), (".", ("--overwrite",))):  # fmt: skip
-        with untouched(tmp_path):
-            lorakit("merge", base, tmp_path / "adapter", tmp_path / out, *flags).refused(7, str(tmp_path / out))
