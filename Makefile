@@ -6,7 +6,7 @@ RUNS ?= runs
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test torture check format bench mini-sd clean
+.PHONY: help install demo test fuzz torture check format bench mini-sd clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: install ## Run the tests.
 
 torture: install ## Kill, freeze and damage real runs, resume them, compare (goes on where it was stopped).
 	$(BIN)/python -m tests.torture $(RUNS)/torture
+
+fuzz: install ## Break recipes, data, adapters and bases at random, 160 times as often as the tests do.
+	LORAKIT_FUZZ=160 $(BIN)/python -m pytest tests/fuzz
 
 check: install ## Lint, formatting and types.
 	$(BIN)/ruff check .

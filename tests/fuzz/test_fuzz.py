@@ -1,0 +1,153 @@
+"""Recipes, chats, captions, adapters and base folders, broken at random. ``make fuzz`` runs the same for long."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.faults.conftest import LLAMA, SD, row
+from tests.fuzz.conftest import CASES
+from tests.fuzz.targets import CUTS, ODD, TREE, Cut, emptied, fresh, halved, removed, run, set_header, set_key, spoil
+
+FACTOR = float(os.environ.get("LORAKIT_FUZZ", "1"))
+"""How many times the cases of CI."""
+
+
+def cases(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Settings for ``count`` cases in CI: the same ones each time; new ones under ``make fuzz``."""
+    return settings(
+        max_examples=max(1, int(count * FACTOR)),
+        deadline=None,
+        database=None,
+        derandomize=FACTOR == 1,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def llama_recipe(place: Path, whole_llama: Path) -> Path:
+    (place / "chats.jsonl").write_text("".join(row(i) for i in range(4)))
+    text = LLAMA.format(folder=place).replace(f"{place}/base", str(whole_llama))
+    (place / "llama.yaml").write_text(text)
+    return place / "llama.yaml"
+
+
+@pytest.fixture(scope="module")
+def adapter(place: Path, llama_recipe: Path) -> Path:
+    run("train-llama", llama_recipe, "--set", "train.steps=1")
+    return place / "runs/chats/adapter"
+
+
+@cases(20)
+@given(cuts=CUTS)
+def test_recipes(place: Path, llama_recipe: Path, cuts: list[Cut]) -> None:
+    CASES["recipes"] += 1
+    path = place / "fuzzed.yaml"
+    path.write_bytes(llama_recipe.read_bytes())
+    spoil(path, cuts)
+    run("data", path)
+
+
+@cases(20)
+@given(rows=st.lists(TREE, max_size=2), cuts=CUTS, sound=st.booleans())
+def test_chats(place: Path, llama_recipe: Path, rows: list[object], cuts: list[Cut], sound: bool) -> None:
+    CASES["chats"] += 1
+    path = place / "chats.jsonl"
+    lines = [row(i) for i in range(4)] + [json.dumps({"messages": item}) + "\n" for item in rows]
+    path.write_text("".join(lines))
+    if not sound:
+        spoil(path, cuts)
+    run("data", llama_recipe, "--set", "data.on_bad=skip")
+    path.write_text("".join(row(i) for i in range(4)))
+
+
+@cases(10)
+@given(caption=st.binary(max_size=60), cuts=CUTS)
+def test_captions_and_pictures(place: Path, whole_sd: Path, caption: bytes, cuts: list[Cut]) -> None:
+    from PIL import Image
+
+    CASES["captions and pictures"] += 1
+    pictures = place / "pictures"
+    pictures.mkdir(exist_ok=True)
+    for i in range(2):
+        Image.new("RGB", (16, 16), (i, 9, 9)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text("a")
+    (pictures / "0.txt").write_bytes(caption)
+    spoil(pictures / "1.png", cuts)
+    (place / "sd.yaml").write_text(SD.format(folder=place).replace(f"{place}/base", str(whole_sd)))
+    run("data", place / "sd.yaml", "--set", "data.on_bad=skip")
+
+
+FIELDS = st.sampled_from(["dtype", "shape", "data_offsets", "name"])
+
+
+@cases(30)
+@given(kind=st.integers(0, 2), cuts=CUTS, number=st.integers(0, 100), field=FIELDS, value=TREE)
+def test_adapters(
+    place: Path, adapter: Path, whole_llama: Path, kind: int, cuts: list[Cut], number: int, field: str, value: object
+) -> None:
+    CASES["adapters"] += 1
+    copy = fresh(adapter, place / "adapter")
+    if kind == 0:
+        spoil(copy / "adapter_model.safetensors", cuts, head=2000)
+    elif kind == 1:
+        set_header(copy / "adapter_model.safetensors", number, field, value)
+    else:
+        set_key(copy / "adapter_config.json", number, value)
+    run("generate", "--base", whole_llama, "--adapter", copy, "--prompt", "a", "--max-new-tokens", "1")
+
+
+LLAMA_FILES = st.sampled_from(
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json", "generation_config.json"]
+)
+BREAK = st.sampled_from([removed, emptied, halved])
+
+
+@cases(30)
+@given(kind=st.integers(0, 2), name=LLAMA_FILES, key=st.integers(0, 100), value=ODD, cuts=CUTS, how=BREAK)
+def test_llama_bases(
+    place: Path, whole_llama: Path, kind: int, name: str, key: int, value: object, cuts: list[Cut], how: object
+) -> None:
+    CASES["LLaMA bases"] += 1
+    base = fresh(whole_llama, place / "base")
+    if kind == 0:
+        set_key(base / name, key, value)
+    elif kind == 1:
+        spoil(base / name, cuts)
+    else:
+        how(sorted(base.iterdir())[key % len(list(base.iterdir()))])  # type: ignore[operator]
+    run("generate", "--base", base, "--prompt", "a", "--max-new-tokens", "1")
+
+
+SD_FILES = st.sampled_from(
+    ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+     "scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+)  # fmt: skip
+
+
+@cases(15)
+@given(kind=st.integers(0, 2), name=SD_FILES, key=st.integers(0, 100), value=ODD, cuts=CUTS, how=BREAK)
+def test_stable_diffusion_bases(
+    place: Path, whole_sd: Path, kind: int, name: str, key: int, value: object, cuts: list[Cut], how: object
+) -> None:
+    CASES["Stable Diffusion bases"] += 1
+    base = fresh(whole_sd, place / "sdbase")
+    files = sorted(path for path in base.rglob("*") if path.is_file())
+    if kind == 0:
+        set_key(base / name, key, value)
+    elif kind == 1:
+        spoil(base / name, cuts)
+    else:
+        how(files[key % len(files)])  # type: ignore[operator]
+    out = place / "drawn"
+    run("generate", "--base", base, "--prompt", "a", "--out", out, "--width=32", "--height=32", "--steps=1")
