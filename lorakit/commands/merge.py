@@ -42,10 +42,10 @@ class Options:
 
 def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None:
     """Plan; then merge, with a bar, and print what was done."""
-    parsed = [(path, weight * options.scale) for path, weight in map(parse_adapter, adapters)]
     from lorakit.storage.bases import resolve
 
     console, location = Console(stderr=True), resolve(base, options.revision)
+    parsed = [(path, weight * options.scale) for path, weight in map(parse_adapter, adapters)]
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
