@@ -208,13 +208,14 @@ def check_diffusers(folder: Path) -> None:
     check_folder(folder)
     index = read_json(path)
     name = _field(index, "_class_name", path)
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise ModelError(f"a {name!r}, not one of {', '.join(PIPELINES)}", where=str(path))
     for component, pair in index.items():
         if not isinstance(pair, list) or pair == [None, None]:
             continue
         libraries, classes = COMPONENTS.get(component, (set(), set()))
-        if len(pair) != 2 or pair[0] not in libraries or pair[1] not in classes:
+        named = len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        if not named or pair[0] not in libraries or pair[1] not in classes:
             raise ModelError(f"{component}: {pair} is not part of a Stable Diffusion", where=str(path))
     for component in PIPELINES[name]:
         if not isinstance(index.get(component), list) or index[component] == [None, None]:

@@ -225,7 +225,8 @@ def test_29_a_config_that_asks_for_code(llama: Path, edit: Edit, file: str, tabl
     ("file", "table", "told"),
     [
         ("model_index.json", {"custom_pipeline": "owner/name"}, "custom_pipeline"),
-        ("model_index.json", {"_class_name": ["x", "StableDiffusionPipeline"]}, "not a StableDiffusionPipeline"),
+        ("model_index.json", {"_class_name": ["x", "StableDiffusionPipeline"]}, "not one of StableDiffusionPipeline"),
+        ("model_index.json", {"unet": [["diffusers"], "UNet2DConditionModel"]}, "not part of"),
         ("model_index.json", {"unet": ["os", "system"]}, "unet"),
         ("model_index.json", {"unet": ["diffusers_modules.local.x", "UNet2DConditionModel"]}, "unet"),
         ("model_index.json", {"vae": ["diffusers", "FlaxAutoencoderKL"]}, "vae"),
