@@ -25,7 +25,7 @@ from tests.faults.harness import lorakit, process
         (["generate", "--base", "x", "--device", "tpu"], "'--device'"),
         (["--nope"], "--nope"),
         (["tarin-sd", "r.yaml"], "tarin-sd"),
-        (["merge", "a", "b", "c", "\x1b[31md"], "\\x1b[31md"),
+        (["inspect", "a", "\x1b[31md"], "\\x1b[31md"),
     ],
 )
 def test_wrong_usage_is_one_line_and_where_to_read_on(words: list[str], told: str) -> None:
