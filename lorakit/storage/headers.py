@@ -53,10 +53,10 @@ def _tensor(name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name}: not a tensor's entry")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"{name}: unknown dtype {str(dtype)[:20]!r}")
-    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
-    if len(numbers) != len(shape) + 2 or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+    lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    if not lists or any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, *offsets)):
         raise ValueError(f"{name}: shape or offsets are not numbers")
     if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * BITS[dtype]:
         raise ValueError(f"{name}: {dtype} {shape} does not take {offsets[1] - offsets[0]} bytes")
