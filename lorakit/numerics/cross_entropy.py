@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_NUMBERS = 1 << 24
-"""Logits at once: 64 MiB in float32."""
+CHUNK_NUMBERS = 1 << 23
+"""Logits at once: 32 MiB in float32, and as many in the model's dtype."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -39,18 +39,20 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk = max(1, CHUNK_NUMBERS // weight.shape[0])
+        chunk = max(1, min(hidden.shape[0], CHUNK_NUMBERS // weight.shape[0]))
+        # Two buffers for all chunks: on a CPU new memory of this size costs as much as what is computed in it.
+        logits, exact = (torch.empty(chunk, len(weight), dtype=t, device=hidden.device) for t in (hidden.dtype, wide))
         for start in range(0, hidden.shape[0], chunk):
             rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
-            log_probabilities = (rows @ weight.T).to(wide).log_softmax(-1)
-            loss -= log_probabilities.gather(1, labels).sum()
+            narrow, p = logits[: len(rows)], exact[: len(rows)]
+            torch.log_softmax(p.copy_(torch.mm(rows, weight.T, out=narrow)), -1, out=p)
+            loss -= p.gather(1, labels).sum()
             if gradient is not None:
-                d_logits = log_probabilities.exp_()
-                d_logits.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=wide))
-                gradient[start : start + chunk] = d_logits.to(weight.dtype) @ weight
+                p.exp_().scatter_add_(1, labels, torch.full_like(labels, -1, dtype=wide))
+                torch.mm(narrow.copy_(p), weight, out=gradient[start : start + chunk])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return loss

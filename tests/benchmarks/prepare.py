@@ -7,10 +7,12 @@ contenders do the same work and their losses can be compared step by step. A pro
 """
 
 import argparse
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
@@ -92,18 +94,16 @@ def share_base(folder: BaseLocation, work: Path) -> None:
     (work / "base").symlink_to(folder.path.resolve(), target_is_directory=True)
 
 
-def llama_steps(task: LlamaTask, count: int) -> list[list[list[list[int]]]]:
+def llama_steps(task: LlamaTask, layout: Layout, count: int) -> list[list[list[list[int]]]]:
     """Token ids and labels (-100 where nothing is learned) of each chat of each step, to the last labelled token."""
-    batches, found = task.batches("train", 0), []
-    for _ in range(count):
-        batch: Any = next(batches)
-        tokens, place = batch.tokens[0].tolist(), 0
-        targets = dict(zip(batch.rows.tolist(), batch.targets.tolist(), strict=True))
+    examples, found = task.chats.train, []
+    for draws in itertools.islice(micro_batches(layout, [len(e.tokens) for e in examples], 0), count):
         rows = []
-        for length in batch.lengths:
-            labels = [targets.get(i, MASKED) for i in range(place, place + length)]
-            rows.append([[*tokens[place : place + length], labels[-1]], [MASKED, *labels]])
-            place += length
+        for example in (examples[draw.index] for draw in draws):
+            end = int(np.flatnonzero(example.labels)[-1]) + 1
+            tokens, labels = example.tokens[:end], np.where(example.labels[:end], example.tokens[:end], MASKED)
+            labels[0] = MASKED
+            rows.append([tokens.tolist(), labels.tolist()])
         found.append(rows)
     return found
 
@@ -112,7 +112,7 @@ def prepare_llama(recipe: LlamaRecipe, task: LlamaTask, given: argparse.Namespac
     """Writes base/ and the steps; gives the plan's own fields."""
     _, folder = find_base(recipe.base, DTYPES[recipe.compute.precision])
     share_base(folder, given.work)
-    rows = llama_steps(task, given.steps)
+    rows = llama_steps(task, Layout(recipe.train.seed, recipe.train.batch_size), given.steps)
     write_steps(given.work, rows)
     shape = flops.LlamaShape.of(load_config(folder), recipe.adapter.rank)
     lengths = [[len(tokens) for tokens, _ in step] for step in rows]

@@ -36,19 +36,22 @@ def build(kind="llama", **more):
         return AutoModelForCausalLM.from_config(config, attn_implementation=packed.NAME).double().requires_grad_(False)
 
 
-def rows(*lengths, seed=0):
-    """Token rows of random tokens and labels; the last token but one is labelled at least."""
+def rows(*lengths, seed=0, alike=0):
+    """Token rows of random tokens and labels; the last token but one is labelled at least. The first ``alike`` tokens
+    are the same in all."""
     draw = np.random.default_rng(seed)
     made = []
     for number, length in enumerate(lengths):
         labels = draw.random(length) < 0.5
         labels[-2] = True
-        made.append(Encoded(draw.integers(3, 61, length).astype(np.int32), labels, f"f:{number}"))
+        tokens = draw.integers(3, 61, length).astype(np.int32)
+        tokens[:alike] = 7
+        made.append(Encoded(tokens, labels, f"f:{number}"))
     return made
 
 
 def run(view, batch):
-    return view(batch.tokens, batch.positions, batch.lengths, batch.rows, batch.targets)
+    return view(batch.tokens, batch.positions, batch.documents, batch.rows, batch.targets)
 
 
 def transformers_loss(lm, examples):
@@ -64,15 +67,18 @@ def transformers_loss(lm, examples):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_and_padded_losses_and_gradients_equal_transformers_own(kind):
+@pytest.mark.parametrize("alike", [0, 2])
+@pytest.mark.parametrize("adapter", [Adapter(rank=4), Adapter(rank=3, dora=True, targets="attention+mlp")])
+def test_packed_and_padded_losses_and_gradients_equal_transformers_own(kind, alike, adapter):
     lm = build(kind)
-    inject(lm, Adapter(rank=4), GROUPS, seed=1)
+    inject(lm, adapter, GROUPS, seed=1)
     parameters = list(adapter_parameters(lm).values())
     for parameter in parameters:
         parameter.data = (
             torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))).double() / 8
         )
-    examples, view = rows(9, 17, 3, 30), packed.PackedLM(lm, logit_factor(lm.config))
+    examples, view = rows(9, 17, 5, 30, alike=alike), packed.PackedLM(lm, logit_factor(lm.config))
+    assert view.plain == (kind in ("llama", "mistral", "qwen2"))
     assert packed.head_is_frozen(lm)
     losses, gradients = [], []
     for loss in (
@@ -89,14 +95,23 @@ def test_packed_and_padded_losses_and_gradients_equal_transformers_own(kind):
         assert (gradient - gradients[2]).norm() <= 2e-5 * gradients[2].norm()
 
 
-def test_gradient_checkpointing_changes_nothing():
-    lm = build()
+def saved(view, batch):
+    """Numbers kept for the backward pass."""
+    counts = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: counts.append(x.numel()) or x, lambda x: x):
+        run(view, batch)
+    return sum(counts)
+
+
+@pytest.mark.parametrize("kind", ["llama", "granite"])
+def test_gradient_checkpointing_changes_nothing(kind):
+    lm = build(kind, num_hidden_layers=6)
     inject(lm, Adapter(rank=4), GROUPS, seed=1)
     parameters, batch = list(adapter_parameters(lm).values()), collate(rows(9, 17), packing=True)
     view = packed.PackedLM(lm).train()
-    plain = torch.autograd.grad(run(view, batch), parameters)
-    packed.checkpoint_activations(lm)
-    assert lm.is_activation_checkpointing
+    plain, numbers = torch.autograd.grad(run(view, batch), parameters), saved(view, batch)
+    view = packed.PackedLM(lm, checkpointing=True).train()
+    assert saved(view, batch) < numbers / 2
     for got, want in zip(torch.autograd.grad(run(view, batch), parameters), plain, strict=True):
         assert torch.equal(got, want)
 
@@ -110,6 +125,22 @@ def test_a_document_does_not_see_another():
         other = run(view, collate([changed, second], packing=True)) - run(view, collate([changed], packing=True))
     assert together.item() == pytest.approx(apart.item(), rel=1e-6)
     assert other.item() == pytest.approx(run(view, collate([second], packing=True)).item(), rel=1e-6)
+
+
+def test_what_documents_begin_with_stands_in_the_row_once():
+    examples = rows(8, 12, 9, alike=5)
+    batch, apart = collate(examples, packing=True), collate(examples, packing=True, sharing=False)
+    shared, own = batch.documents
+    assert shared >= 5
+    assert batch.tokens.shape[1] == apart.tokens.shape[1] - 2 * shared
+    assert [length + shared for length in own] == list(apart.documents[1])
+    assert apart.documents[0] == 0
+    assert (batch.count, batch.targets.tolist()) == (apart.count, apart.targets.tolist())
+    view = packed.PackedLM(build())
+    assert run(view, batch).item() == pytest.approx(run(view, apart).item(), rel=1e-6)
+    same = collate([examples[0]] * 2, packing=True)
+    assert min(same.documents[1]) == 1
+    assert run(view, same).item() == pytest.approx(2 * run(view, collate(examples[:1], packing=True)).item(), rel=1e-6)
 
 
 def test_an_empty_batch_has_no_loss():
@@ -137,9 +168,10 @@ def test_capped_logits_and_windows_are_known():
 def test_targets_are_the_labelled_tokens_and_the_tail_is_left_out():
     example = Encoded(np.array([5, 6, 7, 8, 9], np.int32), np.array([1, 0, 1, 1, 0], bool), "f")
     batch = collate([example, example], packing=True)
-    assert batch.tokens.tolist() == [[5, 6, 7] * 2]
-    assert batch.positions.tolist() == [[0, 1, 2] * 2]
-    assert (batch.rows.tolist(), batch.targets.tolist()) == ([1, 2, 4, 5], [7, 8, 7, 8])
+    assert batch.tokens.tolist() == [[5, 6, 7, 7]]
+    assert batch.positions.tolist() == [[0, 1, 2, 2]]
+    assert batch.documents == (2, (1, 1))
+    assert (batch.rows.tolist(), batch.targets.tolist()) == ([1, 2, 1, 3], [7, 8, 7, 8])
     assert batch.count == 2 * example.count == 4
 
 

@@ -103,13 +103,13 @@ def test_saved_adapter_is_what_peft_loads(folder, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(folder / "base")
     peft = PeftModel.from_pretrained(plain, tmp_path / "adapter")
     batch = next(task.batches("train", 0))
-    start = 0
+    examples = {example.where: example for example in task.chats.train}
     total = torch.zeros(())
-    for length in batch.lengths:
-        logits = peft(input_ids=batch.tokens[:, start : start + length]).logits[0].log_softmax(-1)
-        mine = (batch.rows >= start) & (batch.rows < start + length)
-        total = total - logits[batch.rows[mine] - start, batch.targets[mine]].sum()
-        start += length
+    for name in batch.ids:
+        tokens = torch.from_numpy(examples[name].tokens.astype("int64"))
+        learned = torch.from_numpy(examples[name].labels)
+        scores = peft(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)
+        total = total - scores.gather(1, tokens[1:, None])[learned[1:]].sum()
     assert task.loss(task.model, batch).item() == pytest.approx(total.item(), rel=1e-4)
 
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from lorakit.errors import ModelError
-from lorakit.numerics.attention import packed_attention
+from lorakit.families.llama import blocks
 from lorakit.numerics.cross_entropy import linear_cross_entropy
+from lorakit.numerics.packing import Packing, packed_attention
 
 NAME = "lorakit_packed"
 """This attention's name in transformers."""
@@ -29,22 +30,21 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D], key and value [B, K, T, D] -> [B, T, H, D].
 
-    ``document_lengths`` among the options says where the documents of a packed row end; without it each row is one.
+    ``packing`` among the options says where the documents are; without it each row is one.
     Raises ModelError for what training never has: a mask, a cache, or dropout of probabilities.
     """
-    batch, heads, tokens, width = query.shape
+    batch, _, tokens, _ = query.shape
     if attention_mask is not None or key.shape[2] != tokens:
         raise ModelError("packed attention takes no mask and no cache")
     if options.get("dropout"):
         raise ModelError("the base drops attention probabilities out, which packed attention does not do")
-    lengths = options.get("document_lengths") or [tokens] * batch
-    q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))
-    out = packed_attention(q, k, v, lengths, scaling)
-    return out.transpose(0, 1).reshape(batch, tokens, heads, width), None
+    packing = options.get("packing") or Packing.of([tokens] * batch, device=query.device)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    return packed_attention(q, k, v, packing, scaling).view(batch, tokens, query.shape[1], -1), None
 
 
 def no_mask(**_: Any) -> None:
-    """transformers' mask interface: nothing is built, document lengths say it all."""
+    """transformers' mask interface: nothing is built, the packing says it all."""
 
 
 AttentionInterface.register(NAME, attend)
@@ -54,44 +54,62 @@ AttentionMaskInterface.register(NAME, no_mask)
 class PackedLM(nn.Module):
     """The training view of a causal language model: tokens and labels in, the summed loss out.
 
-    ``logit_factor``: what the model multiplies its logits with.
+    ``logit_factor``: what the model multiplies its logits with. ``checkpointing``: recompute each block's activations
+    in the backward pass.
     """
 
-    def __init__(self, lm: PreTrainedModel, logit_factor: float = 1.0) -> None:
+    def __init__(self, lm: Any, logit_factor: float = 1.0, *, checkpointing: bool = False) -> None:
         super().__init__()
-        self.lm: Any = lm
+        self.lm = lm
         self.logit_factor = logit_factor
+        self.checkpointing = checkpointing
+        self.plain = True
+        """Whether the walk through the blocks is ours, not transformers'."""
+        if not blocks.are_plain(lm.get_decoder()):
+            self._walk_by_transformers()
+
+    def _walk_by_transformers(self) -> None:
+        self.plain = False
+        if self.checkpointing:
+            self.lm.activation_checkpointing_enable({"use_reentrant": False})
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, lengths: Sequence[int] | None, rows: Tensor, targets: Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        documents: tuple[int, Sequence[int]] | None,
+        rows: Tensor,
+        targets: Tensor,
     ) -> Tensor:
         """float32 sum of the cross-entropy at the labelled places.
 
         Args:
             tokens, positions: int64 [B, T]; positions count from 0 in each document.
-            lengths: tokens of each document when B is 1 and the row is packed; None: a row is one document, padded
-                behind, where no label and no real token looks.
+            documents: of a packed row (B is 1) the tokens at its start that begin each document, and each document's
+                own ones; None: a row is one document, padded behind, where no label and no real token looks.
             rows: int64 [N], places b * T + t whose next token is learned.
             targets: int64 [N], those next tokens.
         """
-        states = self.lm.get_decoder()(
-            input_ids=tokens, position_ids=positions, use_cache=False, document_lengths=lengths
-        ).last_hidden_state
-        hidden = states.flatten(0, 1).index_select(0, rows)
+        shared, lengths = documents or (0, [tokens.shape[1]] * len(tokens))
+        packing = Packing.of(lengths, shared, tokens.device)
+        decoder: Any = self.lm.get_decoder()
+        if self.plain:
+            places = tokens.flatten(), positions.flatten(), packing, rows
+            hidden = blocks.hidden_states(decoder, *places, checkpointing=self.checkpointing and self.training)
+        else:
+            states = decoder(input_ids=tokens, position_ids=positions, use_cache=False, packing=packing)
+            hidden = states.last_hidden_state.flatten(0, 1).index_select(0, rows)
         if self.logit_factor != 1:
             hidden = hidden * self.logit_factor
         return linear_cross_entropy(hidden, self.lm.get_output_embeddings().weight, targets)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """torch.compile what does not change shape but in its tokens: each block's MLP and norms."""
+        """torch.compile what does not change shape but in its tokens: each block's MLP and norms, walked through by
+        transformers, whose many small operations are what there is to fuse."""
+        self._walk_by_transformers()
         for name, module in self.lm.named_modules():
             if name.endswith((".mlp", "layernorm", "norm")):
                 module.compile(*args, dynamic=True, **kwargs)
-
-
-def checkpoint_activations(lm: Any) -> None:
-    """Recompute each block's activations in the backward pass."""
-    lm.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def head_is_frozen(lm: Any) -> bool:

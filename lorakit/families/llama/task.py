@@ -50,13 +50,14 @@ class Loaded:
     chats: ChatSet
     renderer: Renderer
     logit_factor: float
+    checkpointing: bool
 
 
 class LlamaTask:
     """A causal language model with LoRA, and the chats it trains on (``families.task.Task``)."""
 
     def __init__(self, loaded: Loaded, sampling: LlamaSample, layout: Layout, *, learning_rate: float, packing: bool):
-        self.model: nn.Module = packed.PackedLM(loaded.lm, loaded.logit_factor)
+        self.model: nn.Module = packed.PackedLM(loaded.lm, loaded.logit_factor, checkpointing=loaded.checkpointing)
         self.steps_per_epoch = len(loaded.chats.train) / layout.batch_size
         self.base_id = f"{loaded.location.name} sha256:{digest(loaded.location)}"
         self.data_hash = loaded.chats.digest()
@@ -72,30 +73,33 @@ class LlamaTask:
 
     def batches(self, split: str, start: int) -> Iterator[Batch]:
         if split == "train":
-            return train_batches(self.chats.train, self._layout, start, packing=self._packing)
+            # One dropout mask over tokens that several chats share would not be one a chat.
+            sharing = not self._loaded.injection.adapter.dropout
+            return train_batches(self.chats.train, self._layout, start, packing=self._packing, sharing=sharing)
         return held_out_batches(self.chats.held_out, self._layout, packing=self._packing)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Sum over labelled tokens of -log p(token | the tokens before it in its chat)."""
         chats = cast(ChatBatch, batch)
-        return cast(Tensor, model(chats.tokens, chats.positions, chats.lengths, chats.rows, chats.targets))
+        return cast(Tensor, model(chats.tokens, chats.positions, chats.documents, chats.rows, chats.targets))
 
     def plain_loss(self, batch: Batch, dtype: torch.dtype) -> Tensor:
         """transformers' model with PEFT's layers and eager attention, a chat at a time, and all its logits."""
         chats, lm = cast(ChatBatch, batch), self._loaded.lm
         if lm.dtype != dtype:
             lm.to(dtype)
-        width = chats.tokens.shape[1]
-        lengths = chats.lengths or (width,) * len(chats.tokens)
-        losses, start = [], 0
+        shared, own = chats.documents or (0, (chats.tokens.shape[1],) * len(chats.tokens))
+        losses, start, row = [], shared, chats.tokens.flatten()
         lm.set_attn_implementation("eager")
         try:
             with plain_layers(lm):
-                for length in lengths:
-                    tokens = chats.tokens.flatten()[start : start + length]
-                    here = (chats.rows >= start) & (chats.rows < start + length)
+                for length in own:
+                    tokens = torch.cat([row[:shared], row[start : start + length]])
                     logits = lm(input_ids=tokens[None], use_cache=False).logits[0]
-                    logits = logits[chats.rows[here] - start].to(torch.promote_types(dtype, torch.float32))
+                    first = 0 if start == shared else start  # what is learned in the shared part counts once
+                    here = (chats.rows >= first) & (chats.rows < start + length)
+                    places = torch.where(chats.rows < shared, chats.rows, chats.rows - start + shared)[here]
+                    logits = logits[places].to(torch.promote_types(dtype, torch.float32))
                     losses.append(functional.cross_entropy(logits, chats.targets[here], reduction="sum"))
                     start += length
         finally:
@@ -172,8 +176,6 @@ def load(
     injection = inject(lm, adapter, GROUPS, seed=mix(layout.seed, 6))
     if not packed.head_is_frozen(lm):
         raise RecipeError("the head (lm_head) cannot have an adapter", where="adapter.targets")
-    if place.gradient_checkpointing:
-        packed.checkpoint_activations(lm)
     renderer = Renderer(tokenizer, data.chat_template, int(config.max_position_embeddings))
-    loaded = Loaded(location, lm, injection, chats, renderer, factor)
+    loaded = Loaded(location, lm, injection, chats, renderer, factor, place.gradient_checkpointing)
     return LlamaTask(loaded, sample, layout, learning_rate=learning_rate, packing=data.packing)

@@ -1,0 +1,259 @@
+"""Causal attention over a packed row: documents stand one after the other and none sees another.
+
+    row = [tokens that begin every document, once] [document 1] [document 2] ...
+
+Documents that begin alike (a system prompt, a template's marks) share those tokens: causal attention gives them the
+same states in each document, so they are computed once and every document attends to them.
+
+Shapes: ``T`` tokens of the row, ``H`` query heads, ``K`` key-value heads, ``G = H / K`` queries a key head, ``D`` head
+dim, ``P`` shared tokens; for ``n`` documents of like length: ``L`` own tokens of the longest, ``S >= P + L`` keys.
+
+    O = softmax(scale * Q K^T + mask) V        for each document by itself
+
+Two kernels. PyTorch's fused one wherever it is the fast one; on a CPU in bfloat16 ``_PackedAttention``: documents of
+like length side by side, plain matmuls that keep the probabilities for the backward pass. Neither repeats keys for the
+query heads that share them, and no mask of [T, T] is ever built.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lorakit.numerics.attention import matmuls_are_faster
+
+BLOCK = 128
+"""Queries of a document at once in ``_PackedAttention``: keys beyond a block's last one are not touched."""
+
+LONGEST_KEPT = 2048
+"""Most keys of a query for probabilities to be kept (H * L * S / 2 numbers a layer); beyond, the fused kernel."""
+
+PADDING = 1.15
+"""A group of documents, each padded to its longest, has at most so many times their own tokens."""
+
+ALIGNED = 32
+"""Keys are padded to a multiple of this: softmax over a row of another length is up to three times as slow."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """``n`` documents of like length that are attended to together, one after the other in the row."""
+
+    start: int
+    stop: int
+    """Their own tokens in the row."""
+    shared: int
+    """P, or 0 for the shared tokens themselves."""
+    count: int
+    """n"""
+    longest: int
+    """L"""
+    width: int
+    """S"""
+    queries: Tensor
+    """int64 [n * L]: places in the row; a shorter document repeats its last one."""
+    keys: Tensor
+    """int64 [n * S], likewise: the shared tokens, then the own ones."""
+    real: Tensor
+    """int64 [stop - start]: which of ``queries`` are not repeats."""
+    real_keys: Tensor
+    """int64 [stop - start]: which of ``keys`` are the own tokens."""
+
+    @classmethod
+    def of(cls, start: int, lengths: Sequence[int], shared: int, device: torch.device) -> "Group":
+        longest = max(lengths)
+        width = _aligned(shared + longest)
+        queries, keys, real, own, place = [], [], [], [], start
+        begin = torch.arange(shared)
+        for number, length in enumerate(lengths):
+            steps = torch.arange(max(longest, width - shared)).clamp_max(length - 1) + place
+            queries.append(steps[:longest])
+            keys.append(torch.cat([begin, steps[: width - shared]]))
+            real.append(torch.arange(length) + number * longest)
+            own.append(torch.arange(length) + number * width + shared)
+            place += length
+        placed = (torch.cat(part).to(device) for part in (queries, keys, real, own))
+        return cls(start, place, shared, len(lengths), longest, width, *placed)
+
+    def blocks(self) -> Iterator[tuple[int, int, int]]:
+        """First query, end of the queries, and end of the keys that they see, a block."""
+        for first in range(0, self.longest, BLOCK):
+            last = min(first + BLOCK, self.longest)
+            yield first, last, _aligned(self.shared + last)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the documents of a row are; made once a row, used in every layer."""
+
+    shared: int
+    """Tokens at the row's start that stand before each document."""
+    lengths: tuple[int, ...]
+    """Own tokens of each document, in order; with ``shared`` they sum to the row."""
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], shared: int = 0, device: torch.device | str = "cpu") -> "Packing":
+        """Raises ValueError when a document has no token of its own."""
+        if not lengths or min(lengths) < 1 or shared < 0:
+            raise ValueError(f"no packing of {shared} shared tokens and documents of {list(lengths)}")
+        device = torch.device(device)
+        groups = [Group.of(0, [shared], 0, device)] if shared else []
+        place, waiting = shared, list(lengths)
+        while waiting:
+            count = _alike(waiting)
+            groups.append(Group.of(place, waiting[:count], shared, device))
+            place, waiting = groups[-1].stop, waiting[count:]
+        return cls(shared, tuple(lengths), tuple(groups))
+
+    @property
+    def tokens(self) -> int:
+        """T"""
+        return self.shared + sum(self.lengths)
+
+
+def _aligned(keys: int) -> int:
+    return -(-keys // ALIGNED) * ALIGNED
+
+
+def _alike(lengths: Sequence[int]) -> int:
+    """How many of the first documents make a group."""
+    longest = total = 0
+    for count, length in enumerate(lengths):
+        longest, total = max(longest, length), total + length
+        if longest * (count + 1) > PADDING * total:
+            return count
+    return len(lengths)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Tensor:
+    """Causal attention within each document and the tokens that it shares.
+
+    Args:
+        q: [T, H, D].
+        k, v: [T, K, D], H a multiple of K; head ``h`` of q attends to head ``h // (H / K)``.
+        packing: where the documents are.
+        scale: factor of the scores, 1 / sqrt(D) as a rule.
+
+    Returns:
+        [T, H, D] in q's dtype.
+
+    Raises:
+        ValueError: the packing is not of T tokens, or H is not a multiple of K.
+    """
+    tokens, heads, _ = q.shape
+    if packing.tokens != tokens:
+        raise ValueError(f"a packing of {packing.tokens} tokens does not fit a row of {tokens}")
+    if heads % k.shape[1]:
+        raise ValueError(f"{heads} query heads cannot share {k.shape[1]} key heads")
+    if matmuls_are_faster(q) and max(packing.lengths) + packing.shared <= LONGEST_KEPT:
+        return matmul_packed_attention(q, k, v, packing, scale)
+    return torch.cat(list(_fused(q, k, v, packing, scale)))
+
+
+def matmul_packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Tensor:
+    """``packed_attention`` by plain matmuls."""
+    out: Tensor = _PackedAttention.apply(q, k, v, packing, scale)
+    return out
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Iterator[Tensor]:
+    """PyTorch's kernel, a document at a time. It takes square causal masks only, so that zeros stand where the shared
+    tokens' queries would."""
+    group = q.shape[1] // k.shape[1]
+    begin, place = packing.shared, 0
+    for length, before in ([(begin, 0)] if begin else []) + [(length, begin) for length in packing.lengths]:
+        own = slice(place, place + length)
+        queries = functional.pad(q[own], (0, 0, 0, 0, before, 0))
+        keys, values = (torch.cat([x[:before], x[own]]).repeat_interleave(group, 1) for x in (k, v))
+        rows, keys, values = (x.transpose(0, 1) for x in (queries, keys, values))
+        out = functional.scaled_dot_product_attention(rows, keys, values, is_causal=True, scale=scale)
+        yield out.transpose(0, 1)[before:]
+        place += length
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Query heads of a key head are folded into rows: [n * K, b * G, D] x [n * K, D, keys] for ``b`` queries."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Tensor:
+        kept: list[Tensor] = []
+        share, out = q.shape[1] // k.shape[1], torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for group in packing.groups:
+            rows, keys, values = _operands(q, k, v, group)
+            mixed = torch.empty_like(rows)
+            for first, last, seen in group.blocks():
+                block, none = slice(first * share, last * share), rows.new_zeros(())
+                scores = torch.baddbmm(none, rows[:, block], keys[:, :seen].transpose(1, 2), beta=0, alpha=scale)
+                _hide(scores, last - first, group.shared + first)
+                kept.append(scores.softmax(-1))
+                mixed[:, block] = kept[-1] @ values[:, :seen]
+            out[group.start : group.stop] = _unfold(mixed, group.count, share).index_select(0, group.real)
+        ctx.save_for_backward(q, k, v, *(kept if any(ctx.needs_input_grad) else ()))
+        ctx.packing, ctx.scale = packing, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """With dP = dO V^T: dS = P * (dP - rowsum(P * dP)), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO.
+
+        The shared tokens' dK and dV are summed over the documents in float32 at least.
+        """
+        q, k, v, *kept = ctx.saved_tensors
+        share, probabilities, begin = q.shape[1] // k.shape[1], iter(kept), ctx.packing.shared
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        shared = torch.zeros((2, begin, *k.shape[1:]), dtype=torch.promote_types(k.dtype, torch.float32)).to(k.device)
+        for group in ctx.packing.groups:
+            rows, keys, values = _operands(q, k, v, group)
+            pull = grads[0].new_zeros((len(group.queries), *q.shape[1:]))
+            pull.index_copy_(0, group.real, grads[0][group.start : group.stop])
+            pull = _fold(pull, group.count, k.shape[1])
+            d_rows, d_keys, d_values = torch.empty_like(rows), torch.zeros_like(keys), torch.zeros_like(values)
+            for first, last, seen in group.blocks():
+                block, p = slice(first * share, last * share), next(probabilities)
+                d_prob = pull[:, block] @ values[:, :seen].transpose(1, 2)
+                d_scores = torch._softmax_backward_data(d_prob, p, -1, q.dtype)
+                d_rows[:, block] = d_scores @ keys[:, :seen]
+                d_keys[:, :seen] += d_scores.transpose(1, 2) @ rows[:, block]
+                d_values[:, :seen] += p.transpose(1, 2) @ pull[:, block]
+            own = slice(group.start, group.stop)
+            dq[own] = _unfold(d_rows, group.count, share).index_select(0, group.real)
+            for total, part, sums in ((dk, d_keys, shared[0]), (dv, d_values, shared[1])):
+                places = _unfold(part, group.count, 1)
+                total[own] = places.index_select(0, group.real_keys)
+                sums[: group.shared] += places.unflatten(0, (group.count, -1))[:, : group.shared].sum(
+                    0, dtype=sums.dtype
+                )
+        dk[:begin] += shared[0].to(k.dtype)
+        dv[:begin] += shared[1].to(v.dtype)
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None, None
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """A group's queries [n * K, L * G, D], and its keys and values [n * K, S, D]."""
+    chosen = (q.index_select(0, group.queries), k.index_select(0, group.keys), v.index_select(0, group.keys))
+    rows, keys, values = (_fold(x, group.count, k.shape[1]) for x in chosen)
+    return rows, keys, values
+
+
+def _fold(x: Tensor, documents: int, key_heads: int) -> Tensor:
+    """[n * L, K * G, D] -> [n * K, L * G, D]"""
+    split = x.reshape(documents, -1, key_heads, x.shape[1] // key_heads, x.shape[2])
+    return split.transpose(1, 2).reshape(documents * key_heads, -1, x.shape[2])
+
+
+def _unfold(x: Tensor, documents: int, share: int) -> Tensor:
+    """[n * K, L * G, D] -> [n * L, K * G, D]"""
+    key_heads = x.shape[0] // documents
+    split = x.reshape(documents, key_heads, -1, share, x.shape[2])
+    return split.transpose(1, 2).reshape(-1, key_heads * share, x.shape[2])
+
+
+def _hide(scores: Tensor, queries: int, first: int) -> None:
+    """-inf, in place, where a block's queries may not look: its query ``i`` sees the keys up to ``first + i``."""
+    late = scores.view(len(scores), queries, -1, scores.shape[-1])[..., first:]
+    shape, ninf = (queries, late.shape[-1]), float("-inf")
+    late += torch.full(shape, ninf, dtype=scores.dtype, device=scores.device).triu_(1).unsqueeze(1)
