@@ -77,8 +77,8 @@ REFUSED = {
     "{{ namespace(__class__=1) }}": "__class__",
     "{% set ns = namespace() %}{% set ns._x = 1 %}": "_x",
     "{% include '/etc/passwd' %}": "no loader",
-    "{{ range.__globals__ }}": "unsafe",
-    "{{ raise_exception.__globals__ }}": "unsafe",
+    "{{ range.__globals__.keys() }}": "unsafe",
+    "{{ raise_exception.__globals__.keys() }}": "unsafe",
     "{{ cycler.__init__.__globals__.os.system('true') }}": "unsafe",
 }
 
@@ -94,7 +94,7 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range
 HOSTILE = {
     "nested loops": f"{LOOPS}{{% endfor %}}{{% endfor %}}{{% endfor %}}",
     "loops whose filter is never true": "{% for a in range(99999) if range(99999) | sum < 0 %}{% endfor %}",
-    "a power": "{{ 7 ** 7 ** 12 }}",
+    "a power": "{% set x = messages | length %}{{ x ** (7 ** 12) }}",
     "a power at compile time": "{{ 10 ** 1000000000 }}",
     "a long string": "{{ 'a' * 10000000000 }}",
     "doubling": "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
@@ -106,7 +106,6 @@ HOSTILE = {
     "a filter's width": "{{ 'a' | center(10000000000) }}",
     "replacement": "{% set x = 'a' * 99999 %}{{ x.replace('a', x) }}",
     "filler": "{{ range(9) | batch(10000000000, 'x') | list }}",
-    "lorem ipsum": "{{ lipsum(n=100000000) }}",
     "recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
     "branching recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "a range": "{{ range(10000000000) | list }}",
