@@ -159,7 +159,7 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
         hint = "put the data back, or start a new run under another output.name"
         raise DataError("the training data changed since the run was started", hint=hint)
     if old.world != new.world and (dropout or not allow):
-        reason = f"ranks: {new.world}, but the run was started with {old.world}, and "
+        reason = f"{new.world} rank{'s' * (new.world > 1)}, but the run was started with {old.world}, and "
         reason += "dropout's masks depend on that" if dropout else "gradients would be summed in another order"
         hint = f"resume with {old.world}" + ("" if dropout else ", or go on with --allow, equal up to float32 rounding")
         raise ConflictError(reason, where="--num-processes", hint=hint)

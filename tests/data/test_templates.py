@@ -155,12 +155,12 @@ def children():
 def test_its_process_ends_with_it(tokenizer):
     before = children()
     made = template(tokenizer, CHATML)
-    assert children() == before
+    assert not children() - before
     made.render(TURNS, answer_next=False)
     assert len(children() - before) == 1
     del made
     gc.collect()
-    assert children() == before
+    assert not children() - before
 
 
 RUN = """\
