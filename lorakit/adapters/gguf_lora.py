@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.targets import adaptable
 from lorakit.errors import ModelError
-from lorakit.storage.headers import gguf_architecture
+from lorakit.storage.gguf_header import Items, read_gguf
 
 _ARCHITECTURES = {
     "llama": (gguf.MODEL_ARCH.LLAMA, True),
@@ -27,6 +27,7 @@ _ARCHITECTURES = {
 }
 """By transformers' model_type: GGUF's architecture, and whether q and k are permuted."""
 ALPHA = gguf.Keys.Adapter.LORA_ALPHA
+_DTYPES = {"F32": "<f4", "F16": "<f2"}
 
 
 @dataclass(frozen=True)
@@ -98,20 +99,21 @@ def write(
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata as strings. Raises ModelError when it is no whole GGUF LoRA."""
-    gguf_architecture(path)
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {key: str(field.contents()) for key, field in reader.fields.items() if len(field.types) == 1}
-        tensors = {}
-        for tensor in reader.tensors:
-            kind = tensor.tensor_type.name
-            if kind not in ("F32", "F16"):
-                raise ModelError(f"dtype {kind}: only F32 and F16 adapters are read", where=tensor.name)
-            tensors[tensor.name] = torch.from_numpy(np.array(tensor.data))
-    except (ValueError, KeyError, IndexError, TypeError, OSError, OverflowError) as error:
-        raise ModelError(f"not a whole GGUF file: {error}", where=str(path)) from error
+    header = read_gguf(path)
+    metadata = {key: str(value) for key, value in header.values.items() if not isinstance(value, Items)}
     if metadata.get("general.type") != "adapter" or metadata.get(gguf.Keys.Adapter.TYPE) != "lora":
         raise ModelError("a GGUF file, but not a LoRA", where=str(path))
+    for key, kinds in (("general.architecture", str), (ALPHA, int | float)):
+        if not isinstance(header.values.get(key, 0.0 if key == ALPHA else None), kinds):
+            raise ModelError(f"{key}: missing, or of another kind", where=str(path))
+    tensors = {}
+    with path.open("rb") as file:
+        for name, info in header.tensors.items():
+            if info.dtype not in _DTYPES:
+                raise ModelError(f"dtype {info.dtype}: only F32 and F16 adapters are read", where=name)
+            file.seek(info.begin)
+            values = np.frombuffer(file.read(info.end - info.begin), _DTYPES[info.dtype])
+            tensors[name] = torch.from_numpy(values.reshape(info.shape).copy())
     return tensors, metadata
 
 

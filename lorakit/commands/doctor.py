@@ -38,6 +38,7 @@ MINIMUM = {
     "diffusers": Minimum("0.42.1", "CVE-2026-44513 and GHSA-4prv-5hj7-c2xr: code through model_index.json"),
     "transformers": Minimum("5.2.0", "CVE-2026-5241: config.json overrides trust_remote_code", after=True),
     "pillow": Minimum("12.3", "CVE-2026-40192: decompression bombs"),
+    "jinja2": Minimum("3.1.6", "CVE-2025-27516: a chat template leaves the sandbox"),
     "bitsandbytes": Minimum("0.50.0", "the first with 8-bit kernels for the CPU"),
     "peft": Minimum("0.21", "the oldest that is tested"),
     "accelerate": Minimum("1.15", "the oldest that is tested"),

@@ -1,12 +1,19 @@
-"""Chat templates by name, for tokenizers that bring none, and the one way from messages to text."""
+"""Chat templates by name, for tokenizers that bring none, and the one way from messages to text.
 
+A tokenizer's template is untrusted: it runs in a process of its own, which ``lorakit.data.template_worker`` bounds.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
+from lorakit.data import template_worker
 from lorakit.data.chat import Message
 from lorakit.errors import DataError, ModelError
 
@@ -41,8 +48,8 @@ NAMED = {
 }
 
 
-def find_template(tokenizer: Any, name: str | None) -> str:
-    """The Jinja source: the tokenizer's own (``name`` None), one of ``NAMED``, or a ``.jinja`` file's.
+def find_template(tokenizer: Any, name: str | None) -> "ChatTemplate":
+    """The tokenizer's own template (``name`` None), one of ``NAMED``, or a ``.jinja`` file's.
 
     Raises ModelError when the tokenizer has none or lacks a mark of the named one, DataError for an unknown name.
     """
@@ -50,32 +57,90 @@ def find_template(tokenizer: Any, name: str | None) -> str:
         if not isinstance(tokenizer.chat_template, str):
             reason = "the tokenizer has no chat template" if not tokenizer.chat_template else "several chat templates"
             raise ModelError(reason, where="data.chat_template", hint=f"name one: {', '.join(NAMED)}, or a .jinja file")
-        return tokenizer.chat_template
+        return ChatTemplate(tokenizer, tokenizer.chat_template, str(tokenizer.name_or_path) or "the tokenizer")
     if name in NAMED:
         missing = [mark for mark in NAMED[name].marks if mark not in tokenizer.get_added_vocab()]
         if missing:
             raise ModelError(
                 f"the tokenizer has no {' '.join(missing)}, which {name} needs", where="data.chat_template"
             )
-        return NAMED[name].source
+        return ChatTemplate(tokenizer, NAMED[name].source, name)
     if not name.endswith(".jinja") or not Path(name).is_file():
         raise DataError(
             f"no template {name!r}", where="data.chat_template", hint=f"{', '.join(NAMED)}, or a .jinja file's path"
         )
-    return Path(name).read_text(encoding="utf-8")
+    return ChatTemplate(tokenizer, Path(name).read_text(encoding="utf-8"), name)
 
 
-def render(tokenizer: Any, template: str, messages: Sequence[Message], *, answer_next: bool) -> str:
-    """The chat as text, BOS included where the template writes it; ``answer_next`` opens an assistant's turn.
+class ChatTemplate:
+    """A template's Jinja ``source`` with a tokenizer's special tokens; ``name`` stands in errors.
 
-    Raises DataError when the template refuses the messages (roles that do not take turns, say).
+    Its process is started at the first rendering and ends with this object, or with the process that holds it.
     """
-    rows = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                rows, chat_template=template, tokenize=False, add_generation_prompt=answer_next
+
+    def __init__(self, tokenizer: Any, source: str, name: str) -> None:
+        self._tokens, self._source, self._name = dict(tokenizer.special_tokens_map), source, name
+        self._lock = threading.Lock()
+        self._worker: subprocess.Popen[str] | None = None
+
+    def render(self, messages: Sequence[Message], *, answer_next: bool) -> str:
+        """The chat as text, BOS included where the template writes it; ``answer_next`` opens an assistant's turn.
+
+        Raises DataError when the template refuses the messages (roles that do not take turns, say) or fails on them,
+        ModelError when it takes more time or memory than a template may.
+        """
+        table = {
+            **self._tokens,
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": answer_next,
+        }
+        with self._lock:
+            answer = self._ask(table)
+        if "refused" in answer:
+            raise DataError(f"the chat template refuses it: {answer['refused']}")
+        if "over" in answer:
+            raise ModelError(
+                f"the chat template {answer['over']}", where=self._name, hint="name another: data.chat_template"
             )
+        return answer["text"]
+
+    def _ask(self, table: dict[str, Any]) -> dict[str, str]:
+        try:
+            if self._worker is None:
+                self._worker = self._start()
+            stdin, stdout = self._worker.stdin, self._worker.stdout
+            assert stdin is not None
+            assert stdout is not None
+            stdin.write(json.dumps(table) + "\n")
+            stdin.flush()
+            answer: dict[str, str] = json.loads(stdout.readline())
+            return answer
+        except (BrokenPipeError, ValueError):  # it was stopped at its limits, and the pipe is closed
+            self._worker = None
+            limits = f"{template_worker.SECONDS} seconds or {template_worker.MEGABYTES} MB"
+            return {"over": f"took more than {limits}, and was stopped"}
+
+    def _start(self) -> "subprocess.Popen[str]":
+        """Not in the terminal's process group: Ctrl-C is for the run, which finishes its step first."""
+        worker = subprocess.Popen(
+            [sys.executable, "-P", template_worker.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            process_group=0,
         )
-    except TemplateError as error:
-        raise DataError(f"the chat template refuses it: {error}") from error
+        weakref.finalize(self, _end, worker)
+        assert worker.stdin is not None
+        worker.stdin.write(json.dumps(self._source) + "\n")
+        return worker
+
+
+def _end(worker: "subprocess.Popen[str]") -> None:
+    worker.kill()
+    worker.wait()
+    for pipe in (worker.stdin, worker.stdout):
+        if pipe is not None:
+            pipe.close()

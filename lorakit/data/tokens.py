@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorakit.data.chat import Chat, Completion, Example, Message
-from lorakit.data.templates import find_template, render
+from lorakit.data.templates import ChatTemplate, find_template
 from lorakit.errors import DataError, ModelError
 
 QUESTION_SHARE = 4
@@ -61,15 +61,15 @@ class Renderer:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self._template_name = template
-        self._template: str | None = None
+        self._template: ChatTemplate | None = None
         self._marks = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         empty = tokenizer("", add_special_tokens=True)["input_ids"]
         self._adds_bos = bool(empty) and empty[0] == tokenizer.bos_token_id
         self._stops: frozenset[int] | None = None
 
     @property
-    def template(self) -> str:
-        """Jinja source; looked for at the first chat, since plain text needs none."""
+    def template(self) -> ChatTemplate:
+        """Looked for at the first chat, since plain text needs none."""
         if self._template is None:
             self._template = find_template(self.tokenizer, self._template_name)
         return self._template
@@ -81,7 +81,7 @@ class Renderer:
             return ends
         if self._stops is None:
             probe = [Message("user", "question"), Message("assistant", "answer")]
-            text = render(self.tokenizer, self.template, probe, answer_next=False)
+            text = self.template.render(probe, answer_next=False)
             tail, _ = self._tokenize(text[text.rindex("answer") + len("answer") :])
             marks = [token for token in tail if token in self._marks.values()]
             self._stops = ends | frozenset(marks[:1])
@@ -92,7 +92,7 @@ class Renderer:
         if isinstance(prompt, str):
             return self._with_bos(self._tokenize(prompt)[0])
         self._refuse_marks(prompt)
-        return self._with_bos(self._tokenize(render(self.tokenizer, self.template, prompt, answer_next=True))[0])
+        return self._with_bos(self._tokenize(self.template.render(prompt, answer_next=True))[0])
 
     def encode(self, example: Example) -> list[Encoded]:
         """The rows of an example, each of at most ``max_tokens``: one, but for long plain text, which is cut in pieces.
@@ -142,7 +142,7 @@ class Renderer:
         return Encoded(np.array(whole, np.int32), labels, where)
 
     def _whole_chat(self, messages: Sequence[Message], where: str) -> Encoded:
-        text = render(self.tokenizer, self.template, messages, answer_next=False)
+        text = self.template.render(messages, answer_next=False)
         spans, unlearned = self._spans(messages, text)
         row = self._labelled(text, spans, add_end=False, where=where)
         stops, tokens, labels = self.stops(chat=True), row.tokens, row.labels
@@ -161,10 +161,10 @@ class Renderer:
         turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
         spans, unlearned = [], 0
         for turn in (i for i in turns if messages[i].learned):
-            before = render(self.tokenizer, self.template, messages[:turn], answer_next=True) if turn else ""
+            before = self.template.render(messages[:turn], answer_next=True) if turn else ""
             after = whole
             if turn + 1 < len(messages):
-                after = render(self.tokenizer, self.template, messages[: turn + 1], answer_next=False)
+                after = self.template.render(messages[: turn + 1], answer_next=False)
             if whole.startswith(before) and whole.startswith(after):
                 spans.append(Span(len(before), len(after)))
             elif turn == turns[-1]:

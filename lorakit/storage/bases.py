@@ -12,6 +12,7 @@ from typing import Literal
 
 from lorakit.errors import ModelError
 from lorakit.storage import checks
+from lorakit.storage.gguf_base import check_gguf
 from lorakit.storage.headers import read_header
 
 __all__ = ["BaseLocation", "digest", "file_digest", "read_header", "remember_digest", "resolve", "weight_files"]
@@ -71,7 +72,7 @@ def resolve(model: str, revision: str | None = None) -> BaseLocation:
         "diffusers": checks.check_diffusers,
         "transformers": checks.check_transformers,
         "single-file": checks.check_single_file,
-        "gguf": checks.check_gguf,
+        "gguf": check_gguf,
     }
     check[layout](path)
     return BaseLocation(model, path, "sd" if layout in ("diffusers", "single-file") else "llama", layout)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorakit.errors import ModelError
 from lorakit.storage import configs
-from lorakit.storage.headers import Header, gguf_architecture, read_header
+from lorakit.storage.headers import Header, read_header
 
 LLAMA_ARCHITECTURES = {
     "LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
@@ -21,8 +21,6 @@ LLAMA_ARCHITECTURES = {
     "HeliumForCausalLM": "helium", "SeedOssForCausalLM": "seed_oss",
 }  # fmt: skip
 """Decoders whose attention is q_proj, k_proj, v_proj and o_proj, with the model_type that goes with each."""
-
-GGUF_ARCHITECTURES = {"llama", "mistral", "qwen2", "qwen3"}
 
 SCHEDULERS = {
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
@@ -254,10 +252,3 @@ def check_single_file(path: Path) -> None:
             raise ModelError(f"not a whole Stable Diffusion checkpoint: no {prefix}*", where=str(path))
     if first not in found or len(found[first]) != 4 or found[first][1] != 4:
         raise ModelError(f"not a text-to-image UNet: {first} has shape {found.get(first)}", where=str(path))
-
-
-def check_gguf(path: Path) -> None:
-    """A GGUF file of a LLaMA-like architecture."""
-    name = gguf_architecture(path)
-    if name not in GGUF_ARCHITECTURES:
-        raise ModelError(f"the architecture is {name!r}, not one of {sorted(GGUF_ARCHITECTURES)}", where=str(path))

@@ -140,7 +140,8 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
     """Refuse to go on with anything but the run that was started.
 
     RecipeError for changed fields: those that change what is learned never pass, others with ``allow``. ModelError for
-    another base, DataError for other data, ConflictError for another number of ranks with dropout.
+    another base, DataError for other data, ConflictError for another number of ranks: with dropout it never passes,
+    without it only when allowed.
     """
     dropout = bool(old.recipe["adapter"]["dropout"] or new.recipe["adapter"]["dropout"])
     changed = changed_fields(old.recipe, new.recipe)
@@ -157,9 +158,11 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
     if old.data_hash != new.data_hash:
         hint = "put the data back, or start a new run under another output.name"
         raise DataError("the training data changed since the run was started", hint=hint)
-    if old.world != new.world and dropout:
-        reason = f"{new.world} ranks, but the run was started with {old.world}, and dropout's masks depend on that"
-        raise ConflictError(reason, where="--num-processes", hint=f"resume with {old.world}")
+    if old.world != new.world and (dropout or not allow):
+        reason = f"{new.world} rank{'s' * (new.world > 1)}, but the run was started with {old.world}, and "
+        reason += "dropout's masks depend on that" if dropout else "gradients would be summed in another order"
+        hint = f"resume with {old.world}" + ("" if dropout else ", or go on with --allow, equal up to float32 rounding")
+        raise ConflictError(reason, where="--num-processes", hint=hint)
 
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

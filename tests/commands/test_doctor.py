@@ -33,10 +33,27 @@ def test_the_tested_set_keeps_to_the_minimum_versions():
         assert minimum.allows(pinned[name]), name
 
 
-def test_the_advisories_are_named():
-    named = " ".join(minimum.why for minimum in MINIMUM.values())
-    for advisory in ("CVE-2025-32434", "CVE-2026-24747", "CVE-2026-44513", "GHSA-4prv-5hj7-c2xr", "CVE-2026-5241"):
-        assert advisory in named
+FIXED_IN = {
+    "torch": ("2.10", "CVE-2025-32434", "CVE-2026-24747"),
+    "diffusers": ("0.42.1", "CVE-2026-44513", "GHSA-4prv-5hj7-c2xr"),
+    "transformers": ("5.2.1", "CVE-2026-5241"),
+    "pillow": ("12.3", "CVE-2026-40192"),
+    "jinja2": ("3.1.6", "CVE-2025-27516"),
+    "bitsandbytes": ("0.50.0",),
+}
+"""By library: the first version without the advisories that follow (bitsandbytes: with the 8-bit kernels)."""
+
+
+@pytest.mark.parametrize("name", FIXED_IN)
+def test_no_version_with_a_known_advisory_will_do(name):
+    fixed, *advisories = FIXED_IN[name]
+    release = [int(part) for part in fixed.split(".")]
+    before = ".".join(
+        map(str, [*release[:-1], release[-1] - 1] if release[-1] else [*release[:-2], release[-2] - 1, 99])
+    )
+    assert MINIMUM[name].allows(fixed)
+    assert not MINIMUM[name].allows(before)
+    assert all(advisory in MINIMUM[name].why for advisory in advisories)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.faults.harness import Told, forked, lorakit, untouched
 Edit = Callable[..., None]
 UNET, VAE, TEXT = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"
 SHARD = "model-00002-of-00004.safetensors"
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
 def commands(folder: Path) -> list[tuple[object, ...]]:
@@ -364,6 +365,16 @@ def test_32_sizes_of_a_part_that_overflow(sd: Path, edit: Edit, part: str, table
     for command in commands(sd)[0], commands(sd)[-1]:
         with untouched(sd):
             forked(*command, megabytes=700, seconds=15).refused(4, f"{sd}/base")
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("source", [LOOPS, "{{ 'a' * 10 ** 10 }}", "{{ 9 ** 9 ** 9 }}"])
+def test_32_a_chat_template_that_never_ends(llama: Path, source: str) -> None:
+    (llama / "base/chat_template.jinja").write_text(source)
+    skipping = ("train-llama", llama / "recipe.yaml", "--set", "data.on_bad=skip")
+    for command in (*(commands(llama)[i] for i in (0, 2, 4)), skipping):
+        with untouched(llama):
+            forked(*command, megabytes=700, seconds=50).refused(4, f"{llama}/base", "chat template")
 
 
 @pytest.mark.fault(33)

@@ -14,6 +14,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from tests.faults.harness import CODES, Told, forked
+from tests.raw_gguf import RawGguf
 
 MEGABYTES, SECONDS = 1000, 60
 
@@ -59,6 +60,23 @@ def set_header(path: Path, number: int, field: str, value: object) -> None:
         header[name][field] = value
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+def set_gguf(path: Path, number: int, field: str, value: int, content: bytes) -> None:
+    """Change one key's value or one tensor's entry in a GGUF file: its type, its number, its size, its name."""
+    raw = RawGguf.read(path)
+    if field in ("key", "value"):
+        place = number % len(raw.keys)
+        name, old = raw.keys[place]
+        raw.keys[place] = (content, old) if field == "key" else (name, old[: value % 20] + content + old[20:])
+    elif field == "name":
+        place = number % len(raw.tensors)
+        raw.tensors[place] = (content, raw.tensors[place][1])
+    elif field == "sizes":
+        raw.tensors[number % len(raw.tensors)][1].sizes[0] = abs(value) % 2**64
+    else:
+        setattr(raw.tensors[number % len(raw.tensors)][1], field, abs(value) % (64 if field == "kind" else 2**64))
+    raw.write(path)
 
 
 def promise(told: Told) -> None:

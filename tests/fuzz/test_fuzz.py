@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,23 @@ from hypothesis import strategies as st
 
 from tests.faults.conftest import LLAMA, SD, row
 from tests.fuzz.conftest import CASES
-from tests.fuzz.targets import CUTS, ODD, TREE, Cut, emptied, fresh, halved, removed, run, set_header, set_key, spoil
+from tests.fuzz.targets import (
+    CUTS,
+    ODD,
+    TREE,
+    Cut,
+    emptied,
+    fresh,
+    halved,
+    removed,
+    run,
+    set_gguf,
+    set_header,
+    set_key,
+    spoil,
+)
+from tests.raw_gguf import RawGguf, text
+from tests.tiny import tiny_gguf
 
 FACTOR = float(os.environ.get("LORAKIT_FUZZ", "1"))
 """How many times the cases of CI."""
@@ -127,6 +144,67 @@ def test_llama_bases(
     else:
         how(sorted(base.iterdir())[key % len(list(base.iterdir()))])  # type: ignore[operator]
     run("generate", "--base", base, "--prompt", "a", "--max-new-tokens", "1")
+
+
+@pytest.fixture(scope="module")
+def gguf_base(place: Path) -> Path:
+    """A GGUF file that answers; GPT-2's tokenizer would add its end of text to a vocabulary without it."""
+    raw = RawGguf.read(tiny_gguf(place / "sound.gguf"))
+    tokens = dict(raw.keys)[b"tokenizer.ggml.tokens"].replace(text("<pad>"), text("<|endoftext|>"))
+    path = raw.set("tokenizer.ggml.tokens", tokens).write(place / "sound.gguf")
+    assert run("generate", "--base", path, "--prompt", "a", "--max-new-tokens", "1").code == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def gguf_adapter(place: Path, adapter: Path, whole_llama: Path) -> Path:
+    assert run("convert", adapter, place / "sound-lora.gguf", "--to", "gguf", "--base", whole_llama).code == 0
+    return place / "sound-lora.gguf"
+
+
+ENTRIES = st.sampled_from(["key", "value", "value", "value", "name", "sizes", "kind", "offset"])
+NUMBERS = st.one_of(st.integers(0, 64), st.integers(0, 2**64 - 1))
+
+
+@cases(20)
+@given(spoiled=st.booleans(), cuts=CUTS, number=st.integers(0, 100), field=ENTRIES, value=NUMBERS, content=st.binary())
+def test_gguf_bases(
+    place: Path, gguf_base: Path, spoiled: bool, cuts: list[Cut], number: int, field: str, value: int, content: bytes
+) -> None:
+    CASES["GGUF bases"] += 1
+    path = Path(shutil.copy(gguf_base, place / "fuzzed.gguf"))
+    spoil(path, cuts, head=9000) if spoiled else set_gguf(path, number, field, value, content)
+    run("generate", "--base", path, "--prompt", "a", "--max-new-tokens", "1")
+
+
+@cases(20)
+@given(spoiled=st.booleans(), cuts=CUTS, number=st.integers(0, 100), field=ENTRIES, value=NUMBERS, content=st.binary())
+def test_gguf_adapters(
+    place: Path, gguf_adapter: Path, whole_llama: Path, spoiled: bool, cuts: list[Cut], number: int, field: str,
+    value: int, content: bytes,
+) -> None:  # fmt: skip
+    CASES["GGUF adapters"] += 1
+    path = Path(shutil.copy(gguf_adapter, place / "fuzzed-lora.gguf"))
+    spoil(path, cuts, head=1500) if spoiled else set_gguf(path, number, field, value, content)
+    run("generate", "--base", whole_llama, "--adapter", path, "--prompt", "a", "--max-new-tokens", "1")
+
+
+PIECES = st.sampled_from([
+    "{% for a in range(99999) %}", "{% endfor %}", "{{ messages }}", "{{ a * 9 ** 9 }}",
+    "{% macro f() %}{{ f() }}{{ f() }}",
+    "{% endmacro %}", "{{ f() }}", "{% set a = a ~ a %}", "{{ a.x.y }}", "{% if a %}", "{% endif %}",
+    "{{ 'x' * 10 ** 9 }}",
+    "{{ a | center(10 ** 9) }}", "{{", "}}", "{%", "{% generation %}", "{% set a %}", "{% endset %}", "a",
+])  # fmt: skip
+
+
+@cases(10)
+@given(pieces=st.lists(PIECES, max_size=12))
+def test_chat_templates(place: Path, llama_recipe: Path, pieces: list[str]) -> None:
+    CASES["chat templates"] += 1
+    path = place / "fuzzed.jinja"
+    path.write_text("".join(pieces))
+    run("data", llama_recipe, "--set", f"data.chat_template={path}")
 
 
 SD_FILES = st.sampled_from(

@@ -55,7 +55,7 @@ def in_process(session: Session, folder: Path, *, resume: bool = False, **option
     task = make_task(session, given)
     opening = RunFolder.open_existing if resume else RunFolder.open_new
     with opening(folder) as run:
-        train(task, session, make_plan(given, resume=resume), run, Silent())
+        train(task, session, make_plan(given, resume=resume, allow=resume), run, Silent())
     return final_state(task)
 
 

@@ -15,6 +15,7 @@ from lorakit.data.cache import default_folder
 from lorakit.errors import ConflictError
 from lorakit.storage.atomic import new_folder
 from lorakit.storage.bases import BaseLocation, digest, resolve
+from lorakit.storage.foreign import check_complete
 
 log = logging.getLogger("lorakit")
 
@@ -22,7 +23,8 @@ log = logging.getLogger("lorakit")
 def unpacked(location: BaseLocation, dtype: torch.dtype) -> BaseLocation:
     """A GGUF base as the folder that it unpacks to, with weights in ``dtype``; another base as it is.
 
-    Raises what transformers raises for a file that it cannot read; ResourceError when the disk is full.
+    Raises ModelError when the file lacks a tensor, what transformers raises for one that it cannot read, ResourceError
+    when the disk is full.
     """
     if location.layout != "gguf":
         return location
@@ -37,9 +39,14 @@ def unpacked(location: BaseLocation, dtype: torch.dtype) -> BaseLocation:
         }
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(**source)
         build: Any = AutoModelForCausalLM
-        model = build.from_pretrained(
-            **source, dtype=dtype, quantization_config=GgufConfig(dequantize=True), trust_remote_code=False
+        model, report = build.from_pretrained(
+            **source,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+        check_complete(report, location.name)
         _clear_mark(model)
         try:
             with new_folder(folder, manifest=False) as out:
