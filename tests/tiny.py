@@ -4,7 +4,9 @@ Every function writes a safetensors folder in the layout of transformers or diff
 """
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -93,7 +95,14 @@ def tiny_llama(
 
 
 def tiny_clip_tokenizer() -> CLIPTokenizer:
-    """CLIP's lower-casing BPE with word ends, trained on a few lines; 77 tokens at most."""
+    """CLIP's lower-casing BPE with word ends, its marks the last pieces, trained on a few lines; 77 tokens at most."""
+    vocabulary, merges = _clip_pieces()
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=77)
+
+
+@cache
+def _clip_pieces() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges, which come out otherwise each time they are trained."""
     rules = CLIPTokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
@@ -106,31 +115,47 @@ def tiny_clip_tokenizer() -> CLIPTokenizer:
     )
     tokenizer.train_from_iterator(LINES, trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], model_max_length=77)
+    pieces = {piece: (number - 2) % len(model["vocab"]) for piece, number in model["vocab"].items()}
+    return pieces, [tuple(pair) for pair in model["merges"]]
 
 
-def _tiny_vae() -> AutoencoderKL:
+def _tiny_vae(groups: int = 8, **options: Any) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(16, 32, 32),
+        block_out_channels=(2 * groups, 4 * groups, 4 * groups),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=groups,
         sample_size=64,
+        **options,
     )
 
 
-def _tiny_text_config(tokenizer: CLIPTokenizer, **options: object) -> CLIPTextConfig:
+def _tiny_text_config(tokenizer: CLIPTokenizer, width: int = 32, heads: int = 4, **options: Any) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **options,
+    )
+
+
+def tiny_sd_unet() -> UNet2DConditionModel:
+    """SD 1.5's UNet in small: two levels of one resnet, attention in the upper one."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
     )
 
 
@@ -143,16 +168,7 @@ def tiny_sd(
         torch.manual_seed(seed)
         vae = _tiny_vae()
         text_encoder = CLIPTextModel(_tiny_text_config(tokenizer))
-        unet = UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=4,
-            norm_num_groups=8,
-        )
+        unet = tiny_sd_unet()
     scheduler = PNDMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -171,21 +187,20 @@ def tiny_sd(
 
 
 def tiny_sdxl_unet() -> UNet2DConditionModel:
-    """SDXL's UNet in small: three levels of two resnets, attention in the lower two, two text encoders' states."""
+    """SDXL's UNet in small: three levels of two resnets, heads of 64 in the lower two, two text encoders' states."""
     return UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(16, 32, 32),
+        block_out_channels=(32, 64, 64),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 1, 2),
-        cross_attention_dim=64,
-        attention_head_dim=(2, 4, 4),
+        cross_attention_dim=64 + 128,
+        attention_head_dim=(1, 1, 1),
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 32,
-        norm_num_groups=8,
+        projection_class_embeddings_input_dim=6 * 8 + 128,
     )
 
 
@@ -195,9 +210,10 @@ def tiny_sdxl(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0
     second.pad_token = "!"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = _tiny_vae()
-        text_encoder = CLIPTextModel(_tiny_text_config(first, hidden_act="quick_gelu"))
-        text_encoder_2 = CLIPTextModelWithProjection(_tiny_text_config(second, hidden_act="gelu", projection_dim=32))
+        vae = _tiny_vae(32, scaling_factor=0.13025)
+        text_encoder = CLIPTextModel(_tiny_text_config(first, 64, 1, hidden_act="quick_gelu"))
+        wide = _tiny_text_config(second, 128, 2, hidden_act="gelu", projection_dim=128)
+        text_encoder_2 = CLIPTextModelWithProjection(wide)
         unet = tiny_sdxl_unet()
     scheduler = EulerDiscreteScheduler(
         num_train_timesteps=1000,

@@ -19,15 +19,36 @@ class Whole(NamedTuple):
     name: str
 
 
-Term = tuple[Delta | Whole, float]
+class Rows(NamedTuple):
+    """Single rows that take the place of a base's."""
+
+    indices: Tensor
+    """int64 [n]."""
+    values: Tensor
+    """[n, columns]."""
+    height: int
+    """Rows of the base's tensor."""
+
+    def added(self, total: Tensor, weight: Tensor, first: int, share: float) -> Tensor:
+        """``total`` [k, columns], and ``share`` of the way from ``weight``, base rows from ``first`` on, to these."""
+        inside = (self.indices >= first) & (self.indices < first + len(weight))
+        at = self.indices[inside] - first
+        if not len(at):
+            return total
+        rows = total[at] - share * weight[at].to(total.dtype) + share * self.values[inside].to(total.dtype)
+        return total.index_copy(0, at, rows)
+
+
+Term = tuple[Delta | Whole | Rows, float]
 """What one adapter does, and how often it is taken."""
 
 
 class Change:
     """The sum of what adapters do to one tensor, each taken ``weight`` times, in ``dtype``.
 
-    LoRA: W + sum_i weight_i scale_i B_i A_i. A whole tensor S adds weight (S - W). DoRA, alone on its weight: V = the
-    sum above, then each row of V scaled to the norm ``magnitude``, whatever the weight, as in ``inject.set_scale``.
+    LoRA: W + sum_i weight_i scale_i B_i A_i. A whole tensor S, or some rows of one, adds weight (S - W). DoRA, alone on
+    its weight: V = the sum above, then each row of V scaled to the norm ``magnitude``, whatever the weight, as in
+    ``inject.set_scale``.
     ModelError when DoRA meets another change.
     """
 
@@ -39,6 +60,7 @@ class Change:
             raise ModelError("an adapter with DoRA does not add up with another", hint="merge one of them first")
         self.magnitude = magnitudes[0].to(dtype) if magnitudes else None
         self.whole = [(what, weight) for what, weight in terms if isinstance(what, Whole)]
+        self.parts = [(what, weight) for what, weight in terms if isinstance(what, Rows)]
         self.products = [
             (delta.B.flatten(1).to(dtype), delta.A.flatten(1).to(dtype), weight * delta.scale)
             for delta, weight in deltas
@@ -48,12 +70,14 @@ class Change:
     def shapes(self) -> set[tuple[int, int]]:
         """Rows and columns of each part; one pair when they fit each other."""
         slots = [whole.source.slots[whole.name] for whole, _ in self.whole]
-        return {(slot.rows, slot.columns) for slot in slots} | {(b.shape[0], a.shape[1]) for b, a, _ in self.products}
+        parts = {(part.height, part.values.shape[1]) for part, _ in self.parts}
+        products = {(b.shape[0], a.shape[1]) for b, a, _ in self.products}
+        return {(slot.rows, slot.columns) for slot in slots} | parts | products
 
     @cached_property
     def square(self) -> float | None:
         """Squared norm of what LoRA adds, from the small A A^T and B^T B; None where something else changes too."""
-        if self.whole or self.magnitude is not None:
+        if self.whole or self.parts or self.magnitude is not None:
             return None
         products = [(b.double(), a.double(), scale) for b, a, scale in self.products]
         found = sum(
@@ -77,6 +101,8 @@ class Change:
                 total = total.add_(whole.source.rows(whole.name, first, last).to(self.dtype), alpha=share)
         for b, a, scale in self.products:
             total = torch.addmm(total, b[first:last], a, alpha=scale)
+        for part, share in self.parts:
+            total = part.added(total, weight, first, share)
         if self.magnitude is None:
             return total
         norm: Tensor = torch.linalg.vector_norm(total, dim=1)

@@ -165,13 +165,20 @@ def _by_place(saved: SavedAdapter) -> dict[tuple[str, str], Delta]:
 
 
 def _difference(before: Delta, after: Delta, where: str) -> float:
-    """Largest |dW_in - dW_out| of one module; ModelError when more than rounding A and B once explains it."""
+    """Largest |dW_in - dW_out| of one module; ModelError when more than rounding A and B once explains it.
+
+    What a scale pushes below the dtype's normal numbers is rounded more coarsely, which may not cost the whole change
+    more than a rounding either.
+    """
     if _equal(before, after):
         return 0.0
     one, other = _product(before), _product(after)
-    step = torch.finfo(after.B.dtype).eps
+    info = torch.finfo(after.B.dtype)
+    step = info.eps
     room = 1.01 * step * abs(before.scale) * (_flat(before.B).abs() @ _flat(before.A).abs())
     distance = (one - other).abs()
+    if distance.norm() <= step * one.norm():
+        room += 0.51 * step * info.smallest_normal * abs(after.scale) * _flat(before.A).abs().sum(0)
     magnitudes = torch.zeros(1, dtype=torch.float64)
     if before.magnitude is not None and after.magnitude is not None:
         magnitudes = (before.magnitude.double() - after.magnitude.double()).abs()

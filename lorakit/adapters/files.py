@@ -24,8 +24,8 @@ __all__ = ["WEIGHTS", "assemble", "configured", "read_adapter"]
 
 LOG = logging.getLogger("lorakit")
 _NOT_SUPPORTED = (
-    "layer_replication", "lora_bias", "target_parameters", "megatron_config",
-    "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "arrow_config", "kasa_config", "use_bdlora",
+    "layer_replication", "target_parameters", "megatron_config", "alora_invocation_tokens", "use_qalora",
+    "arrow_config", "kasa_config", "use_bdlora",
 )  # fmt: skip
 """Fields of a PEFT configuration that change what the tensors mean. (fan_in_fan_out is not one: PEFT itself
 resets it for every layer but GPT-2's.)"""
@@ -48,12 +48,13 @@ def assemble(
 ) -> SavedAdapter:
     """``read_adapter`` for what ``open_pieces`` found at ``path``.
 
-    Only a merge takes in what is not LoRA of a layer: with ``whole`` the caller sees to the tensors that the pieces
-    hold whole, and LoRA of an embedding is among the changes; without it they are a ModelError.
+    Only a merge takes in what is not LoRA of a layer's weight: with ``whole`` the caller sees to the tensors that the
+    pieces hold whole, to biases and tokens, and LoRA of an embedding is among the changes; without it they are a
+    ModelError.
     """
     try:
-        for name in [] if whole else [name for piece in pieces for name in (*piece.whole, *piece.embeddings)]:
-            reason = "trained whole, or an embedding: only a merge can take it in"
+        for name in [] if whole else [name for piece in pieces for name in piece.beside]:
+            reason = "not LoRA of a layer's weight: only a merge can take it in"
             raise ModelError(reason, where=name, hint="lorakit merge BASE ADAPTER OUT")
         saved = _joined([_read(piece, models) for piece in pieces])
         return saved if models is None else _fitted(saved, models)
@@ -71,7 +72,8 @@ def _joined(parts: list[SavedAdapter]) -> SavedAdapter:
 
 
 def _read(piece: Piece, models: Mapping[str, nn.Module] | None) -> SavedAdapter:
-    for key, tensor in piece.tensors.items():
+    tokens = {module: rows.values for module, rows in piece.tokens.items()}
+    for key, tensor in {**piece.tensors, **piece.biases, **tokens}.items():
         if not torch.isfinite(tensor).all():
             raise ModelError("NaN or infinity", where=key)
     keys, metadata = piece.keys, dict(piece.metadata)

@@ -70,7 +70,7 @@ def merge(
     not verify.
     """
     check_out(plan, overwrite)
-    sweep_killed(plan.out)
+    sweep_killed(plan.out)  # before the space is measured
     check_space(plan)
     with _place(plan, overwrite) as place:
         tally, written = _write(plan, place, progress)

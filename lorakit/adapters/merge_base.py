@@ -16,12 +16,24 @@ from lorakit.storage.bases import BaseLocation
 
 
 class Home(NamedTuple):
-    """Where a component's tensor is in the base: rows of a file's tensor."""
+    """Where a component's tensor is in the base: rows of a file's tensor, or with ``turned`` the whole transposed."""
 
     file: str
     name: str
     first: int
     last: int
+    turned: bool = False
+
+
+class Packed(NamedTuple):
+    """What a tensor of a single file is made of."""
+
+    parts: tuple[tuple[str, str], ...]
+    """(component, tensor) pairs, stacked by rows; none for a tensor that says something by being there."""
+    shape: tuple[int, ...]
+    """In the file."""
+    turned: bool = False
+    """It is the transpose of its one part."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +42,10 @@ class Original:
 
     models: Mapping[str, nn.Module]
     """The components on the meta device."""
-    names: Mapping[str, tuple[tuple[str, str], ...]]
-    """Tensor in the file -> the (component, tensor) pairs that it stacks, by rows. Others belong to no component."""
+    names: Mapping[str, Packed]
+    """By tensor in the file; those that belong to no component are left out."""
     write_rest: Callable[[Path], None]
     """Writes a diffusers folder's files beside the weights."""
-
-
-class Packed(NamedTuple):
-    """What a tensor of a single file is made of: a component's tensor, in this shape."""
-
-    component: str
-    name: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class OpenBase:
     """For a folder that becomes a single file: its tensors by original name, and its metadata."""
 
     def home(self, component: str, name: str) -> Home | None:
-        return self.homes.get(component, {}).get(bare(component, name))
+        own = self.homes.get(component, {})
+        return own.get(name) or own.get(bare(component, name))
 
 
 def bare(component: str, name: str) -> str:
@@ -99,11 +104,11 @@ def _open_single(base: BaseLocation, original: Original) -> OpenBase:
         for component, model in original.models.items()
     }
     homes: dict[str, dict[str, Home]] = {component: {} for component in rows}
-    for key, parts in original.names.items():
+    for key, packed in original.names.items():
         place = 0
-        for component, name in parts:
-            size = rows[component].get(name, 0) if len(parts) > 1 else source.slots[key].rows
-            homes[component][name] = Home(file, key, place, place + size)
+        for component, name in packed.parts:
+            size = rows[component].get(name, 0) if len(packed.parts) > 1 else source.slots[key].rows
+            homes[component][name] = Home(file, key, place, place + size, packed.turned)
             place += size
     for component, names in rows.items():
         for name in names.keys() ^ homes[component].keys():

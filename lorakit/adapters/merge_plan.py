@@ -8,13 +8,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from lorakit.adapters.change import Change, Term, Whole
+from lorakit.adapters.change import Change, Rows, Term, Whole
+from lorakit.adapters.delta import Delta, SavedAdapter
 from lorakit.adapters.files import assemble
 from lorakit.adapters.merge_base import Home, OpenBase, Packed
-from lorakit.adapters.pieces import CONFIG, open_pieces
-from lorakit.adapters.source import FLOATS, FileSource, Slot
+from lorakit.adapters.pieces import CONFIG, Piece, open_pieces
+from lorakit.adapters.source import FLOATS, FileSource, Slot, Source
 from lorakit.adapters.stream import OutFile, Span, Target
 from lorakit.adapters.tied import equal_terms, tied_names, untied
+from lorakit.adapters.turned import Turned, turned
+from lorakit.adapters.whole import added_biases
 from lorakit.errors import ConflictError, ModelError
 from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
@@ -140,11 +143,33 @@ def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str]
         for name, key in piece.whole.items():
             assert source is not None
             found.setdefault((piece.component, name), []).append((Whole(source, key), weight))
+        for name, what in _beside(piece, saved, base).items():
+            found.setdefault((piece.component, name), []).append((what, weight))
     files = [file for piece in pieces for file in (piece.path, piece.path.parent / CONFIG) if file.is_file()]
     if not path.is_dir():
         files = [path]
     ranks = tuple(sorted({delta.rank for delta in saved.all_deltas().values()}))
     return PlannedAdapter(path, weight, tuple(files), saved.format, ranks, saved.metadata.get("lorakit_base", ""))
+
+
+def _beside(piece: Piece, saved: SavedAdapter, base: OpenBase) -> dict[str, Delta | Rows]:
+    """What biases of B and single tokens change, by tensor name. Tokens of a tied embedding are the head's too."""
+    found: dict[str, Delta | Rows] = {}
+    for name, added in added_biases(piece.biases, saved.components.get(piece.component, {})).items():
+        if base.home(piece.component, name) is None:
+            reason = "the adapter adds a bias (lora_bias), and the base's layer has none that it could be added to"
+            raise ModelError(reason, where=f"{piece.path}: {name}")
+        found[name] = added
+    tied = tied_names(base.models)
+    for module, tokens in piece.tokens.items():
+        home = base.home(piece.component, f"{module}.weight")
+        height = 0 if home is None else home.last - home.first
+        if not len(tokens.indices) or int(tokens.indices.max()) >= height:
+            raise ModelError(f"trained tokens that the base does not have: it has {height}", where=module)
+        rows = Rows(tokens.indices, tokens.values, height)
+        for name in {f"{module}.weight", *(tied if tied and f"{module}.weight" == tied[1] else ())}:
+            found[name] = rows
+    return found
 
 
 def _changes(
@@ -175,7 +200,7 @@ def _check(change: Change, base: OpenBase, component: str, name: str, told: str)
     slot = base.sources[home.file].slots[home.name]
     if slot.dtype not in FLOATS:
         raise ModelError(f"the base's tensor is {slot.dtype}: nothing can be added to it", where=told)
-    expected = (home.last - home.first, slot.columns)
+    expected = (slot.columns, slot.rows) if home.turned else (home.last - home.first, slot.columns)
     for shape in change.shapes - {expected}:
         raise ModelError(f"the adapter's has {shape}, the base's {expected} rows and columns", where=told)
     return home
@@ -190,12 +215,13 @@ def _same_layout(base: OpenBase, changes: Changes, dtype: torch.dtype | None) ->
     changed: dict[tuple[str, str], list[Home]] = {}
     for home in changes:
         changed.setdefault((home.file, home.name), []).append(home)
+    found = {home._replace(turned=False): turned(c) if home.turned else c for home, c in changes.items()}
 
     def spans(file: str, name: str, rows: int) -> Iterator[Span]:
         homes = changed.get((file, name), [])
         cuts = sorted({0, rows, *(row for home in homes for row in (home.first, home.last))})
         for first, last in list(pairwise(cuts)) or [(0, 0)]:
-            yield Span(base.sources[file], name, first, last, changes.get(Home(file, name, first, last)))
+            yield Span(base.sources[file], name, first, last, found.get(Home(file, name, first, last)))
 
     return {
         file: OutFile(
@@ -218,9 +244,17 @@ def _unpacked(base: OpenBase, changes: Changes, dtype: torch.dtype | None) -> di
             home = base.homes[component][name]
             source = base.sources[home.file]
             slot = _converted(Slot(source.slots[home.name].dtype, tuple(tensor.shape)), dtype)
-            tensors[name] = Target(slot, (Span(source, home.name, home.first, home.last, changes.get(home)),))
+            tensors[name] = Target(slot, (_span(source, home, changes.get(home), turn=home.turned),))
         files[f"{component}/{checks.WEIGHTS[component]}.safetensors"] = OutFile(tensors, {"format": "pt"})
     return files
+
+
+def _span(source: Source, home: Home, change: Change | None, *, turn: bool) -> Span:
+    """All of a component's tensor, with ``turn`` its transpose."""
+    if not turn:
+        return Span(source, home.name, home.first, home.last, change)
+    seen = Turned(source)
+    return Span(seen, home.name, 0, seen.slots[home.name].rows, change)
 
 
 def _packed(
@@ -232,11 +266,16 @@ def _packed(
 ) -> OutFile:
     """A folder's components as one file in the original names."""
     tensors = {}
-    for key, (component, name, shape) in names.items():
-        home = base.home(component, name)
-        if home is None:
-            raise ModelError(f"{component} has no such tensor", where=name)
-        source = base.sources[home.file]
-        slot = _converted(Slot(source.slots[home.name].dtype, shape), dtype)
-        tensors[key] = Target(slot, (Span(source, home.name, home.first, home.last, changes.get(home)),))
+    for key, packed in names.items():
+        spans, slot = [], Slot(torch.float32, packed.shape)
+        for component, name in packed.parts:
+            home = base.home(component, name)
+            if home is None:
+                raise ModelError(f"{component} has no such tensor", where=name)
+            source, change = base.sources[home.file], changes.get(home)
+            slot = slot._replace(dtype=source.slots[home.name].dtype)
+            if change is not None and packed.turned:
+                change = turned(change)
+            spans.append(_span(source, home, change, turn=packed.turned))
+        tensors[key] = Target(_converted(slot, dtype), tuple(spans))
     return OutFile(tensors, metadata)

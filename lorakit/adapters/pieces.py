@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorakit.adapters import formats, gguf_lora
-from lorakit.adapters.whole import embeddings_as_layers, whole_tensors
+from lorakit.adapters.whole import Tokens, embeddings_as_layers, take_biases, take_tokens, whole_tensors
 from lorakit.errors import ModelError
 from lorakit.storage.checks import PICKLES, read_json
 from lorakit.storage.headers import read_header
@@ -42,6 +42,15 @@ class Piece:
     """The base's tensors that the file replaces, by name, and their keys; they are not in ``tensors``."""
     embeddings: tuple[str, ...] = ()
     """Modules among ``keys`` that are embeddings."""
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    """Of B, [out] by module."""
+    tokens: dict[str, Tokens] = field(default_factory=dict)
+    """Single rows of an embedding or head, by module."""
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Tensors and modules that only a merge can take in."""
+        return (*self.whole, *self.embeddings, *self.tokens, *(f"{module}'s bias of B" for module in self.biases))
 
     @property
     def component(self) -> str:
@@ -92,11 +101,12 @@ def _open_peft(component: str, folder: Path) -> Piece:
     config = read_json(folder / CONFIG)
     whole = whole_tensors(read_header(folder / WEIGHTS).tensors, config)
     tensors, metadata = _tensors(folder / WEIGHTS, set(whole.values()))
+    biases, tokens = take_biases(tensors, config), take_tokens(tensors, config)
     tensors, embeddings = embeddings_as_layers(tensors)
     if (form := formats.detect(tensors)) != "peft":
         raise ModelError(f"{form} keys in a PEFT folder", where=str(folder / WEIGHTS))
     keys = {key: formats.split(key, "peft", component) for key in tensors}
-    return Piece(folder / WEIGHTS, "peft", tensors, keys, metadata, config, whole, embeddings)
+    return Piece(folder / WEIGHTS, "peft", tensors, keys, metadata, config, whole, embeddings, biases, tokens)
 
 
 def _open_file(path: Path) -> Piece:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.adapters.change import Change, Term, Whole
+from lorakit.adapters.change import Change, Rows, Term, Whole
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.merge_base import OpenBase
 from lorakit.adapters.stream import OutFile, Span, Target
@@ -34,7 +34,9 @@ def equal_terms(ours: Sequence[Term], theirs: Sequence[Term]) -> bool:
     )
 
 
-def _same(one: Delta | Whole, other: Delta | Whole) -> bool:
+def _same(one: Delta | Whole | Rows, other: Delta | Whole | Rows) -> bool:
+    if isinstance(one, Rows) or isinstance(other, Rows):
+        return one is other
     if isinstance(one, Delta) and isinstance(other, Delta):
         plain = one.magnitude is None and other.magnitude is None and one.scale == other.scale
         return plain and torch.equal(one.A, other.A) and torch.equal(one.B, other.B)

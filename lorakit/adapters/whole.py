@@ -1,15 +1,19 @@
-"""What a PEFT file holds beside LoRA of layers: modules trained whole, trained biases, and LoRA of embeddings."""
+"""What a PEFT file holds beside LoRA of layers: modules trained whole, trained biases, biases of B, single tokens'
+embeddings, and LoRA of embeddings."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from lorakit.adapters.delta import Delta
 from lorakit.errors import ModelError
 
 PREFIX = "base_model.model."
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 """The modules that PEFT saves whole of its own accord when they get LoRA or the vocabulary grew."""
+_BIAS, _TOKENS = ".lora_B.bias", ".token_adapter.trainable_tokens_delta"
 _LORA = {".lora_embedding_A": ".lora_B.weight", ".lora_embedding_B": ".lora_A.weight"}
 
 
@@ -54,3 +58,68 @@ def embeddings_as_layers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
             names.add(key.removeprefix(PREFIX).removesuffix(part))
             found[key.removesuffix(part) + _LORA[part]] = tensor.T.contiguous()
     return found, tuple(sorted(names))
+
+
+class Tokens(NamedTuple):
+    """Rows of an embedding (or head) that were trained, and what they became."""
+
+    indices: Tensor
+    """int64 [n], each once."""
+    values: Tensor
+    """[n, D]."""
+
+
+def take_biases(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """PEFT's ``lora_bias``: b [out] of W x + b_W + scale (B A x + b), by module; they are taken out of ``tensors``.
+
+    Raises ModelError when there are none although the configuration says so, or the other way round.
+    """
+    found = {key.removeprefix(PREFIX).removesuffix(_BIAS): tensors.pop(key) for key in _ending(tensors, _BIAS)}
+    if bool(found) != bool(config.get("lora_bias")):
+        held = "has biases of B" if found else "has none"
+        raise ModelError(f"lora_bias is {config.get('lora_bias')!r}, the file {held}", where="adapter_config.json")
+    return found
+
+
+def added_biases(biases: Mapping[str, Tensor], deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+    """What biases of B add to the layers' own, scale * b, as changes of [out, 1] matrices by tensor name.
+
+    ``deltas`` are the same adapter's, under the base's paths.
+    """
+    paths = {path.removeprefix("text_model."): path for path in deltas}
+    found = {}
+    for module, bias in biases.items():
+        path = paths[module.removeprefix("text_model.")]
+        if bias.shape != (deltas[path].B.shape[0],):
+            raise ModelError(f"a bias {tuple(bias.shape)} for {deltas[path].B.shape[0]} outputs", where=module)
+        found[f"{path}.bias"] = Delta(torch.ones(1, 1, dtype=bias.dtype), bias[:, None], deltas[path].scale)
+    return found
+
+
+def take_tokens(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tokens]:
+    """PEFT's ``trainable_token_indices`` by module; they are taken out of ``tensors``.
+
+    Raises ModelError when tensors and configuration do not agree, but for a tied head, which PEFT does not write.
+    """
+    told = config.get("trainable_token_indices") or {}
+    found = {}
+    for key in _ending(tensors, _TOKENS):
+        module, values = key.removeprefix(PREFIX).removesuffix(_TOKENS), tensors.pop(key)
+        fitting = [name for name in told if _ends(module, (name,))] if isinstance(told, dict) else []
+        indices = told[fitting[0]] if fitting else told
+        if not isinstance(indices, list) or not all(type(n) is int and 0 <= n < 2**31 for n in indices):
+            raise ModelError("no list of its tokens in trainable_token_indices", where=module)
+        if values.dim() != 2 or len(indices) != len(set(indices)) or len(indices) != len(values):
+            shape = tuple(values.shape)
+            raise ModelError(f"{len(set(indices))} tokens in the configuration, the weights are {shape}", where=module)
+        found[module] = Tokens(torch.tensor(indices), values)
+    for name in told if isinstance(told, dict) else ([""] if told else []):
+        if not any(_ends(module, (name,)) or not name for module in found) and not (
+            found and _ends(name, ("lm_head",))
+        ):
+            raise ModelError("trainable_token_indices, but no such tokens in the weights", where=name or "the file")
+    return found
+
+
+def _ending(tensors: Mapping[str, Tensor], suffix: str) -> list[str]:
+    return [key for key in tensors if key.endswith(suffix)]

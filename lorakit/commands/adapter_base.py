@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lorakit.adapters.formats import Format
     from lorakit.adapters.pieces import Piece
     from lorakit.storage.bases import BaseLocation
 
@@ -30,8 +32,8 @@ def named_base(pieces: "Sequence[Piece]") -> str:
 
 
 def find_base(pieces: "Sequence[Piece]", given: str | None) -> AdapterBase | None:
-    """``given``, else the base that the metadata name where it is on this machine, else a published Stable Diffusion of
-    the adapter's widths, else None. Nothing is fetched unless ``given`` is a hub id.
+    """``given``, else the built-in base that the metadata name, else a published Stable Diffusion of the adapter's
+    widths, else None. A path or hub id that the metadata name is never opened by itself.
     """
     from lorakit.adapters.known import known_models, recognise
     from lorakit.storage.bases import resolve
@@ -39,10 +41,25 @@ def find_base(pieces: "Sequence[Piece]", given: str | None) -> AdapterBase | Non
     if given is not None:
         return AdapterBase(given, meta_models(resolve(given)))
     name = named_base(pieces)
-    if name.startswith("builtin:") or (name and Path(name).expanduser().exists()):
+    if name.startswith("builtin:"):
         return AdapterBase(name, meta_models(resolve(name)))
     version = next((found for piece in pieces if (found := recognise(piece.tensors))), None)
     return None if version is None else AdapterBase(name, known_models(version))
+
+
+def base_for(pieces: "Sequence[Piece]", given: str | None, *forms: "Format") -> AdapterBase | None:
+    """``find_base`` for an adapter that is read from and written to ``forms``.
+
+    Raises: ModelError where one of them spells its names by the base's layers and no base is found.
+    """
+    found = find_base(pieces, given)
+    form = next((form for form in forms if form in ("kohya", "gguf")), None)
+    if found is None and form is not None:
+        name = named_base(pieces)
+        told = f"--base {name}, if you trust what the adapter names" if name else "name it with --base"
+        reason = f"the names in a {form} file go by the layers of the base it was made for"
+        raise ModelError(reason, where=str(pieces[0].path), hint=told)
+    return found
 
 
 def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":

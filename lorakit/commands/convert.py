@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lorakit.commands.adapter_base import find_base, named_base
+from lorakit.commands.adapter_base import base_for, named_base
 from lorakit.commands.progress import warnings_to
-from lorakit.errors import ModelError
 
 if TYPE_CHECKING:
     from lorakit.adapters.formats import Format
@@ -24,10 +23,7 @@ def run(adapter: Path, out: Path, to: "Format", base: str | None, dtype: str | N
     console = Console(stderr=True)
     with warnings_to(console):
         pieces = open_pieces(adapter)
-        found = find_base(pieces, base)
-        if found is None and pieces[0].format in ("kohya", "gguf"):
-            reason = f"the names in a {pieces[0].format} file can only be read against the base it was made for"
-            raise ModelError(reason, where=str(adapter), hint="name it with --base")
+        found = base_for(pieces, base, pieces[0].format, to)
         models = None if found is None else found.models
         done = convert(
             assemble(adapter, pieces, models),

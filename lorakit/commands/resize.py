@@ -4,9 +4,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lorakit.commands.adapter_base import find_base, named_base
+from lorakit.commands.adapter_base import base_for, named_base
 from lorakit.commands.progress import counted, warnings_to
-from lorakit.errors import ModelError
 
 
 def run(adapter: Path, out: Path, rank: int, base: str | None) -> None:
@@ -18,11 +17,8 @@ def run(adapter: Path, out: Path, rank: int, base: str | None) -> None:
 
     with warnings_to(Console(stderr=True)):
         pieces = open_pieces(adapter)
-        found = find_base(pieces, base)
         form = pieces[0].format
-        if found is None and form in ("kohya", "gguf"):
-            reason = f"the names in a {form} file can only be read against the base it was made for"
-            raise ModelError(reason, where=str(adapter), hint="name it with --base")
+        found = base_for(pieces, base, form)
         models = None if found is None else found.models
         whole = assemble(adapter, pieces, models)
         with counted("modules") as progress:

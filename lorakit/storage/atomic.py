@@ -1,8 +1,8 @@
 """Files and folders that are absent or complete, whatever stops the process or the machine.
 
 Everything is written beside its final place under a name that starts with ``.tmp-``, flushed to the disk, and renamed.
-A folder can carry ``manifest.json``: the SHA-256 and the size of each file, written last. ``sweep`` removes what a
-killed process left.
+Whoever writes to a place first removes what a killed process left beside it. A folder can carry ``manifest.json``: the
+SHA-256 and the size of each file, written last.
 """
 
 import ctypes
@@ -52,20 +52,26 @@ def sha256(path: Path) -> str:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content`` in one step; ResourceError when the disk refuses."""
+    """Replace ``path`` by ``content`` in one step; ResourceError when the disk refuses.
+
+    A path that ``new_file`` gave is filled as it is: it takes its place in one step later.
+    """
     with disk_errors(path):
-        handle, name = tempfile.mkstemp(prefix=f"{TMP}{path.name}-", dir=path.parent)
-        try:
-            with open(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(handle)
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        if path.name.startswith(TMP):
+            _fill(path, content)
+            return
+        with _beside(path, folder=False) as partial:
+            _fill(partial, content)
+            os.chmod(partial, 0o666 & ~_umask())
+            os.replace(partial, path)
         fsync(path.parent)
+
+
+def _fill(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, content: str) -> None:
@@ -85,9 +91,7 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
         raise ConflictError("exists already", where=str(final), hint="choose another name, or remove it")
     with disk_errors(final):
         make_folder(final.parent)
-        folder = Path(tempfile.mkdtemp(prefix=f"{TMP}{final.name}-", dir=final.parent))
-        held = _hold(folder)
-        try:
+        with _beside(final, folder=True) as folder:
             yield folder
             os.chmod(folder, 0o777 & ~_umask())
             _flush(folder, manifest)
@@ -96,11 +100,6 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
                 if there:
                     discard(final)
                 os.rename(folder, final)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        finally:
-            os.close(held)
         fsync(final.parent)
         _remove(folder)
 
@@ -123,20 +122,35 @@ def new_file(final: Path, *, replace: bool = False) -> Iterator[Path]:
         raise ConflictError("exists already", where=str(final), hint="choose another name, or remove it")
     with disk_errors(final):
         make_folder(final.parent)
-        handle, name = tempfile.mkstemp(prefix=f"{TMP}{final.name}-", suffix=final.suffix, dir=final.parent)
-        os.close(handle)
-        held = _hold(Path(name))
-        try:
-            yield Path(name)
-            fsync(Path(name))
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, final)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(held)
+        with _beside(final, folder=False, suffix=final.suffix) as path:
+            yield path
+            fsync(path)
+            os.chmod(path, 0o666 & ~_umask())
+            os.replace(path, final)
         fsync(final.parent)
+
+
+@contextmanager
+def _beside(final: Path, *, folder: bool, suffix: str = "") -> Iterator[Path]:
+    """A new and empty file or folder beside ``final``, locked against ``sweep_killed``; an error removes it."""
+    sweep_killed(final)
+    held = None
+    while held is None:
+        if folder:
+            path = Path(tempfile.mkdtemp(prefix=f"{TMP}{final.name}-", dir=final.parent))
+        else:
+            handle, name = tempfile.mkstemp(prefix=f"{TMP}{final.name}-", suffix=suffix, dir=final.parent)
+            os.close(handle)
+            path = Path(name)
+        held = _hold(path)
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):
+            _remove(path)
+        raise
+    finally:
+        os.close(held)
 
 
 def check_manifest(folder: Path) -> None:
@@ -164,7 +178,7 @@ def check_manifest(folder: Path) -> None:
 
 def discard(path: Path) -> None:
     """Remove a file or folder so that no half-removed one is ever seen under its name."""
-    aside = Path(tempfile.mkdtemp(prefix=f"{TMP}old-", dir=path.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f"{TMP}{path.name}-", dir=path.parent))
     os.rename(path, aside / path.name)
     _remove(aside)
 
@@ -178,29 +192,34 @@ def sweep(folder: Path) -> None:
 
 
 def sweep_killed(final: Path) -> None:
-    """Remove what ``new_folder`` or ``new_file`` left beside ``final`` in a process that was killed.
+    """Remove what was being written to ``final`` when its process was killed; links are left alone.
 
-    What a living process is writing there, it holds a lock on.
+    What a living process is writing there, it holds a lock on. On a file system without locks nothing is removed.
     """
     for path in final.parent.glob(f"{TMP}{glob.escape(final.name)}-*"):
         if path.is_symlink():
             continue
+        with suppress(OSError):  # in use, or swept by somebody else
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            finally:
+                os.close(handle)
+
+
+def _hold(path: Path) -> int | None:
+    """Open and lock a new file or folder for as long as it is open; None when it was swept before that."""
+    try:
         handle = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(path)
-        except BlockingIOError:
-            continue
-        finally:
-            os.close(handle)
-
-
-def _hold(path: Path) -> int:
-    """Open and lock a file or folder against ``sweep_killed``, for as long as it is open."""
-    handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
     with suppress(OSError):  # a file system without locks
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return handle
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    if os.path.lexists(path):
+        return handle
+    os.close(handle)
+    return None
 
 
 def fsync(path: Path) -> None:

@@ -46,12 +46,16 @@ COMPONENTS: dict[str, tuple[set[str], set[str]]] = {
 }
 """What model_index.json may name: a component's libraries and classes."""
 
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-"""The components that have weights lorakit loads, and their files' stem; SDXL has ``text_encoder_2`` beside."""
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+    "text_encoder_2": "model",
+}  # fmt: skip
+"""The components that have weights lorakit loads, and their files' stem; only SDXL has the last one."""
 
 CODE = {".py", ".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib"}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-SDXL_FILE = "a single file of Stable Diffusion XL is not read; its diffusers folder is"
+ENCODERS = (("cond_stage_model.",), ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."))
+"""What the text encoders of a single file are called: the one of SD 1.x and 2.x, the two of XL."""
 PIPELINES = {
     "StableDiffusionPipeline": ("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
     "StableDiffusionXLPipeline": (
@@ -197,7 +201,7 @@ def check_transformers(folder: Path) -> None:
 
 def weight_stems(folder: Path) -> dict[str, str]:
     """``WEIGHTS`` of a diffusers folder: with a second text encoder where it has one."""
-    return WEIGHTS | ({"text_encoder_2": "model"} if (folder / "text_encoder_2").is_dir() else {})
+    return {name: stem for name, stem in WEIGHTS.items() if name != "text_encoder_2" or (folder / name).is_dir()}
 
 
 def check_diffusers(folder: Path) -> None:
@@ -240,14 +244,21 @@ def check_diffusers(folder: Path) -> None:
 
 
 def check_single_file(path: Path) -> None:
-    """One file with UNet, VAE and text encoder of SD 1.x or 2.x under their original names."""
+    """One file with UNet, VAE and text encoders of SD 1.x, 2.x or XL under their original names."""
     found = {name: info.shape for name, info in read_header(path).tensors.items()}
     first = "model.diffusion_model.input_blocks.0.0.weight"
     if any(name.startswith(("lora_unet_", "lora_te", "base_model.model.", "unet.")) for name in found):
         raise ModelError("an adapter, not a base model", where=str(path))
-    if any(name.startswith("conditioner.") for name in found):
-        raise ModelError(SDXL_FILE, where=str(path))
-    for prefix in ("model.diffusion_model.", "first_stage_model.", "cond_stage_model."):
+    if any(name.startswith("conditioner.embedders.0.model.") for name in found):
+        raise ModelError(
+            "the refiner of Stable Diffusion XL, not a base that makes pictures from text", where=str(path)
+        )
+    if other := next((name for name in found if name.startswith("edm_")), None):
+        raise ModelError(
+            f"a Stable Diffusion XL trained on EDM's noise schedule ({other}), which is not known here", where=str(path)
+        )
+    encoders = next((one for one in ENCODERS if any(name.startswith(one) for name in found)), ENCODERS[0])
+    for prefix in ("model.diffusion_model.", "first_stage_model.", *encoders):
         if not any(name.startswith(prefix) for name in found):
             raise ModelError(f"not a whole Stable Diffusion checkpoint: no {prefix}*", where=str(path))
     if first not in found or len(found[first]) != 4 or found[first][1] != 4:

@@ -90,6 +90,10 @@ PARTS = {
     "untied head whole": (False, {"target_modules": [Q], "modules_to_save": [HEAD]}),
     "untied embedding": (False, {"target_modules": [Q, EMBED]}),
     "dora": (False, {"target_modules": [Q, "down_proj"], "use_dora": True}),
+    "tokens": (False, {"target_modules": [Q], "trainable_token_indices": [3, 1, 250]}),
+    "tokens of a tied embedding": (True, {"target_modules": [Q], "trainable_token_indices": {EMBED: [3, 1, 250]}}),
+    "tokens and the head's": (False, {"target_modules": [Q], "trainable_token_indices": {EMBED: [3], HEAD: [4, 2]}}),
+    "tokens and a head with LoRA": (False, {"target_modules": [Q, HEAD], "trainable_token_indices": [0, 7]}),
     "fan in fan out": (True, {"target_modules": [Q, "down_proj"], "fan_in_fan_out": True, "use_rslora": True}),
 }
 
@@ -111,7 +115,7 @@ def test_computes_what_peft_computes(tmp_path: Path, case: str) -> None:
 
 def test_only_a_merge_takes_in_what_is_not_lora_of_a_layer(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base")
-    for options in ({"modules_to_save": [HEAD]}, {"target_modules": [EMBED]}):
+    for options in ({"modules_to_save": [HEAD]}, {"target_modules": [EMBED]}, {"trainable_token_indices": [3]}):
         adapter(base, tmp_path / "adapter", **{"target_modules": [Q], **options})
         with pytest.raises(ModelError, match="only a merge"):
             read_adapter(tmp_path / "adapter", {"model": LlamaForCausalLM.from_pretrained(base)})
@@ -121,7 +125,9 @@ def test_only_a_merge_takes_in_what_is_not_lora_of_a_layer(tmp_path: Path) -> No
         planned(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
 
 
-def test_biases(tmp_path: Path) -> None:
+@pytest.fixture
+def qwen(tmp_path: Path) -> Path:
+    """A base whose q, k and v have biases."""
     tokenizer = tiny_tokenizer()
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
@@ -129,13 +135,62 @@ def test_biases(tmp_path: Path) -> None:
         Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, max_window_layers=2, **shape)
     ).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    for bias in ("all", "lora_only"):
-        expected = adapter(tmp_path / "base", tmp_path / bias, target_modules=[Q], bias=bias)
-        out = merged(tmp_path / "base", [(tmp_path / bias, 1.0)], tmp_path / f"out-{bias}")
-        torch.testing.assert_close(logits(Qwen2ForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
-        name = "model.layers.0.self_attn.q_proj.bias"
-        before, after = load_file(tmp_path / "base/model.safetensors"), load_file(out / "model.safetensors")
-        assert not torch.equal(before[name], after[name])
+    return tmp_path / "base"
+
+
+BIASES = {"all": {"bias": "all"}, "lora_only": {"bias": "lora_only"}, "of B": {"lora_bias": True}}
+BIASES |= {"of B, rslora": {"lora_bias": True, "use_rslora": True}}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+def test_biases(qwen: Path, tmp_path: Path, kind: str) -> None:
+    expected = adapter(qwen, tmp_path / "adapter", target_modules=[Q], **BIASES[kind])
+    out = merged(qwen, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    torch.testing.assert_close(logits(Qwen2ForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    before, after = load_file(qwen / "model.safetensors"), load_file(out / "model.safetensors")
+    assert not torch.equal(before[name], after[name])
+
+
+def test_biases_of_b_need_a_bias_and_a_merge(qwen: Path, tmp_path: Path) -> None:
+    adapter(qwen, tmp_path / "a", target_modules=[Q], lora_bias=True)
+    with pytest.raises(ModelError, match="only a merge"):
+        read_adapter(tmp_path / "a", {"model": Qwen2ForCausalLM.from_pretrained(qwen)})
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"lora_bias": False}))
+    with pytest.raises(ModelError, match="lora_bias is False, the file has biases"):
+        planned(qwen, [(tmp_path / "a", 1.0)], tmp_path / "out")
+    base = tiny_llama(tmp_path / "llama")
+    with pytest.warns(UserWarning, match="no bias"):
+        adapter(base, tmp_path / "b", target_modules=[Q], lora_bias=True)
+    with pytest.raises(ModelError, match="the base's layer has none"):
+        planned(base, [(tmp_path / "b", 1.0)], tmp_path / "out")
+
+
+def test_tokens_are_what_they_became_and_the_rest_keeps_its_bytes(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", tied=True, dtype=torch.bfloat16)
+    adapter(base, tmp_path / "a", target_modules=[Q], trainable_token_indices=[5, 2])
+    merge(planned(base, [(tmp_path / "a", 1.0)], tmp_path / "out"))
+    theirs: Any = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "a").merge_and_unload()
+    name = "model.embed_tokens.weight"
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert torch.equal(after[name], theirs.get_input_embeddings().weight)
+    same = (before[name] == after[name]).all(1)
+    assert same.logical_not().nonzero().flatten().tolist() == [2, 5]
+    assert "lm_head.weight" not in after
+    half = planned(base, [(tmp_path / "a", 0.5), (tmp_path / "a", 0.25)], tmp_path / "half")
+    merge(half)
+    found = load_file(tmp_path / "half" / "model.safetensors")[name]
+    values = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    trained = values["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"].float()
+    expected = (0.25 * before[name][[5, 2]].float() + 0.75 * trained).to(torch.bfloat16)
+    torch.testing.assert_close(found[[5, 2]], expected)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    for indices, message in (([5], "1 tokens"), ([5, 5], "1 tokens"), ([5, 4000], "does not have"), (None, "no list")):
+        changed = json.dumps(config | {"trainable_token_indices": indices})
+        (tmp_path / "a" / "adapter_config.json").write_text(changed)
+        with pytest.raises(ModelError, match=message):
+            planned(base, [(tmp_path / "a", 1.0)], tmp_path / "never")
 
 
 def test_several_adapters_are_one_sum(tmp_path: Path) -> None:

@@ -98,8 +98,8 @@ def test_diffusers_predicts_with_kohyas_file_what_added_weights_predict(bases: d
     saved = random_adapter({"unet": ours.unet}, (*LAYERS["attention"], *LAYERS["blocks"]), mixed=True, dora=False)
     convert(saved, tmp_path / "a.safetensors", "kohya", models=components(ours), base_name="tiny")
     theirs.load_lora_weights(tmp_path / "a.safetensors")
-    inputs = (torch.randn(1, 4, 16, 16), 7, torch.randn(1, 5, 64))
-    added = {"text_embeds": torch.randn(1, 32), "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
+    inputs = (torch.randn(1, 4, 16, 16), 7, torch.randn(1, 5, 192))
+    added = {"text_embeds": torch.randn(1, 128), "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
     with torch.no_grad():
         before = ours.unet(*inputs, added_cond_kwargs=added).sample
         for path, delta in saved.components["unet"].items():

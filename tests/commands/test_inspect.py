@@ -2,22 +2,25 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lorakit.adapters.delta import SavedAdapter, product
+from lorakit.adapters.delta import product
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.known import known_models
 from lorakit.adapters.targets import adaptable
 from lorakit.adapters.write import taken_apart, write_kohya, write_peft
 from lorakit.cli import app
+from lorakit.commands.adapter_base import meta_models
 from lorakit.errors import LorakitError
 from lorakit.families.task import origin
 from lorakit.recipe.load import as_dict, dump
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
+from lorakit.storage.bases import resolve
 from tests.adapters.test_convert import random_delta
 from tests.tiny import tiny_llama
 
@@ -113,28 +116,49 @@ def test_a_published_models_kohya_file_becomes_peft_without_the_base(kohya: Path
     assert lorakit("inspect", tmp_path / "peft", "--recipe") == dump(SD_RECIPE)
 
 
-def test_the_base_is_taken_from_the_metadata_or_asked_for(tmp_path: Path) -> None:
+@pytest.fixture
+def named(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """An adapter whose metadata name a base that is on this machine, and its changes."""
     base = tiny_llama(tmp_path / "base")
-    from lorakit.commands.adapter_base import meta_models
-    from lorakit.storage.bases import resolve
-
     models = meta_models(resolve(str(base)))
     layers = {path: layer for path, layer in adaptable(models["model"]).items() if path.endswith("q_proj")}
     changes = {path: random_delta(layer, 2, 3.0, torch.float32, dora=False, seed=0) for path, layer in layers.items()}
-    saved = SavedAdapter("llama", {"model": changes}, "peft", {})
-    state, injection = taken_apart(saved.components["model"], models["model"])
-    for folder, base_name in (("knows", str(base)), ("forgot", "owner/name")):
-        write_peft(tmp_path / folder, state, injection, base_name=base_name, task="CAUSAL_LM")
-    lorakit("convert", tmp_path / "knows", tmp_path / "a.gguf", "--to", "gguf")
-    lorakit("convert", tmp_path / "forgot", tmp_path / "b.gguf", "--to", "gguf", "--base", base)
+    state, injection = taken_apart(changes, models["model"])
+    write_peft(tmp_path / "knows", state, injection, base_name=str(base), task="CAUSAL_LM")
+    return base, changes
+
+
+def test_the_base_is_asked_for_and_a_path_in_the_metadata_never_opened(
+    named: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, changes = named
+    lorakit("convert", tmp_path / "knows", tmp_path / "a.gguf", "--to", "gguf", "--base", base)
     told = json.loads(lorakit("inspect", tmp_path / "a.gguf", "--json"))
     assert (told["format"], told["family"], told["modules"], told["base"]) == ("gguf", "llama", 2, str(base))
     assert [block["name"] for block in told["blocks"]] == ["blk.0", "blk.1"]
-    lorakit("convert", tmp_path / "a.gguf", tmp_path / "back", "--to", "peft")
+    lorakit("convert", tmp_path / "a.gguf", tmp_path / "back", "--to", "peft", "--base", base)
     for path, delta in read_adapter(tmp_path / "back").components["model"].items():
         torch.testing.assert_close(product(delta), product(changes[path]), rtol=1e-6, atol=1e-6)
-    words = ["convert", str(tmp_path / "forgot"), str(tmp_path / "c.gguf"), "--to", "gguf"]
-    with pytest.raises(LorakitError) as caught:
-        CliRunner().invoke(app, words, catch_exceptions=False)
-    assert "--base" in caught.value.hint
-    assert not (tmp_path / "c.gguf").exists()
+    opened = []
+    read = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *args, **more: opened.append(self) or read(self, *args, **more))
+    for words in (
+        ("convert", tmp_path / "knows", tmp_path / "c.gguf", "--to", "gguf"),
+        ("convert", tmp_path / "a.gguf", tmp_path / "c", "--to", "peft"),
+        ("resize", tmp_path / "a.gguf", tmp_path / "c.gguf", "--rank", "1"),
+    ):
+        with pytest.raises(LorakitError) as caught:
+            CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+        assert f"--base {base}" in caught.value.hint
+    assert not [path for path in opened if path.is_relative_to(base)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "back", "base", "knows"]
+
+
+def test_a_builtin_base_is_known_by_its_name(tmp_path: Path) -> None:
+    models = meta_models(resolve("builtin:mini-sd"))
+    layers = {path: layer for path, layer in adaptable(models["unet"]).items() if path.endswith("to_q")}
+    changes = {path: random_delta(layer, 2, 3.0, torch.float32, dora=False, seed=0) for path, layer in layers.items()}
+    state, injection = taken_apart(changes, models["unet"])
+    write_peft(tmp_path / "a" / "unet", state, injection, base_name="builtin:mini-sd")
+    told = lorakit("convert", tmp_path / "a", tmp_path / "a.safetensors", "--to", "kohya")
+    assert f"{len(changes)} modules" in told

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PNDMScheduler, StableDiffusionPipeline
+from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,19 +27,19 @@ from lorakit.families.sd.pack import packed_names
 from lorakit.families.sd.targets import TEXT_GROUPS, UNET_GROUPS
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import BaseLocation, resolve
-from tests.families.test_sd_single_file import models, write
+from tests.families.test_sd_single_file import UNET, models, write
 from tests.tiny import tiny_clip_tokenizer
 
 __all__ = ["models"]
 PLACE = Place(torch.device("cpu"), torch.float32)
 EVERYTHING = Adapter(rank=2, targets=["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "time_emb_proj"])
 SECTIONS = {"unet": EVERYTHING, "text_encoder": Adapter(rank=2, alpha=3, targets="attention+mlp")}
-GROUPS = {"unet": UNET_GROUPS, "text_encoder": TEXT_GROUPS}
+GROUPS = {"unet": UNET_GROUPS, "text_encoder": TEXT_GROUPS, "text_encoder_2": TEXT_GROUPS}
 
 
-def open_clip(text: nn.Module) -> dict[str, Tensor]:
-    """The text encoder as OpenCLIP names it, with the last layer that Stable Diffusion 2 never uses."""
-    prefix, old = "cond_stage_model.model.", {k.removeprefix("text_model."): v for k, v in text.state_dict().items()}
+def open_clip(text: nn.Module, prefix: str = "cond_stage_model.model.", layers: int = 3) -> dict[str, Tensor]:
+    """A text encoder of two layers as OpenCLIP names it; with ``layers`` 3, one that Stable Diffusion 2 never uses."""
+    old = {k.removeprefix("text_model."): v for k, v in text.state_dict().items()}
     names = {
         "embeddings.token_embedding.weight": "token_embedding.weight",
         "embeddings.position_embedding.weight": "positional_embedding",
@@ -49,13 +49,15 @@ def open_clip(text: nn.Module) -> dict[str, Tensor]:
     tensors = {new: old[name] for name, new in names.items()}
     layer = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
     layer["self_attn.out_proj"] = "attn.out_proj"
-    for number in range(3):
+    for number in range(layers):
         source, target = f"encoder.layers.{min(number, 1)}.", f"transformer.resblocks.{number}."
         for kind in ("weight", "bias"):
             tensors |= {f"{target}{new}.{kind}": old[f"{source}{name}.{kind}"] for name, new in layer.items()}
             stacked = [old[f"{source}self_attn.{part}_proj.{kind}"] for part in "qkv"]
             tensors[f"{target}attn.in_proj_{kind}"] = torch.cat(stacked)
-    return {prefix + name: tensor.clone() for name, tensor in tensors.items()}
+    if "text_projection.weight" in old:
+        tensors["text_projection"] = old["text_projection.weight"].T
+    return {prefix + name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
 @pytest.fixture(params=["clip", "open clip"])
@@ -183,6 +185,30 @@ def test_a_folder_becomes_a_single_file(folder: BaseLocation, models: dict[str, 
     wanted, parts = expected(folder, tmp_path / "adapter"), load_parts(resolve(str(out)), PLACE)
     for component, module in pieces(parts).items():
         equal(module, pieces(wanted)[component])
+
+
+def test_a_folder_of_sd_2_becomes_a_single_file(models: dict[str, Any], tmp_path: Path) -> None:
+    """OpenCLIP's names; the layer that Stable Diffusion 2 never uses, which readers expect, is the last one again."""
+    torch.manual_seed(1)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tiny_clip_tokenizer()), **shape, hidden_act="gelu"))
+    unet = UNet2DConditionModel(**UNET, use_linear_projection=True, attention_head_dim=(1, 1))
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule = PNDMScheduler(**betas, steps_offset=1, prediction_type="v_prediction")
+    StableDiffusionPipeline(
+        *(models["vae"], text, tiny_clip_tokenizer(), unet, schedule, None, None), requires_safety_checker=False
+    ).save_pretrained(tmp_path / "base")
+    folder, out = resolve(str(tmp_path / "base")), tmp_path / "merged.safetensors"
+    merge(plan_merge(folder, _packable(folder), [], out))
+    found = load_file(out)
+    for name, tensor in open_clip(text).items():
+        assert torch.equal(found.pop(name), tensor), name
+    assert not [name for name in found if name.startswith("cond_stage_model.")]
+    tiny_clip_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    parts = load_parts(resolve(str(out)), PLACE)
+    assert parts.schedule["prediction_type"] == "v_prediction"
+    for component, module in pieces(load_parts(folder, PLACE)).items():
+        equal(pieces(parts)[component], module)
 
 
 def _packable(folder: BaseLocation) -> OpenBase:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorakit.errors import ModelError
@@ -20,6 +20,14 @@ from tests.tiny import tiny_clip_tokenizer
 
 PLACE = Place(torch.device("cpu"), torch.float32)
 LAYERS = 1
+UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": (32, 64),
+    "layers_per_block": LAYERS,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 64,
+}
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -34,11 +42,13 @@ WHOLE = {
     "time_embedding.linear_2": "time_embed.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 
 
-def unet_name(name: str, attention: list[bool]) -> str:
-    """A diffusers UNet path as the original code names it."""
+def unet_name(name: str, attention: list[bool], layers: int = LAYERS) -> str:
+    """A diffusers UNet path as the original code names it; ``attention`` by level on the way down."""
     for new, old in WHOLE.items():
         if name.startswith(f"{new}."):
             return name.replace(new, old, 1)
@@ -49,12 +59,12 @@ def unet_name(name: str, attention: list[bool]) -> str:
         assert m is not None
         level, kind, number, rest = int(m[2]), m[3], int(m[4]), m[5]
         if kind == "downsamplers":
-            return f"input_blocks.{(LAYERS + 1) * (level + 1)}.0.{rest.replace('conv', 'op')}"
+            return f"input_blocks.{(layers + 1) * (level + 1)}.0.{rest.replace('conv', 'op')}"
         if kind == "upsamplers":
-            return f"output_blocks.{(LAYERS + 1) * level + LAYERS}.{1 + attention[-1 - level]}.{rest}"
+            return f"output_blocks.{(layers + 1) * level + layers}.{1 + attention[-1 - level]}.{rest}"
         first = 1 if m[1] == "down" else 0
         side = "input" if m[1] == "down" else "output"
-        place = f"{side}_blocks.{(LAYERS + 1) * level + number + first}.{int(kind == 'attentions')}"
+        place = f"{side}_blocks.{(layers + 1) * level + number + first}.{int(kind == 'attentions')}"
     head, _, tail = rest.partition(".")
     return f"{place}.{RESNET[head]}.{tail}" if head in RESNET else f"{place}.{rest}"
 
@@ -75,18 +85,20 @@ def vae_name(name: str, levels: int) -> str:
     return re.sub(r"down_blocks\.(\d)", r"down.\1", name).replace("resnets", "block")
 
 
+def vae_tensors(vae: nn.Module) -> dict[str, Tensor]:
+    """The VAE as a single file has it: attention's matrices are convolutions."""
+    found = {}
+    for name, tensor in vae.state_dict().items():
+        square = re.search(r"mid_block\.attentions\.0\.to_.*weight", name) is not None
+        levels = len(vae.config.block_out_channels)  # type: ignore[union-attr,arg-type]
+        found[f"first_stage_model.{vae_name(name, levels)}"] = tensor[:, :, None, None] if square else tensor
+    return found
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, Any]:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=(32, 64),
-        layers_per_block=LAYERS,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=64,
-        attention_head_dim=8,
-    )
+    unet = UNet2DConditionModel(**UNET, attention_head_dim=8)
     vae = AutoencoderKL(
         block_out_channels=(32, 64),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -101,9 +113,7 @@ def models() -> dict[str, Any]:
 def write(folder: Path, models: dict[str, Any], changes: dict[str, Tensor] | None = None) -> Path:
     attention = [True, False]
     tensors = {f"model.diffusion_model.{unet_name(k, attention)}": v for k, v in models["unet"].state_dict().items()}
-    for k, v in models["vae"].state_dict().items():
-        square = re.search(r"mid_block\.attentions\.0\.to_.*weight", k) is not None
-        tensors[f"first_stage_model.{vae_name(k, 2)}"] = v[:, :, None, None] if square else v
+    tensors |= vae_tensors(models["vae"])
     prefix = "cond_stage_model.transformer.text_model."
     for k, v in models["text_encoder"].state_dict().items():
         tensors[prefix + k.removeprefix("text_model.")] = v

@@ -78,7 +78,7 @@ def pipeline(base: Path) -> Any:
 def disturb(task: sd.SDTask) -> None:
     for group, _ in task.parameter_groups():
         for parameter in group:
-            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
 
 
 @pytest.mark.parametrize("zeros", [True, False])

@@ -240,6 +240,10 @@ def test_42_the_base_that_an_adapter_names_is_not_loaded(here: Path, whole_llama
                     path.unlink()
                 (here / "merged").rmdir()
     assert not (here / "left").exists()
+    edit(here / "adapter/adapter_config.json", base_model_name_or_path=str(whole_llama))
+    told = lorakit("convert", here / "adapter", here / "converted.gguf", "--to", "gguf")
+    told.refused(4, "the layers of the base")
+    assert f"--base {whole_llama}" in told.err
 
 
 HOSTILE = [

@@ -149,6 +149,19 @@ def test_sweep_removes_only_leftovers(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["keep"]
 
 
+def test_whoever_writes_sweeps_what_a_killed_process_left_there(tmp_path: Path) -> None:
+    for name in ("folder", "file.txt", "bytes"):
+        (tmp_path / f".tmp-{name}-x").write_text("x")
+    with atomic.new_folder(tmp_path / "folder", manifest=False):
+        pass
+    with atomic.new_file(tmp_path / "file.txt") as path:
+        atomic.write_text(path, "content")
+        assert len(list(tmp_path.glob(".tmp-file*"))) == 1
+    atomic.write_bytes(tmp_path / "bytes", b"content")
+    assert sorted(os.listdir(tmp_path)) == ["bytes", "file.txt", "folder"]
+    assert (tmp_path / "file.txt").read_text() == "content"
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EACCES])
 @pytest.mark.fault(58)
 def test_disk_errors_become_resource_errors(tmp_path: Path, number: int) -> None:

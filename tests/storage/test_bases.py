@@ -197,8 +197,13 @@ def test_single_files(tmp_path: Path) -> None:
     save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, path)
     with pytest.raises(ModelError, match="adapter"):
         resolve(str(path))
-    save_file({**whole, "conditioner.embedders.0.x": torch.zeros(1)}, path)
-    with pytest.raises(ModelError, match="single file of Stable Diffusion XL"):
+    for name, reason in (("conditioner.embedders.0.model.x", "refiner"), ("edm_mean", "EDM's noise schedule")):
+        save_file({**whole, name: torch.zeros(1)}, path)
+        with pytest.raises(ModelError, match=reason):
+            resolve(str(path))
+    del whole["cond_stage_model.x"]
+    save_file({**whole, "conditioner.embedders.0.transformer.x": torch.zeros(1)}, path)
+    with pytest.raises(ModelError, match=r"no conditioner\.embedders\.1\.model\."):
         resolve(str(path))
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x."""
+"""Stable Diffusion 1.x, 2.x and XL."""
 
 from lorakit.families.sd.plan import SDPlan, plan
 from lorakit.families.sd.task import Learning, SDTask, load

@@ -1,7 +1,7 @@
 """A Stable Diffusion base in memory: text encoders, UNet, VAE, and the noise schedule it was trained with."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -80,14 +80,14 @@ def native_size(unet: Any, vae: Any) -> tuple[int, int]:
     return width * vae_factor(vae), height * vae_factor(vae)
 
 
-def load_parts(location: BaseLocation, place: Place, tokenizer: CLIPTokenizer | None = None) -> Parts:
-    """Load a base on ``place``, frozen; a single file with ``tokenizer`` where it is given.
+def load_parts(location: BaseLocation, place: Place, tokenizers: Sequence[CLIPTokenizer] | None = None) -> Parts:
+    """Load a base on ``place``, frozen; a single file with ``tokenizers`` where they are given.
 
     Raises: ModelError when a part does not load or does not fit the others.
     """
     if location.layout == "single-file":
-        loaded = load_single_file(location.path, place.dtype, tokenizer)
-        text = conditioning_of([loaded.tokenizer], {"text_encoder": loaded.text_encoder}, zeros=False)
+        loaded = load_single_file(location.path, place.dtype, tokenizers)
+        text = conditioning_of(loaded.tokenizers, loaded.encoders, zeros=True)
         parts = Parts(text, loaded.unet, loaded.vae, loaded.schedule)
     else:
         parts = _load_folder(location.path, place.dtype)

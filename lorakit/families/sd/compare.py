@@ -25,11 +25,11 @@ def compare(base: BaseLocation, adapters: Sequence[tuple[Path, float]], out: Pat
     """
     parts = load_parts(base, PLACE)
     put_on(parts.adaptable, adapters)
-    ids, tokenizer = ids_of(parts.conditioning, PROMPTS), parts.conditioning.tokenizers[0]
+    ids, tokenizers = ids_of(parts.conditioning, PROMPTS), parts.conditioning.tokenizers
     expected = _predictions(parts, ids)
     del parts
     gc.collect()
-    found = _predictions(load_parts(resolve(str(out)), PLACE, tokenizer), ids)
+    found = _predictions(load_parts(resolve(str(out)), PLACE, tokenizers), ids)
     share = difference(expected, found)
     return share, f"predictions for {len(PROMPTS)} prompts differ by {share:.2%}"
 

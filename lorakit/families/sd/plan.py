@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorakit.adapters.inject import inject
 from lorakit.adapters.targets import Target
@@ -18,7 +17,7 @@ from lorakit.families.place import Place
 from lorakit.families.sd.base import find_base, native_size, noise_schedule, read_schedule, vae_factor
 from lorakit.families.sd.conditioning import Conditioning, conditioning_of
 from lorakit.families.sd.prepare import held_out_ids, sizes_of
-from lorakit.families.sd.single_file import read_configs
+from lorakit.families.sd.single_file import make_encoders, read_configs
 from lorakit.families.sd.targets import split_adapter
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import PictureData, SDAdapter, SDBase
@@ -79,7 +78,7 @@ def skeleton(location: BaseLocation, dtype: torch.dtype) -> Skeleton:
         if location.layout == "single-file":
             configs = read_configs(location.path)
             unet, vae, schedule = configs.unet, configs.vae, configs.schedule
-            texts = {"text_encoder": configs.text_encoder}
+            texts = configs.texts
         else:
             parts = ("vae", *weight_stems(location.path))
             configs_of = {part: read_json(location.path / part / "config.json") for part in parts}
@@ -88,8 +87,7 @@ def skeleton(location: BaseLocation, dtype: torch.dtype) -> Skeleton:
         with torch.device("meta"):
             unet_class: Any = UNet2DConditionModel
             vae_class: Any = AutoencoderKL
-            kinds: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-            encoders = {name: kinds[name](CLIPTextConfig.from_dict(config)) for name, config in texts.items()}
+            encoders = make_encoders(texts)
             for encoder in encoders.values():
                 encoder.to(dtype).requires_grad_(False)
             return Skeleton(
