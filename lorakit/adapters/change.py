@@ -66,25 +66,22 @@ class Change:
         """The norm of each column of each A."""
         return [torch.linalg.vector_norm(a, dim=0) for _, a, _ in self.products]
 
-    def rows(self, weight: Tensor, first: int) -> Tensor:
-        """The changed rows [n, columns] in ``dtype``, for ``weight`` [n, columns] in ``dtype``, from ``first`` on."""
-        last = first + weight.shape[0]
-        total = weight
+    def add_(self, rows: Tensor, first: int) -> None:
+        """Change rows [n, columns] of the base's tensor, in ``dtype``, from ``first`` on, where they are."""
+        last = first + rows.shape[0]
         if self.whole:
             kept = 1 - sum(share for _, share in self.whole)
-            total = weight * kept if kept else torch.zeros_like(weight)
+            rows.mul_(kept) if kept else rows.zero_()
             for whole, share in self.whole:
-                total = total.add_(whole.source.rows(whole.name, first, last).to(self.dtype), alpha=share)
+                rows.add_(whole.source.rows(whole.name, first, last).to(self.dtype), alpha=share)
         for b, a, scale in self.products:
-            total = torch.addmm(total, b[first:last], a, alpha=scale)
-        if self.magnitude is None:
-            return total
-        norm: Tensor = torch.linalg.vector_norm(total, dim=1)
-        ratio = self.magnitude[first:last] / norm
-        return total * ratio[:, None]
+            rows.addmm_(b[first:last], a, alpha=scale)
+        if self.magnitude is not None:
+            norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
+            rows.mul_((self.magnitude[first:last] / norm)[:, None])
 
     def bound(self, weight: Tensor, total: Tensor, first: int) -> Tensor:
-        """How many units of float32's rounding the sum ``total`` that ``rows`` gave may be off: [n, columns].
+        """How many units of float32's rounding the sum ``total`` that ``add_`` made may be off: [n, columns].
 
         At most r + 4 roundings of terms no larger than |W| + |B| |A|, which Cauchy-Schwarz puts under the norms of a
         row of B and a column of A; DoRA scales them and adds the roundings of a norm.
