@@ -29,14 +29,10 @@ class Rows(NamedTuple):
     height: int
     """Rows of the base's tensor."""
 
-    def added(self, total: Tensor, weight: Tensor, first: int, share: float) -> Tensor:
-        """``total`` [k, columns], and ``share`` of the way from ``weight``, base rows from ``first`` on, to these."""
-        inside = (self.indices >= first) & (self.indices < first + len(weight))
-        at = self.indices[inside] - first
-        if not len(at):
-            return total
-        rows = total[at] - share * weight[at].to(total.dtype) + share * self.values[inside].to(total.dtype)
-        return total.index_copy(0, at, rows)
+    def inside(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Of the base's rows ``first`` to ``last``: which these replace, counted from ``first``, and by what."""
+        inside = (self.indices >= first) & (self.indices < last)
+        return self.indices[inside] - first, self.values[inside]
 
 
 Term = tuple[Delta | Whole | Rows, float]
@@ -90,27 +86,26 @@ class Change:
         """The norm of each column of each A."""
         return [torch.linalg.vector_norm(a, dim=0) for _, a, _ in self.products]
 
-    def rows(self, weight: Tensor, first: int) -> Tensor:
-        """The changed rows [n, columns] in ``dtype``, for ``weight`` [n, columns] in ``dtype``, from ``first`` on."""
-        last = first + weight.shape[0]
-        total = weight
+    def add_(self, rows: Tensor, first: int) -> None:
+        """Change rows [n, columns] of the base's tensor, in ``dtype``, from ``first`` on, where they are."""
+        last = first + rows.shape[0]
+        places = [(*part.inside(first, last), share) for part, share in self.parts]
+        parts = [(at, rows[at], values.to(self.dtype), share) for at, values, share in places]
         if self.whole:
             kept = 1 - sum(share for _, share in self.whole)
-            total = weight * kept if kept else torch.zeros_like(weight)
+            rows.mul_(kept) if kept else rows.zero_()
             for whole, share in self.whole:
-                total = total.add_(whole.source.rows(whole.name, first, last).to(self.dtype), alpha=share)
+                rows.add_(whole.source.rows(whole.name, first, last).to(self.dtype), alpha=share)
         for b, a, scale in self.products:
-            total = torch.addmm(total, b[first:last], a, alpha=scale)
-        for part, share in self.parts:
-            total = part.added(total, weight, first, share)
-        if self.magnitude is None:
-            return total
-        norm: Tensor = torch.linalg.vector_norm(total, dim=1)
-        ratio = self.magnitude[first:last] / norm
-        return total * ratio[:, None]
+            rows.addmm_(b[first:last], a, alpha=scale)
+        for at, before, after, share in parts:
+            rows.index_copy_(0, at, rows[at] - share * before + share * after)
+        if self.magnitude is not None:
+            norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
+            rows.mul_((self.magnitude[first:last] / norm)[:, None])
 
     def bound(self, weight: Tensor, total: Tensor, first: int) -> Tensor:
-        """How many units of float32's rounding the sum ``total`` that ``rows`` gave may be off: [n, columns].
+        """How many units of float32's rounding the sum ``total`` that ``add_`` made may be off: [n, columns].
 
         At most r + 4 roundings of terms no larger than |W| + |B| |A|, which Cauchy-Schwarz puts under the norms of a
         row of B and a column of A; DoRA scales them and adds the roundings of a norm.

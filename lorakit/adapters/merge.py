@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lorakit.adapters.carry import write_indexes
 from lorakit.adapters.merge_plan import MergePlan
 from lorakit.adapters.out import check_out, check_space
 from lorakit.adapters.parallel import Crew
 from lorakit.adapters.receipt import other_base, receipt, receipt_path
-from lorakit.adapters.stream import Tally, write_file
+from lorakit.adapters.stream import OutFile, Tally, write_file
 from lorakit.adapters.verify import Checked, verify_file
 from lorakit.errors import ModelError
 from lorakit.storage.atomic import new_file, new_folder, sweep_killed, write_text
@@ -24,12 +24,8 @@ from lorakit.storage.bases import resolve
 
 Compare = Callable[[Path], dict[str, Any]]
 """Compares what a merged model at a path computes with base + adapter; ModelError when it is too far off."""
-
-
-class Progress(Protocol):
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` bytes of a stage (``merging``, ``verifying``); called from any thread."""
-        ...
+Progress = Callable[[int, int], None]
+"""Told from any thread how many bytes are written, or written and verified, of how many."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,8 @@ def merge(
     sweep_killed(plan.out)  # before the space is measured
     check_space(plan)
     with _place(plan, overwrite) as place:
-        tally, written = _write(plan, place, progress)
+        tally, written, checked = _write(plan, place, verify, progress)
         resolve(str(place))
-        checked = _verify(plan, place, written, progress) if verify else None
         compared = None if compare is None else compare(place)
         report = MergeReport(
             plan.out,
@@ -110,39 +105,35 @@ def _place(plan: MergePlan, overwrite: bool) -> Iterator[Path]:
         yield folder
 
 
-def _paths(plan: MergePlan, place: Path) -> dict[str, Path]:
-    return {name: place / name if name else place for name in plan.files}
+def _write(
+    plan: MergePlan, place: Path, verify: bool, progress: Progress | None
+) -> tuple[Tally, dict[str, str], Checked | None]:
+    """Write the weight files, and read each back while the base's is in the page cache; their SHA-256."""
+    crew = Crew(plan.size * (1 + verify), progress)
 
-
-def _write(plan: MergePlan, place: Path, progress: Progress | None) -> tuple[Tally, dict[str, str]]:
-    """Write the weight files; their SHA-256."""
-    crew = Crew(plan.size, None if progress is None else partial(progress, "merging"))
-    total = Tally()
-
-    def write(name: str, path: Path) -> tuple[str, Tally]:
+    def write(path: Path, file: OutFile) -> tuple[Tally, str, Checked]:
         path.parent.mkdir(exist_ok=True)
         tally = Tally()
-        return write_file(path, plan.files[name], tally, crew.go_on), tally
+        digest = write_file(path, file, tally, crew.go_on)
+        return tally, digest, _verify(path, file, digest, crew) if verify else Checked(0, 0.0)
 
-    files = _paths(plan, place)
-    results = crew.run([partial(write, name, path) for name, path in files.items()])
-    for _, tally in results:
+    paths = {name: place / name if name else place for name in plan.files}
+    results = crew.run([partial(write, paths[name], file) for name, file in plan.files.items()])
+    total = Tally()
+    for tally, _, _ in results:
         total.add(tally)
-    return total, {name: digest for name, (digest, _) in zip(files, results, strict=True)}
+    found = [one for _, _, one in results]
+    checked = Checked(sum(one.changed for one in found), max((one.worst for one in found), default=0.0))
+    written = {name: digest for name, (_, digest, _) in zip(plan.files, results, strict=True)}
+    return total, written, checked if verify else None
 
 
-def _verify(plan: MergePlan, place: Path, written: dict[str, str], progress: Progress | None) -> Checked:
-    crew = Crew(plan.size, None if progress is None else partial(progress, "verifying"))
-    jobs = [
-        partial(verify_file, path, plan.files[name], written[name], crew.go_on)
-        for name, path in _paths(plan, place).items()
-    ]
+def _verify(path: Path, file: OutFile, digest: str, crew: Crew) -> Checked:
     try:
-        found = crew.run(jobs)
+        return verify_file(path, file, digest, crew.go_on)
     except ModelError as error:
         hint = "the merged model was removed; check the disk and the memory, then merge again"
         raise ModelError(f"does not verify: {error.reason}", where=error.where, hint=hint) from error
-    return Checked(sum(one.changed for one in found), max((one.worst for one in found), default=0.0))
 
 
 def _outcome(plan: MergePlan, report: MergeReport) -> dict[str, Any]:

@@ -1,6 +1,5 @@
-"""A few jobs side by side on the cores there are; the first that fails stops the others."""
+"""A few jobs side by side; the first that fails stops the others."""
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -10,7 +9,7 @@ import torch
 
 T = TypeVar("T")
 WORKERS = 4
-"""Jobs at a time: what is read and written at once also counts in memory."""
+"""Jobs at a time, each of which takes a core or waits for the disk: what they read and write counts in memory."""
 
 
 class Stopped(Exception):
@@ -35,11 +34,9 @@ class Crew:
 
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """The jobs' results in order; what the first one to fail raised."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(1, min(WORKERS, cores, len(jobs)))
+        workers = max(1, min(WORKERS, len(jobs)))
         threads = torch.get_num_threads()
-        options = (max(1, threads // workers),)
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=options) as pool:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             futures = [pool.submit(job) for job in jobs]
             try:
                 done, waiting = wait(futures, return_when=FIRST_EXCEPTION)

@@ -8,8 +8,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lorakit.adapters.behind import Behind
 from lorakit.errors import ModelError
 from lorakit.storage.bases import remember_digest
+from lorakit.storage.early import drop, read_ahead
 from lorakit.storage.headers import read_header
 
 DTYPES = {
@@ -58,12 +60,15 @@ class Source(Protocol):
 class FileSource:
     """The tensors of one checked safetensors file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, once: bool = False) -> None:
+        """``once``: it will not be read again, so that its bytes need not stay in the page cache."""
         header = read_header(path)
         self.path, self.metadata, self._start = path, header.metadata, header.start
         self.slots = {name: Slot(DTYPES[info.dtype], info.shape) for name, info in header.tensors.items()}
         self._begin = {name: info.begin for name, info in header.tensors.items()}
-        self._read = hashlib.sha256()
+        self._once = once
+        self._sha = hashlib.sha256()
+        self._hash = Behind(self._sha.update)
         self._place, self._size = 0, path.stat().st_size
         """How far the file has been read in order, which a merge that keeps its layout does, and so hashes it."""
 
@@ -76,17 +81,18 @@ class FileSource:
             place = self._start + self._begin[name] + first * width
             with self.path.open("rb", buffering=0) as file:
                 if place == self._start and not self._place:
-                    self._read.update(file.read(self._start))
+                    self._sha.update(file.read(self._start))
                     self._place = self._start
+                read_ahead(file.fileno(), place, place + len(content))
+                if self._once:
+                    drop(file.fileno(), place)
                 file.seek(place)
                 if file.readinto(content.numpy().data) != len(content):
                     raise ModelError("the file changed while it was read", where=f"{self.path}: {name}")
-                if place == self._place:
-                    self._hash(content)
+            if place == self._place:
+                self._place += len(content)
+                self._hash.put(content.numpy().data)
+                if self._place == self._size:
+                    self._hash.wait()
+                    remember_digest(self.path, self._sha.digest())
         return content.view(slot.dtype).view(last - first, slot.columns)
-
-    def _hash(self, content: Tensor) -> None:
-        self._read.update(content.numpy().data)
-        self._place += len(content)
-        if self._place == self._size:
-            remember_digest(self.path, self._read.digest())

@@ -6,6 +6,7 @@ A file to be written is a list of tensors, each stacked from rows of tensors tha
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorakit.adapters.behind import Behind
 from lorakit.adapters.change import Change
 from lorakit.adapters.source import SPELLING, Slot, Source
 from lorakit.errors import ModelError
+from lorakit.storage.early import Early
 
 READ = 2 << 20
 """Bytes of a tensor that are in memory at a time, for each file in work: few enough to be there in the cache when they
@@ -105,6 +108,17 @@ def _square(numbers: Tensor) -> float:
     return float(torch.dot(flat, flat))
 
 
+def worked(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows in another dtype, in memory that the thread's next call uses again: new pages cost more than the sums."""
+    kept: Tensor | None = getattr(_scratch, "kept", None)
+    if kept is None or kept.nbytes < rows.numel() * dtype.itemsize:
+        kept = _scratch.kept = torch.empty(rows.numel() * dtype.itemsize, dtype=torch.uint8)
+    return kept[: rows.numel() * dtype.itemsize].view(dtype).view(rows.shape).copy_(rows)
+
+
+_scratch = threading.local()
+
+
 def write_file(path: Path, out: OutFile, tally: Tally, written: Callable[[int], None]) -> str:
     """Write a safetensors file and give its SHA-256; ``written`` is told the bytes of each block.
 
@@ -112,21 +126,25 @@ def write_file(path: Path, out: OutFile, tally: Tally, written: Callable[[int], 
     """
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file, torch.no_grad():
+        early = Early(file.fileno())
 
         def write(content: bytes | memoryview) -> None:
             digest.update(content)
             while content := content[file.write(content) :]:
                 pass
+            early.wrote(file.tell())
 
-        write(out.header())
-        for slot, spans in out.tensors.values():
-            for span in spans:
-                tally.change += (span.change and span.change.square) or 0.0
-                size = span.source.slots[span.name].dtype.itemsize
-                for first, last in span.blocks(READ // size):
-                    after = _after(span, first, last, slot.dtype, tally)
-                    write(after.contiguous().flatten().view(torch.uint8).numpy().data)
-                    written(after.nbytes)
+        with Behind(write) as writing:
+            writing.put(out.header())
+            for slot, spans in out.tensors.values():
+                for span in spans:
+                    tally.change += (span.change and span.change.square) or 0.0
+                    size = span.source.slots[span.name].dtype.itemsize
+                    for first, last in span.blocks(READ // size):
+                        after = _after(span, first, last, slot.dtype, tally)
+                        writing.put(after.contiguous().flatten().view(torch.uint8).numpy().data)
+                        written(after.nbytes)
+            writing.wait()
     return digest.hexdigest()
 
 
@@ -140,10 +158,10 @@ def _after(span: Span, first: int, last: int, dtype: torch.dtype, tally: Tally) 
         after, finite = torch.empty(before.shape, dtype=dtype), True
         for a, b in Span(span.source, span.name, first, last).blocks(WORK):
             rows = slice(a - first, b - first)
-            weight = before[rows].float()
-            total = span.change.rows(weight, a - span.first)
+            total = worked(before[rows], torch.float32)
+            span.change.add_(total, a - span.first)
             if span.change.square is None:
-                tally.change += _square(total - weight)
+                tally.change += _square(total - before[rows])
             after[rows] = total
             finite &= math.isfinite(tally.weights(total, after[rows]))
     if not finite:

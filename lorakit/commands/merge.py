@@ -68,13 +68,13 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
         from lorakit.adapters.merge import merge
 
         with bar:
-            task = bar.add_task("merging", total=None)
+            task = bar.add_task("merging and verifying" if options.verify else "merging", total=None)
             report = merge(
                 plan,
                 overwrite=options.overwrite,
                 verify=options.verify,
                 compare=compare_with(plan) if options.verify else None,
-                progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     tell(report)
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lorakit.adapters.change import Change
 from lorakit.adapters.stream import Tally, write_file
-from lorakit.adapters.verify import verify_file
+from lorakit.adapters.verify import Checked, verify_file
 from lorakit.cli import app
 from lorakit.errors import LorakitError, ModelError
 from lorakit.storage.atomic import new_folder, sha256, sweep_killed
@@ -101,18 +101,20 @@ def test_what_does_not_verify_is_removed_and_exits_4(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    plain = Change.rows
+    plain = Change.add_
 
-    def doubled(self: Change, weight: torch.Tensor, first: int) -> torch.Tensor:
-        total = plain(self, weight, first)
-        return 2 * total - weight if self.dtype == torch.float32 else total
+    def doubled(self: Change, rows: torch.Tensor, first: int) -> None:
+        before = rows.clone()
+        plain(self, rows, first)
+        if self.dtype == torch.float32:
+            rows.mul_(2).sub_(before)
 
-    monkeypatch.setattr(Change, "rows", doubled)
+    monkeypatch.setattr(Change, "add_", doubled)
     code, told = lorakit("merge", models / "base", models / "a", "out")
     assert (code, list(tmp_path.iterdir())) == (4, [])
     assert "does not verify" in told
     # Without the tensors' check the outputs tell.
-    monkeypatch.setattr("lorakit.adapters.merge._verify", lambda *_: None)
+    monkeypatch.setattr("lorakit.adapters.merge.verify_file", lambda *_: Checked(0, 0.0))
     monkeypatch.setattr("lorakit.commands.merge_told.TOLERANCE", {"bfloat16": 0.02})
     code, told = lorakit("merge", models / "base", models / "a", "out")
     assert (code, list(tmp_path.iterdir())) == (4, [])

@@ -1,0 +1,49 @@
+"""A thread that works a few blocks behind: in order, with few blocks waiting, and with no error lost."""
+
+import threading
+
+import pytest
+
+from lorakit.adapters.behind import DEPTH, Behind
+
+
+def test_in_order_and_all() -> None:
+    seen: list[int] = []
+    with Behind(seen.append) as behind:
+        for number in range(100):
+            behind.put(number)
+        behind.wait()
+        assert seen == list(range(100))
+
+
+def test_an_error_comes_out() -> None:
+    def work(number: int) -> None:
+        if number == 1:
+            raise OSError(28, "No space left on device")
+
+    with Behind(work) as behind:
+        for number in range(DEPTH + 1):
+            behind.put(number)
+        with pytest.raises(OSError, match="No space left"):
+            behind.put(DEPTH + 1)
+    with Behind(work) as behind:
+        behind.put(1)
+        with pytest.raises(OSError, match="No space left"):
+            behind.wait()
+
+
+def test_what_has_not_begun_is_given_up() -> None:
+    seen: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work(number: int) -> None:
+        begun.set()
+        go_on.wait(10)
+        seen.append(number)
+
+    with Behind(work) as behind:
+        for number in range(DEPTH):
+            behind.put(number)
+        begun.wait(10)
+        threading.Timer(0.05, go_on.set).start()
+    assert seen == [0]
