@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lorakit.numerics.blocked_attention import blocked_attention
+
 BLOCK = 256
 """Query rows at once in ``_MatmulAttention``: keys beyond a block's last row are not touched."""
 
 LONGEST_KEPT = 2048
 """Longest document whose probabilities are kept (H * L^2 / 2 numbers a layer); beyond, the fused kernel."""
-
-MOST_KEPT = 1 << 20
-"""Likewise without a mask: most probabilities of a head, T x S."""
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
@@ -55,10 +54,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sc
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention without a mask: q [..., T, D], k and v [..., S, D] of the same leading dimensions -> [..., T, D]."""
-    if not _matmuls_are_faster(q) or q.shape[-2] * k.shape[-2] > MOST_KEPT:
+    if not _matmuls_are_faster(q):
         return functional.scaled_dot_product_attention(q, k, v, scale=scale)
-    rows, keys, values = (x.flatten(0, -3) for x in (q, k, v))
-    return matmul_attention(rows.unsqueeze(1), keys, values, scale, causal=False).view_as(q)
+    return blocked_attention(*(x.flatten(0, -3) for x in (q, k, v)), scale).view_as(q)
 
 
 def _matmuls_are_faster(q: Tensor) -> bool:

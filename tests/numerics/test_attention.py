@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lorakit.numerics import blocked_attention
 from lorakit.numerics.attention import BLOCK, full_attention, matmul_attention, packed_attention
 
 
@@ -69,16 +70,16 @@ def test_full_attention_equals_eager_float64(tokens, seen, dtype, tolerance):
         assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
 
 
-@pytest.mark.parametrize("seen", [1, 7, 300])
-def test_the_matmul_kernel_without_a_mask_is_exact(seen):
+@pytest.mark.parametrize(("tokens", "seen"), [(1, 1), (13, 1), (40, 77), (33, 33)])
+def test_the_blocked_kernel_is_exact_across_its_blocks(tokens, seen, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "BLOCK", 10 * seen)
     torch.manual_seed(seen)
-    q = torch.randn(3, 1, BLOCK + 2, 4, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(3, seen, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    out = matmul_attention(q, k, v, 0.5, causal=False)
-    expected = (q[:, 0] @ k.transpose(1, 2) * 0.5).softmax(-1) @ v
-    torch.testing.assert_close(out[:, 0], expected)
+    q, k, v = (torch.randn(5, n, 4, dtype=torch.float64, requires_grad=True) for n in (tokens, seen, seen))
+    out = blocked_attention.blocked_attention(q, k, v, 0.5)
+    expected = (q @ k.transpose(1, 2) * 0.5).softmax(-1) @ v
+    torch.testing.assert_close(out, expected)
     pull = torch.randn_like(expected)
-    got = torch.autograd.grad(out[:, 0], (q, k, v), pull)
+    got = torch.autograd.grad(out, (q, k, v), pull)
     for ours, theirs in zip(got, torch.autograd.grad(expected, (q, k, v), pull), strict=True):
         torch.testing.assert_close(ours, theirs)
 
