@@ -135,7 +135,7 @@ def generate(
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option()] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     fuse: Annotated[
-        bool, typer.Option("--fuse", help="Add the adapters to the weights first: no extra work a step.")
+        bool, typer.Option("--fuse", help="LLaMA: add the adapters to the weights first: no extra work a token.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after what a stopped batch has finished.")] = False,
     negative_prompt: Annotated[str, typer.Option(help="SD: what the picture should not show.")] = "",

@@ -114,7 +114,7 @@ def _draw(
     if place.device.type == "cpu":
         # Denoising makes much of small differences: in bf16 a merged model draws other pictures than base + adapter.
         place = replace(place, dtype=torch.float32)
-    painter = open_painter(location, adapters, place.device, place.dtype, fuse=request.fuse)
+    painter = open_painter(location, adapters, place.device, place.dtype)
     settings = DrawSettings(seed=request.seed, **options)
     settings.check(painter.parts)
     jobs = painter.jobs(prompts, settings)

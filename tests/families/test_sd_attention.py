@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from lorakit.families.place import Place
-from lorakit.families.sd.attention import Processor
+from lorakit.families.sd.attention import Processor, text_once
 from lorakit.families.sd.base import load_parts
 from lorakit.storage.bases import resolve
 from tests.tiny import tiny_sd
@@ -37,3 +37,30 @@ def test_the_unet_and_its_gradients_are_as_near_to_float64_as_diffusers(tmp_path
     for own, other, wanted in triples:
         assert wanted.norm() > 0
         assert (own - wanted).norm() <= 1.5 * (other - wanted).norm()
+
+
+def test_the_text_is_read_once_as_long_as_it_stays(tmp_path: Path) -> None:
+    tiny_sd(tmp_path / "base")
+    unet: Any = load_parts(resolve(str(tmp_path / "base")), Place(torch.device("cpu"), torch.float32)).unet
+    torch.manual_seed(0)
+    texts = torch.randn(2, 2, 5, unet.config.cross_attention_dim)
+
+    def predict(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = unet(x, torch.tensor(700), text).sample
+        return out
+
+    pictures = torch.randn(2, 2, unet.config.in_channels, 8, 8)
+    calls: list[int] = []
+    for name, module in unet.named_modules():
+        if name.endswith("attn2.to_k"):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        for text in texts:
+            expected = [predict(x, text) for x in pictures]
+            calls.clear()
+            with text_once(unet):
+                found = [predict(x, text) for x in pictures]
+            assert len(calls) == sum(name.endswith("attn2.to_k") for name, _ in unet.named_modules())
+            assert {type(p) for p in unet.attn_processors.values()} == {Processor}
+            for ours, theirs in zip(found, expected, strict=True):
+                assert torch.equal(ours, theirs)

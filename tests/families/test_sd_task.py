@@ -427,8 +427,26 @@ def test_zero_terminal_snr_with_epsilon_is_refused(tmp_path: Path, folder: Path)
             assert torch.isfinite(task.loss(task.model, first(task)[0]))
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, set()),
+        ({"adapter": {"text_encoder": True}}, {"text_encoder"}),
+        ({"shuffle_tags": True}, {"text_encoder"}),
+        ({"sample": {"prompts": ["a cat"]}}, {"vae", "text_encoder"}),
+    ],
+)
+def test_what_no_step_needs_gives_its_memory_back(
+    make: Callable[..., SDTask], options: dict[str, Any], kept: set[str]
+) -> None:
+    task = make(**options)
+    modules = {"vae": task.parts.vae, **task.parts.conditioning.encoders}
+    assert {name for name, module in modules.items() if not next(module.parameters()).is_meta} == kept
+    assert torch.isfinite(task.loss(task.model, first(task)[0]))
+
+
 def test_cached_text_states_are_the_encoders(make: Callable[..., SDTask]) -> None:
-    task = make()
+    task = make(sample={"prompts": ["a cat"]})
     captions = ["a red apple", "", "a red apple"]
     cached, fresh = TextStates(task.parts, cached=True), TextStates(task.parts, cached=False)
     cached.fill(captions)

@@ -1,13 +1,14 @@
 import pytest
 import torch
 
-from lorakit.numerics.attention import BLOCK, full_attention, matmul_attention
+from lorakit.numerics import blocked_attention
+from lorakit.numerics.attention import full_attention
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)]
 )
-@pytest.mark.parametrize(("tokens", "seen"), [(1, 1), (9, 4), (BLOCK + 5, 77), (1100, 1100)])
+@pytest.mark.parametrize(("tokens", "seen"), [(1, 1), (9, 4), (261, 77), (1100, 1100)])
 def test_full_attention_equals_eager_float64(tokens, seen, dtype, tolerance):
     torch.manual_seed(tokens)
     leaves = [torch.randn(2, 3, n, 8).to(dtype).requires_grad_() for n in (tokens, seen, seen)]
@@ -21,12 +22,12 @@ def test_full_attention_equals_eager_float64(tokens, seen, dtype, tolerance):
         assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
 
 
-@pytest.mark.parametrize("seen", [1, 7, 300])
-def test_the_matmul_kernel_without_a_mask_is_exact(seen):
+@pytest.mark.parametrize(("tokens", "seen"), [(1, 1), (13, 1), (40, 77), (33, 33)])
+def test_the_blocked_kernel_is_exact_across_its_blocks(tokens, seen, monkeypatch):
+    monkeypatch.setattr(blocked_attention, "BLOCK", 10 * seen)
     torch.manual_seed(seen)
-    q = torch.randn(3, BLOCK + 2, 4, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(3, seen, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    out = matmul_attention(q, k, v, 0.5)
+    q, k, v = (torch.randn(5, n, 4, dtype=torch.float64, requires_grad=True) for n in (tokens, seen, seen))
+    out = blocked_attention.blocked_attention(q, k, v, 0.5)
     expected = (q @ k.transpose(1, 2) * 0.5).softmax(-1) @ v
     torch.testing.assert_close(out, expected)
     pull = torch.randn_like(expected)

@@ -19,8 +19,11 @@ class Processor:
     """diffusers' ``AttnProcessor2_0`` for blocks without masks and norms of their own, as in every UNet of SD 1.x, 2.x
     and XL; for any other call diffusers' own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, text_once: bool = False) -> None:
+        """``text_once``: the text of the first call is that of all calls."""
         self._other = _diffusers()
+        self._text_once = text_once
+        self._text: tuple[Tensor, Tensor] | None = None
 
     def __call__(
         self,
@@ -35,11 +38,14 @@ class Processor:
         if hidden_states.ndim != 3 or attention_mask is not None or any(norm is not None for norm in norms):
             out: Tensor = self._other(attn, hidden_states, encoder_hidden_states, attention_mask, **options)
             return out
-        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            layer(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for layer, states in ((attn.to_q, hidden_states), (attn.to_k, seen), (attn.to_v, seen))
-        )
+        (q,) = _heads(attn, hidden_states, attn.to_q)
+        if self._text is not None and encoder_hidden_states is not None:
+            k, v = self._text
+        else:
+            seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            k, v = _heads(attn, seen, attn.to_k, attn.to_v)
+            if self._text_once and encoder_hidden_states is not None:
+                self._text = k, v
         mixed = full_attention(q, k, v, attn.scale).transpose(1, 2).flatten(2)
         mixed = attn.to_out[1](attn.to_out[0](mixed))
         if attn.residual_connection:
@@ -49,10 +55,27 @@ class Processor:
         return cast(Tensor, mixed)
 
 
+def _heads(attn: Any, states: Tensor, *layers: Any) -> Iterator[Tensor]:
+    """[B, H, S, W / H] of each layer."""
+    return (layer(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in layers)
+
+
 def use_own_attention(unet: nn.Module) -> None:
     """Give every attention block of a UNet the processor."""
     model: Any = unet
     model.set_attn_processor(Processor())
+
+
+@contextmanager
+def text_once(unet: nn.Module) -> Iterator[None]:
+    """For as long as the block lasts the text does not change: its keys and values are computed in the first call."""
+    model: Any = unet
+    before = dict(model.attn_processors)
+    model.set_attn_processor({name: Processor(text_once=True) for name in before})
+    try:
+        yield
+    finally:
+        model.set_attn_processor(before)
 
 
 @contextmanager

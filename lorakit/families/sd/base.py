@@ -15,6 +15,7 @@ from lorakit.errors import ModelError, RecipeError
 from lorakit.families.place import Place
 from lorakit.families.sd.attention import use_own_attention
 from lorakit.families.sd.conditioning import Conditioning, check_widths, conditioning_of
+from lorakit.families.sd.layers import use_own_layers
 from lorakit.families.sd.single_file import load_single_file
 from lorakit.numerics.diffusion import PredictionType, has_zero_terminal_snr
 from lorakit.recipe.schema import SDBase
@@ -95,6 +96,7 @@ def load_parts(location: BaseLocation, place: Place, tokenizers: Sequence[CLIPTo
     for module in (*parts.adaptable.values(), parts.vae):
         module.requires_grad_(False).eval().to(place.device)
     use_own_attention(parts.unet)
+    use_own_layers(parts.unet)
     return parts
 
 

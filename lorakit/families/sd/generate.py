@@ -21,6 +21,7 @@ from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import apply, fold
 from lorakit.errors import NonFiniteError, RecipeError
 from lorakit.families.place import Place
+from lorakit.families.sd.attention import text_once
 from lorakit.families.sd.base import Parts, from_latents, load_parts
 from lorakit.families.sd.conditioning import ids_of
 from lorakit.families.sd.pictures import grid, save_picture
@@ -109,10 +110,8 @@ def open_painter(
     adapters: Sequence[tuple[Path, float]],
     device: torch.device,
     dtype: torch.dtype,
-    *,
-    fuse: bool = False,
 ) -> "Painter":
-    """Load a base and put adapters into it, each with its weight; ``fuse`` adds them to the weights, in ``dtype``.
+    """Load a base and add adapters to its weights, each with its own weight: float32 sums, rounded once to ``dtype``.
 
     Raises: ModelError when the base does not load, or an adapter does not fit it.
     """
@@ -123,9 +122,8 @@ def open_painter(
         for component, deltas in adapter.components.items():
             apply(modules[component], deltas, weight=weight, name=f"adapter{number}")
             modules[component].to(device)
-    if fuse:
-        for module in modules.values():
-            fold(module)
+    for module in modules.values():
+        fold(module)
     return Painter(parts, location.name, [(path.name, weight) for path, weight in adapters])
 
 
@@ -167,8 +165,9 @@ class Painter:
             for start in range(0, len(jobs), at_once):
                 chosen = jobs[start : start + at_once]
                 latents = self._denoise([p for p, _ in chosen], [s for _, s in chosen], settings)
-                for (prompt, seed), latent in zip(chosen, latents, strict=True):
-                    yield self._decode(latent, seed), self.metadata(prompt, seed, settings)
+                drawn = self._decode(latents, [seed for _, seed in chosen])
+                for (prompt, seed), picture in zip(chosen, drawn, strict=True):
+                    yield picture, self.metadata(prompt, seed, settings)
         finally:
             for module in training:
                 module.train()
@@ -193,24 +192,26 @@ class Painter:
         step = scheduler.step
         if "generator" in inspect.signature(step).parameters:
             step = partial(step, generator=generators)
-        for t in scheduler.timesteps:
-            doubled = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-            predicted = self.parts.unet(doubled.to(self.dtype), t, **told, return_dict=False)[0].float()
-            if guided:
-                unconditional, conditional = predicted.chunk(2)
-                predicted = guide(unconditional, conditional, settings.guidance_scale)
-            latents = step(predicted, t, latents, return_dict=False)[0]
+        with text_once(self.parts.unet):
+            for t in scheduler.timesteps:
+                doubled = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
+                predicted = self.parts.unet(doubled.to(self.dtype), t, **told, return_dict=False)[0].float()
+                if guided:
+                    unconditional, conditional = predicted.chunk(2)
+                    predicted = guide(unconditional, conditional, settings.guidance_scale)
+                latents = step(predicted, t, latents, return_dict=False)[0]
         return latents
 
     @torch.no_grad()
-    def _decode(self, latent: Tensor, seed: int) -> Image.Image:
-        if not torch.isfinite(latent).all():
-            hint = "lower the guidance scale or an adapter's weight, or use fp32"
-            raise NonFiniteError(f"the latents of seed {seed} are not finite", hint=hint)
+    def _decode(self, latents: Tensor, seeds: Sequence[int]) -> list[Image.Image]:
+        for latent, seed in zip(latents, seeds, strict=True):
+            if not torch.isfinite(latent).all():
+                hint = "lower the guidance scale or an adapter's weight, or use fp32"
+                raise NonFiniteError(f"the latents of seed {seed} are not finite", hint=hint)
         vae = self.parts.vae
-        decoded = vae.decode(from_latents(vae, latent[None].float()), return_dict=False)[0][0]
-        scaled = (decoded / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-        return Image.fromarray((scaled * 255).round().astype(np.uint8))
+        decoded = vae.decode(from_latents(vae, latents.float()), return_dict=False)[0]
+        scaled = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(picture) for picture in (scaled * 255).round().astype(np.uint8)]
 
     def _scheduler(self, name: str | None) -> Any:
         """The named scheduler over the base's own noise schedule and prediction type."""

@@ -19,6 +19,7 @@ from lorakit.families.sd.base import Parts, find_base, load_parts, noise_schedul
 from lorakit.families.sd.batches import BatchMaker, SDBatch
 from lorakit.families.sd.conditioning import Text, ids_of
 from lorakit.families.sd.generate import DrawSettings, Painter
+from lorakit.families.sd.layers import diffusers_layers
 from lorakit.families.sd.pictures import grid, save_picture
 from lorakit.families.sd.prepare import Examples, TextStates, prepare_examples, resolution_of, sizes_of
 from lorakit.families.sd.targets import split_adapter
@@ -108,7 +109,7 @@ class SDTask:
         denoiser = cast(Denoiser, self.model)
         if denoiser.dtype != dtype:
             denoiser.to(dtype).dtype = dtype
-        with plain_layers(denoiser), diffusers_attention(self.parts.unet):
+        with plain_layers(denoiser), diffusers_attention(self.parts.unet), diffusers_layers(self.parts.unet):
             return self.loss(denoiser, batch)
 
     def metrics(self, held_out_loss: float) -> Mapping[str, float]:  # noqa: ARG002 (the loss says it all)
@@ -197,6 +198,8 @@ def load(
     maker = BatchMaker(examples, schedule, parts.vae, (data, learning.diffusion), text)
     if place.gradient_checkpointing:  # the text encoder's activations are few beside the UNet's
         cast(Any, parts.unet).enable_gradient_checkpointing()
+    if not sample.prompts:
+        _let_go(parts, words=not adapter.text_encoder and not data.shuffle_tags)
     identity = f"{location.name} sha256:{digest(location)}"
     loaded = _Loaded(location, identity, place.dtype, examples, maker, injections, drawing)
     return SDTask(parts, learning, sample, layout, loaded)
@@ -209,6 +212,12 @@ def _inject(parts: Parts, adapter: SDAdapter, seed: int) -> dict[str, Injection]
         name: inject(modules[name], section, groups, seed=mix(seed, 6, number))
         for number, (name, (section, groups)) in enumerate(sections.items())
     }
+
+
+def _let_go(parts: Parts, *, words: bool) -> None:
+    """Give back the memory of what no step needs once all is cached: the VAE and, with ``words``, the text encoders."""
+    for module in (parts.vae, *(parts.conditioning.encoders.values() if words else ())):
+        module.to("meta")
 
 
 def _text_source(parts: Parts, data: PictureData, adapter: SDAdapter, examples: Examples) -> Any:
