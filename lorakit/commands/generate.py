@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,20 +158,22 @@ def _answer(
     chat = open_chat(location, adapters, _place(request.device), fuse=request.fuse)
     names = ("temperature", "top_p", "min_p", "max_new_tokens")
     settings = Settings(seed=request.seed, **{name: options[name] for name in names})
-    for prompt in prompts:
-        if len(prompts) > 1:
-            print(f"> {prompt}")
-        question = prompt if options["raw"] else _messages(prompt, options["system"])
-        pieces = []
-        for piece in chat.stream(question, settings):
-            pieces.append(piece)
+    questions = [prompt if options["raw"] else _messages(prompt, options["system"]) for prompt in prompts]
+    pieces: list[str] = []
+    for number, piece in chat.answers(questions, settings):
+        if not pieces and len(prompts) > 1:
+            print(f"> {prompts[number]}")
+        pieces.append(piece)
+        if piece:
             print(piece, end="", flush=True)
-            _check_stop(signals, out)
-        print()
-        if out is not None:
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"prompt": prompt, "answer": "".join(pieces)}, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+        else:
+            print(flush=True)
+            if out is not None:
+                line = {"prompt": prompts[number], "answer": "".join(pieces)}
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            pieces.clear()
+        _check_stop(signals, out)
 
 
 def _unanswered(out: Path, prompts: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Answers from a LLaMA-type base with any number of adapters: sampling, streaming, stop at the chat's end."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
 
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import apply, fold
@@ -16,13 +16,15 @@ from lorakit.data.chat import Message
 from lorakit.data.tokens import Renderer
 from lorakit.errors import ModelError, NonFiniteError
 from lorakit.families.llama.base import as_folder, check_tokenizer, load_model, load_tokenizer
+from lorakit.families.llama.decode import AnyModel, Decoder, decoder
 from lorakit.families.place import Place
 from lorakit.storage.bases import BaseLocation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the next token is chosen. The same seed and prompt give the same answer."""
+    """How the next token is chosen. The same seed and prompt give the same answer, whatever is answered beside it, but
+    for a choice so close that the rounding of another number of rows turns it."""
 
     max_new_tokens: int = 256
     temperature: float = 0.7
@@ -41,59 +43,112 @@ def choose(logits: Tensor, settings: Settings, generator: torch.Generator) -> in
         raise NonFiniteError("the model's logits are not finite")
     if settings.temperature == 0:
         return int(logits.argmax())
-    ranked, order = (logits / settings.temperature).softmax(-1).sort(descending=True)
-    before = ranked.cumsum(-1) - ranked
-    kept = (before < settings.top_p) & (ranked >= settings.min_p * ranked[0])
-    kept[0] = True
-    return int(order[torch.multinomial(ranked * kept, 1, generator=generator)])
+    shares = (logits / settings.temperature).softmax(-1)
+    # All tokens below the second bound together have less than 1 - top_p: sorting starts without them.
+    least = max(settings.min_p * float(shares.max()), (1 - settings.top_p) / len(shares))
+    tokens = (shares >= least).nonzero()[:, 0]
+    ranked, order = shares[tokens].sort(descending=True)
+    count = max(1, int((ranked.cumsum(-1) - ranked < settings.top_p).sum()))
+    # One number drawn, laid on the tokens in their own order: where rounding swaps two ranks, the choice stays.
+    kept = tokens[order[:count]].sort().values
+    sums = shares[kept].double().cumsum(-1)
+    place = torch.rand(1, generator=generator, dtype=torch.float64) * sums[-1]
+    return int(kept[min(int(torch.searchsorted(sums, place, right=True)), count - 1)])
+
+
+Prompt = str | Sequence[Message]
+"""Raw text to continue, or messages for the chat template."""
+
+
+@dataclass
+class _Answer:
+    """One that is being written: ``left`` tokens may follow ``token``."""
+
+    number: int
+    left: int
+    stops: frozenset[int]
+    generator: torch.Generator
+    token: int = 0
+
+    def take(self, logits: Tensor, settings: Settings) -> bool:
+        """Choose the next token; whether it belongs to the answer."""
+        self.token = choose(logits, settings, self.generator)
+        self.left -= 1
+        return self.token not in self.stops
 
 
 class Chat:
-    """A model ready to answer; ``renderer`` is the one that training uses."""
+    """A decoder ready to answer; ``renderer`` is the one that training uses."""
 
     def __init__(self, model: Any, renderer: Renderer) -> None:
-        self.model = model
+        self.decoder: Decoder = AnyModel(model) if isinstance(model, nn.Module) else model
         self.renderer = renderer
 
-    def answer(self, prompt: str | Sequence[Message], settings: Settings) -> str:
-        """The whole answer. ``prompt`` is raw text to continue, or messages for the chat template."""
+    def answer(self, prompt: Prompt, settings: Settings) -> str:
+        """The whole answer."""
         return "".join(self.stream(prompt, settings))
 
-    def stream(self, prompt: str | Sequence[Message], settings: Settings) -> Iterator[str]:
-        """The answer in pieces as they come, the stop token left out.
+    def stream(self, prompt: Prompt, settings: Settings) -> Iterator[str]:
+        """The answer in pieces as they come, the stop token left out. Raises as ``answers``."""
+        return (piece for _, piece in self.answers([prompt], settings))
 
-        Raises ModelError when the prompt leaves no room for an answer, NonFiniteError, and DataError when the chat
+    def answers(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[tuple[int, str]]:
+        """The prompts' answers in their order, each as pieces with the prompt's number: those of the first unfinished
+        prompt as they come, while the decoder writes at the next ones. Each answer ends with an empty piece.
+
+        Raises ModelError when a prompt leaves no room for an answer, NonFiniteError, and DataError when the chat
         template refuses the messages.
         """
-        tokenizer = self.renderer.tokenizer
-        decoder = DecodeStream(skip_special_tokens=True)
-        for token in self._tokens(self.renderer.prompt(prompt), self._stops(prompt), settings):
-            piece = decoder.step(tokenizer.backend_tokenizer, token)
-            if piece:
-                yield piece
+        backend = self.renderer.tokenizer.backend_tokenizer
+        decoders = [DecodeStream(skip_special_tokens=True) for _ in prompts]
+        written: list[list[str]] = [[] for _ in prompts]
+        turn = 0
+        for number, token in self._tokens(prompts, settings):
+            piece = "" if token is None else decoders[number].step(backend, token)
+            if piece or token is None:
+                written[number].append(piece or "")
+            while turn < len(prompts) and written[turn]:
+                piece = written[turn].pop(0)
+                yield turn, piece
+                turn += not piece
 
-    def _stops(self, prompt: str | Sequence[Message]) -> frozenset[int]:
-        own = self.model.generation_config.eos_token_id
-        ends = [own] if isinstance(own, int) else own or []
-        return self.renderer.stops(chat=not isinstance(prompt, str)) | frozenset(ends)
+    def _stops(self, prompt: Prompt) -> frozenset[int]:
+        return self.renderer.stops(chat=not isinstance(prompt, str)) | self.decoder.ends
 
-    def _tokens(self, prompt: list[int], stops: frozenset[int], settings: Settings) -> Iterator[int]:
-        room = int(self.model.config.max_position_embeddings) - len(prompt)
-        if room < 1 or not prompt:
-            raise ModelError(
-                f"the prompt has {len(prompt)} tokens, the model takes 1 to {room + len(prompt) - 1}", where="prompt"
-            )
-        generator = torch.Generator().manual_seed(settings.seed)
-        cache = DynamicCache(config=self.model.config)
-        tokens = torch.tensor([prompt], device=self.model.device)
-        for _ in range(min(room, settings.max_new_tokens)):
-            with torch.inference_mode():
-                out: Any = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token = choose(out.logits[0, -1], settings, generator)
-            if token in stops:
-                return
-            yield token
-            tokens = torch.tensor([[token]], device=self.model.device)
+    def _tokens(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[tuple[int, int | None]]:
+        """(number of the prompt, token), and (number, None) at its answer's end, of all rows of the decoder in turn."""
+        decoder = self.decoder
+        waiting = deque(self._encoded(prompts))
+        active: list[_Answer] = []
+        while waiting or active:
+            if waiting and len(active) < decoder.rows:
+                tokens = waiting.popleft()
+                number = len(prompts) - len(waiting) - 1
+                left = min(decoder.limit - len(tokens), settings.max_new_tokens)
+                generator = torch.Generator().manual_seed(settings.seed)
+                active.append(_Answer(number, left, self._stops(prompts[number]), generator))
+                rows, logits = [len(active) - 1], [decoder.start(len(active) - 1, tokens)]
+            else:
+                rows, logits = list(range(len(active))), list(decoder.step([answer.token for answer in active]))
+            for row, after in reversed(list(zip(rows, logits, strict=True))):
+                answer = active[row]
+                if more := answer.take(after, settings):
+                    yield answer.number, answer.token
+                if not more or answer.left == 0:
+                    yield answer.number, None
+                    last = active.pop()
+                    if last is not answer:
+                        decoder.move(len(active), row)
+                        active[row] = last
+
+    def _encoded(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        limit = self.decoder.limit
+        encoded = [self.renderer.prompt(prompt) for prompt in prompts]
+        for tokens in encoded:
+            if not 0 < len(tokens) < limit:
+                reason = f"the prompt has {len(tokens)} tokens, the model takes 1 to {limit - 1}"
+                raise ModelError(reason, where="prompt")
+        return encoded
 
 
 def open_chat(
@@ -119,4 +174,4 @@ def open_chat(
         apply(model, saved.components["model"], weight=weight, name=f"adapter{number}")
     if fuse:
         fold(model)
-    return Chat(model, Renderer(tokenizer, chat_template, int(model.config.max_position_embeddings)))
+    return Chat(decoder(model), Renderer(tokenizer, chat_template, int(model.config.max_position_embeddings)))

@@ -1,0 +1,230 @@
+"""The next token's logits, from a key-value cache: for blocks of the plain Llama kind, and for any model.
+
+Shapes: ``R`` rows, ``T`` tokens, ``H`` query heads in ``K`` groups, ``D`` head dim, ``V`` vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
+
+from lorakit.adapters.inference import Stacked, stackable
+from lorakit.families.llama.base import longest_document
+
+PLAIN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
+"""RMSNorm, rotary positions, grouped queries, SwiGLU, each with or without biases; no scaling of states or logits."""
+ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary frequencies that do not depend on the length of the text."""
+GROWTH = 256
+"""The cache grows by as many tokens at least."""
+
+
+class Decoder(Protocol):
+    """Rows of text, each with its cache."""
+
+    rows: int
+    """As many are decoded at once."""
+    limit: int
+    """Positions that the model knows."""
+    ends: frozenset[int]
+    """Tokens that the model's own settings end a text with."""
+
+    def start(self, row: int, prompt: Sequence[int]) -> Tensor:
+        """Put a prompt into a row in place of what was there; logits [V] of the token after it."""
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """One more token for each of the first rows; logits [R, V] of those that follow."""
+
+    def move(self, row: int, to: int) -> None:
+        """Put a row's text in place of another's."""
+
+
+class AnyModel:
+    """One row by transformers' own forward pass; the model stays as it is."""
+
+    rows = 1
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache: Any = None
+        self.limit, self.ends = int(model.config.max_position_embeddings), _ends(model)
+
+    def start(self, row: int, prompt: Sequence[int]) -> Tensor:  # noqa: ARG002 (there is but one)
+        self._cache = DynamicCache(config=self._model.config)
+        return self._next(prompt)[0]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        return self._next(tokens)
+
+    def move(self, row: int, to: int) -> None:
+        """Never called with one row."""
+
+    @torch.inference_mode()
+    def _next(self, tokens: Sequence[int]) -> Tensor:
+        ids = torch.tensor([tokens], device=self._model.device)
+        out: Any = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+def decoder(model: Any) -> Decoder:
+    """The fastest decoder that computes this model; it takes the model's layers, so that the model is of no use after.
+
+    The logits are the model's own up to rounding.
+    """
+    return PlainLlama(model) if _is_plain(model) else AnyModel(model)
+
+
+def _is_plain(model: Any) -> bool:
+    config = model.config
+    if type(model) not in PLAIN or config.hidden_act != "silu" or model.training:
+        return False
+    rotary = model.model.rotary_emb
+    if rotary.rope_type not in ROPES or 2 * len(rotary.inv_freq) != model.model.layers[0].self_attn.head_dim:
+        return False
+    return longest_document(config) == config.max_position_embeddings and all(map(stackable, _linear(model)))
+
+
+def _linear(model: Any) -> list[nn.Module]:
+    found = [model.lm_head]
+    for layer in model.model.layers:
+        a, m = layer.self_attn, layer.mlp
+        found += [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
+    return found
+
+
+def _ends(model: Any) -> frozenset[int]:
+    own = model.generation_config.eos_token_id
+    return frozenset([own] if isinstance(own, int) else own or [])
+
+
+class PlainLlama:
+    """Several rows at once through blocks of the Llama kind, with stacked weights and without what costs a token more
+    time than its arithmetic: masks, cache objects, one kernel a projection and two a LoRA."""
+
+    rows = 8
+
+    def __init__(self, model: Any) -> None:
+        self.limit, self.ends = int(model.config.max_position_embeddings), _ends(model)
+        inner = model.model
+        self._embed, self._norm, self._rotary = inner.embed_tokens, inner.norm, inner.rotary_emb
+        self._head = Stacked([model.lm_head])
+        self._blocks = []
+        for number, layer in enumerate(inner.layers):
+            self._blocks.append(_Block(layer))
+            inner.layers[number] = nn.Identity()  # lets go of the weights: there is never more than one layer twice
+        self._device, self._dtype, self._groups = model.device, model.dtype, self._blocks[0].groups
+        self._lengths = [0] * self.rows
+        self._room = 0
+
+    @torch.inference_mode()
+    def start(self, row: int, prompt: Sequence[int]) -> Tensor:
+        count = len(prompt)
+        self._reserve(count)
+        self._lengths[row] = count
+        here = (slice(row, row + 1), slice(None), slice(count))
+        place = _Place(here, here, self._cos[:count], self._sin[:count])
+        return self._forward(torch.tensor([prompt], device=self._device), place)[0]
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        count = len(tokens)
+        before = self._lengths[:count]
+        longest = max(before) + 1
+        self._reserve(longest)
+        self._lengths[:count] = [length + 1 for length in before]
+        read = (slice(count), slice(None), slice(longest))
+        if min(before) == max(before):
+            new = slice(longest - 1, longest)
+            place = _Place((slice(count), slice(None), new), read, self._cos[new], self._sin[new])
+        else:
+            row, group, at = (torch.tensor(x, device=self._device) for x in (range(count), range(self._groups), before))
+            mask = torch.zeros(count, longest, dtype=self._dtype, device=self._device)
+            mask.masked_fill_(torch.arange(longest, device=self._device) > at[:, None], -torch.inf)
+            write = (row[:, None, None], group[:, None], at[:, None, None])
+            place = _Place(write, read, self._cos[at, None], self._sin[at, None], mask[:, None, None])
+        return self._forward(torch.tensor(tokens, device=self._device)[:, None], place)
+
+    @torch.inference_mode()
+    def move(self, row: int, to: int) -> None:
+        length = self._lengths[to] = self._lengths[row]
+        for block in self._blocks:
+            block.keys[to, :, :length] = block.keys[row, :, :length]
+            block.values[to, :, :length] = block.values[row, :, :length]
+
+    def _forward(self, tokens: Tensor, place: "_Place") -> Tensor:
+        hidden = self._embed(tokens)
+        for block in self._blocks:
+            hidden = block(hidden, place)
+        return self._head(self._norm(hidden[:, -1]))
+
+    def _reserve(self, length: int) -> None:
+        """Room for as many tokens in every row, and their rotary angles [T, 1, D]."""
+        if length <= self._room:
+            return
+        self._room = min(self.limit, max(length + GROWTH, 2 * self._room))
+        at = torch.arange(self._room, device=self._device)[None]
+        cos, sin = self._rotary(torch.empty(0, dtype=self._dtype, device=self._device), at)
+        half = cos.shape[-1] // 2
+        self._cos = cos[0, :, None]
+        self._sin = torch.cat((-sin[0, :, None, :half], sin[0, :, None, half:]), -1)
+        for block in self._blocks:
+            block.reserve(self.rows, self._room, self._dtype, self._device)
+
+
+class _Place:
+    """Where the tokens of a forward pass stand: ``write`` and ``read`` index the cache [R, K, T, D] for the new tokens
+    and for all that they attend to; their rotary angles; and a mask when rows are of different lengths."""
+
+    def __init__(self, write: Any, read: Any, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> None:
+        self.write, self.read, self.cos, self.sin, self.mask = write, read, cos, sin, mask
+
+
+class _Block:
+    """One decoder layer and its part of the cache, keys and values [R, K, T, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.norm, self.second_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv = Stacked([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.o, self.down = Stacked([attention.o_proj]), Stacked([mlp.down_proj])
+        self.gate_up = Stacked([mlp.gate_proj, mlp.up_proj])
+        self.width, self.scale = attention.head_dim, attention.scaling
+        self.groups = attention.v_proj.out_features // self.width
+        self.keys = self.values = torch.empty(0, self.groups, 0, self.width)
+
+    def reserve(self, rows: int, room: int, dtype: torch.dtype, device: torch.device) -> None:
+        old_rows, _, old_room, _ = self.keys.shape
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            new = torch.zeros(rows, self.groups, room, self.width, dtype=dtype, device=device)
+            new[:old_rows, :, :old_room] = old
+            setattr(self, name, new)
+
+    def __call__(self, hidden: Tensor, place: _Place) -> Tensor:
+        hidden = hidden + self.o(self._attend(self.qkv(self.norm(hidden)), place))
+        gate, up = self.gate_up(self.second_norm(hidden)).chunk(2, -1)
+        return hidden + self.down(functional.silu(gate) * up)
+
+    def _attend(self, qkv: Tensor, place: _Place) -> Tensor:
+        """Queries, keys and values side by side [R, T, (H + 2 K) D] -> [R, T, H D]; the cache takes in the new ones."""
+        rows, tokens, _ = qkv.shape
+        heads = qkv.view(rows, tokens, -1, self.width)
+        turned = heads[:, :, : -self.groups]
+        turned = turned * place.cos + turned.roll(self.width // 2, -1) * place.sin
+        q, k, v = turned[:, :, : -self.groups], turned[:, :, -self.groups :], heads[:, :, -self.groups :]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        self.keys[place.write], self.values[place.write] = k, v
+        k, v = self.keys[place.read], self.values[place.read]
+        if tokens > 1:
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+            return out.transpose(1, 2).flatten(2)
+        folded = q.reshape(rows, self.groups, -1, self.width)  # the queries of a group as rows of one matrix
+        out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=place.mask, scale=self.scale)
+        return out.view(rows, 1, -1)
