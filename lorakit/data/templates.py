@@ -79,7 +79,8 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, source: str, name: str) -> None:
-        self._tokens, self._source, self._name = dict(tokenizer.special_tokens_map), source, name
+        self.name = name
+        self._tokens, self._source = dict(tokenizer.special_tokens_map), source
         self._lock = threading.Lock()
         self._worker: subprocess.Popen[str] | None = None
 
@@ -102,7 +103,7 @@ class ChatTemplate:
             raise DataError(f"the chat template refuses it: {answer['refused']}")
         if "over" in answer:
             raise ModelError(
-                f"the chat template {answer['over']}", where=self._name, hint="name another: data.chat_template"
+                f"the chat template {answer['over']}", where=self.name, hint="name another: data.chat_template"
             )
         return answer["text"]
 

@@ -82,6 +82,8 @@ class Renderer:
         if self._stops is None:
             probe = [Message("user", "question"), Message("assistant", "answer")]
             text = self.template.render(probe, answer_next=False)
+            if "answer" not in text:
+                raise ModelError("the chat template leaves an assistant's message out", where=self.template.name)
             tail, _ = self._tokenize(text[text.rindex("answer") + len("answer") :])
             marks = [token for token in tail if token in self._marks.values()]
             self._stops = ends | frozenset(marks[:1])
