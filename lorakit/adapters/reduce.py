@@ -1,5 +1,6 @@
 """Adapters by singular values: from two full models, and from an adapter of a higher rank."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
 
 Models = Mapping[str, nn.Module]
+BLOCK = 1 << 20
+"""Numbers of a tensor that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,12 @@ def extract(
     squares: list[tuple[str, float, float]] = []
     left: dict[str, float] = {}
     for number, (name, place) in enumerate(before.items(), 1):
-        difference = _difference(name, place, after[name])
-        square = float(difference.square().sum())
+        one, other = _pair(name, place, after[name])
+        square = _square(name, one, other)
         if square and name in layers:
             component, path = layers[name]
-            b, a, share = factor(difference.flatten(1), rank)
-            parts.setdefault(component, {})[path] = _delta(b, a, difference.shape[1:], torch.float32, None)
+            b, a, share = factor(other.double().sub_(one).flatten(1), rank)
+            parts.setdefault(component, {})[path] = _delta(b, a, one.shape[1:], torch.float32, None)
             squares.append((f"{component}.{path}", square, share))
         elif square:
             left[name] = square
@@ -132,17 +135,22 @@ def _bare(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
-def _difference(name: str, before: tuple[Path, str], after: tuple[Path, str]) -> Tensor:
-    """float64, in the weight's shape; zeros where both are equal or no floats."""
+def _pair(name: str, before: tuple[Path, str], after: tuple[Path, str]) -> tuple[Tensor, Tensor]:
     one, other = (_read(*place) for place in (before, after))
     if one.shape != other.shape:
         raise ModelError(f"{tuple(one.shape)} in one model, {tuple(other.shape)} in the other", where=name)
+    return one, other
+
+
+def _square(name: str, one: Tensor, other: Tensor) -> float:
+    """Squared norm of the difference, in float64 a block at a time; zero where either is no float."""
     if not one.is_floating_point() or not other.is_floating_point():
-        return torch.zeros(1, dtype=torch.float64)
-    difference = other.double() - one.double()
-    if not torch.isfinite(difference).all():
+        return 0.0
+    blocks = zip(torch.split(one.flatten(), BLOCK), torch.split(other.flatten(), BLOCK), strict=True)
+    square = sum(float(after.double().sub_(before).square_().sum()) for before, after in blocks)
+    if not math.isfinite(square):
         raise ModelError("NaN or infinity", where=name)
-    return difference
+    return square
 
 
 def _read(path: Path, key: str) -> Tensor:

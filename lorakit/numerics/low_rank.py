@@ -8,6 +8,12 @@ What it keeps is told as a share: the sum of the squares of those kept over the 
 import torch
 from torch import Tensor
 
+LARGE = 1024
+"""Rows and columns from which on all singular values of a matrix take too long."""
+SETTLED = 1e-7
+"""Rise of the kept share in a round that no longer counts."""
+ROUNDS = 100
+
 
 def _halves(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """B [out, r] and A [r, in], each with the roots of the singular values, and the share of the squares kept."""
@@ -18,9 +24,40 @@ def _halves(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor
 
 
 def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best B A of ``rank`` for a matrix [out, in]: B [out, r], A [r, in], float64, and the share kept."""
-    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    """The best B A of ``rank`` for a matrix [out, in]: B [out, r], A [r, in], float64, and the share kept.
+
+    A large one by ``_leading``, which keeps less by a few millionths at most, in seconds instead of minutes.
+    """
+    matrix = matrix.double()
+    total = float(matrix.square().sum())
+    if min(matrix.shape) > LARGE >= 4 * rank and total and (found := _leading(matrix, rank)) is not None:
+        u, s, vh = found
+        b, a, _ = _halves(u, s, vh, rank)
+        return b, a, float(s[:rank].square().sum()) / total
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return _halves(u, s, vh, rank)
+
+
+def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The largest singular values and their vectors by subspace iteration (Halko, Martinsson and Tropp 2011,
+    arXiv:0909.4061): U [out, k], s [k], V^T [k, in], k > rank. None when they do not settle in ``ROUNDS``.
+
+    A subspace of the inputs is sent through M^T M until the squares that the rank keeps rise by no more than
+    ``SETTLED`` of them. The start is drawn with a fixed seed.
+    """
+    width = rank + max(16, rank)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float64).to(matrix.device)
+    before = 0.0
+    for _ in range(ROUNDS):
+        outputs = torch.linalg.qr(matrix @ torch.linalg.qr(inputs)[0])[0]
+        inputs = matrix.T @ outputs
+        kept = float(torch.linalg.eigvalsh(inputs.T @ inputs)[-rank:].sum())
+        if kept - before <= SETTLED * kept:
+            u, s, vh = torch.linalg.svd(inputs.T, full_matrices=False)
+            return outputs @ u, s, vh
+        before = kept
+    return None
 
 
 def thin(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorakit.numerics import low_rank
 from lorakit.numerics.low_rank import factor, thin
 
 
@@ -38,3 +39,26 @@ def test_nothing_is_kept_whole() -> None:
     assert share == 1
     assert not b.any()
     assert not a.any()
+
+
+@pytest.mark.parametrize("kind", ["noise", "low rank", "decaying"])
+@pytest.mark.parametrize("rank", [1, 8, 24])
+def test_a_large_matrix_keeps_what_all_singular_values_allow(
+    kind: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flat spectra too, where a subspace settles slowest; without the decomposition of the whole."""
+    monkeypatch.setattr(low_rank, "LARGE", 100)
+    generator = torch.Generator().manual_seed(rank)
+    matrix = torch.randn(200, 300, generator=generator, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    if kind == "low rank":
+        matrix = matrix[:, :12] @ matrix[:12]
+    elif kind == "decaying":
+        matrix = u * torch.arange(1, 201) ** -0.5 @ vh
+    values = np.linalg.svd(matrix.numpy(), compute_uv=False) ** 2
+    b, a, share = factor(matrix, rank)
+    assert b.shape == (200, rank)
+    assert a.shape == (rank, 300)
+    assert share == pytest.approx(values[:rank].sum() / values.sum(), rel=3e-6)
+    left = float((matrix - b @ a).square().sum())
+    assert left == pytest.approx((1 - share) * values.sum(), abs=1e-9 * values.sum())
