@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import os
+import weakref
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from lorakit.adapters.behind import Behind
 from lorakit.errors import ModelError
 from lorakit.storage.bases import remember_digest
-from lorakit.storage.early import drop, read_ahead
+from lorakit.storage.early import drop, open_in_order
 from lorakit.storage.headers import read_header
 
 DTYPES = {
@@ -66,7 +68,8 @@ class FileSource:
         self.path, self.metadata, self._start = path, header.metadata, header.start
         self.slots = {name: Slot(DTYPES[info.dtype], info.shape) for name, info in header.tensors.items()}
         self._begin = {name: info.begin for name, info in header.tensors.items()}
-        self._once = once
+        self._once, self._handle = once, open_in_order(path)
+        weakref.finalize(self, os.close, self._handle)
         self._sha = hashlib.sha256()
         self._hash = Behind(self._sha.update)
         self._place, self._size = 0, path.stat().st_size
@@ -79,16 +82,13 @@ class FileSource:
         content = torch.empty((last - first) * width, dtype=torch.uint8)
         if len(content):
             place = self._start + self._begin[name] + first * width
-            with self.path.open("rb", buffering=0) as file:
-                if place == self._start and not self._place:
-                    self._sha.update(file.read(self._start))
-                    self._place = self._start
-                read_ahead(file.fileno(), place, place + len(content))
-                if self._once:
-                    drop(file.fileno(), place)
-                file.seek(place)
-                if file.readinto(content.numpy().data) != len(content):
-                    raise ModelError("the file changed while it was read", where=f"{self.path}: {name}")
+            if place == self._start and not self._place:
+                self._sha.update(os.pread(self._handle, self._start, 0))
+                self._place = self._start
+            if self._once:
+                drop(self._handle, place)
+            if os.preadv(self._handle, [content.numpy().data], place) != len(content):
+                raise ModelError("the file changed while it was read", where=f"{self.path}: {name}")
             if place == self._place:
                 self._place += len(content)
                 self._hash.put(content.numpy().data)

@@ -26,7 +26,7 @@ def _halves(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor
 def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best B A of ``rank`` for a matrix [out, in]: B [out, r], A [r, in], float64, and the share kept.
 
-    A large one by ``_leading``, which keeps less by a few millionths at most, in seconds instead of minutes.
+    A large one by ``_leading``, which keeps less by a few millionths at most, for a small part of the work.
     """
     matrix = matrix.double()
     total = float(matrix.square().sum())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.storage.early import AHEAD, LAG, STEP, Early, read_ahead
+from lorakit.storage.early import LAG, STEP, Early, drop, open_in_order
 
 
 def test_a_file_sent_early_is_whole(tmp_path: Path) -> None:
@@ -19,12 +19,14 @@ def test_a_file_sent_early_is_whole(tmp_path: Path) -> None:
             early.wrote(file.tell())
         file.write(b"end")
         early.wrote(file.tell())
-    with path.open("rb") as file:
-        for place in range(count):
-            read_ahead(file.fileno(), place * len(block), (place + 1) * len(block))
-            assert file.read(len(block)) == block
-        assert file.read() == b"end"
-    assert count * len(block) > AHEAD
+    handle = open_in_order(path)
+    try:
+        for number in range(count):
+            assert os.read(handle, len(block)) == block
+            drop(handle, number * len(block) + 1)
+        assert os.read(handle, 4) == b"end"
+    finally:
+        os.close(handle)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is sent early")
