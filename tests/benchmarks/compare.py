@@ -1,6 +1,7 @@
 """One comparison: prepare, train all contenders in turn A B A B, and lay the medians side by side."""
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from tests.benchmarks.plan import Plan
 from tests.benchmarks.report import table
 
 TITLES = {
+    "llama1b": "train-llama: a Llama of 1.2 B parameters' shape (random weights), rows full of plain text, LoRA r=16 "
+    "on q, k, v, o",
     "llama": "train-llama: SmolLM2-135M, LoRA r=16 on q, k, v, o",
     "sd": "train-sd: builtin:mini-sd at 64 px, LoRA r=4 on attention",
     "sd15": "train-sd: a UNet of SD 1.5's shape (random weights) at 512 px, LoRA r=4 on attention",
 }
 GIGA = 1e9
-UNPACKED = " All load the unpacked GGUF file from the same folder."
+UNPACKED = " All load the base from the same folder."
 CACHED = " lorakit finds latents and text states in its cache; `start` says what filling it takes."
 
 
@@ -33,24 +36,21 @@ class Settings:
     precision: str
     python: str
     work: Path
+    script: Path | None = None
+    """diffusers' train_text_to_image_lora.py."""
 
     def batch_of(self, what: str) -> int:
         """The batch asked for, or the comparison's own."""
-        return self.batch if self.batch is not None else {"llama": 8, "sd": 16, "sd15": 1}[what]
+        return (
+            self.batch if self.batch is not None else {"llama": 8, "llama1b": 1, "ranks": 2, "sd": 16, "sd15": 1}[what]
+        )
 
 
 def compare(what: str, settings: Settings, roof: dict[str, float]) -> str:
     """Run one comparison and give its table as Markdown. A peer that fails is named and left out; lorakit may not."""
     work = (settings.work / what).resolve()
-    words = [what, str(work), "--steps", str(settings.steps + settings.warmup), "--warmup", str(settings.warmup)]
-    words += ["--precision", settings.precision, "--batch", str(settings.batch_of(what))]
-    words += ["--max-tokens", str(settings.max_tokens)]
-    print(f"{what}: preparing", flush=True)
-    prepare = [sys.executable, "-m", "tests.benchmarks.prepare", *words]
-    cache = settings.work.resolve() / "cache"
-    runner.run(prepare, settings.work / "logs" / f"prepare-{what}.log", env={"LORAKIT_CACHE": str(cache)})
-    plan = Plan.load(work)
-    taking_part = list(contenders(plan.family, settings.python))
+    plan = prepare(what, work, settings, settings.batch_of(what))
+    taking_part = list(contenders(what, settings.python, settings.script))
     runs: dict[Contender, list[Run]] = {contender: [] for contender in taking_part}
     for number in range(settings.repeats):
         for contender in list(runs):
@@ -64,8 +64,20 @@ def compare(what: str, settings: Settings, roof: dict[str, float]) -> str:
                 continue
             runs[contender].append(run)
             print(f"{what}: {contender.name}, run {number + 1}: {run.rate(plan.warmup):.4g} a second", flush=True)
+    shutil.rmtree(work / "llama1b", ignore_errors=True)
     results = [result(contender, made, plan.warmup) for contender, made in runs.items()]
     return _section(what, settings, plan, results, roof)
+
+
+def prepare(what: str, work: Path, settings: Settings, batch: int) -> Plan:
+    """Fill the folder ``work`` for one comparison."""
+    words = [what, str(work), "--steps", str(settings.steps + settings.warmup), "--warmup", str(settings.warmup)]
+    words += ["--precision", settings.precision, "--batch", str(batch), "--max-tokens", str(settings.max_tokens)]
+    print(f"{what}: preparing", flush=True)
+    cache = settings.work.resolve() / "cache"
+    command = [sys.executable, "-m", "tests.benchmarks.prepare", *words]
+    runner.run(command, settings.work / "logs" / f"prepare-{what}.log", env={"LORAKIT_CACHE": str(cache)})
+    return Plan.load(work)
 
 
 def measure_roof(settings: Settings) -> dict[str, float]:

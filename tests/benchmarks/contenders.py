@@ -47,17 +47,19 @@ class Contender:
     """Whether it trains on the comparison's batches in order, so that losses can be set side by side."""
 
 
-def contenders(family: str, python: str) -> Iterator[Contender]:
+def contenders(what: str, python: str, script: Path | None) -> Iterator[Contender]:
     """lorakit first, then the peers that ``python`` can run; prints a line for one that it cannot."""
     yield Contender(OURS)
-    if family == "sd":
+    if what.startswith("sd"):
         yield Contender("diffusers + PEFT loop", "peer_diffusers")
+        if what == "sd15" and script is not None:
+            yield Contender(f"diffusers' {script.name}", "peer_script", str(script.resolve()), same_batches=False)
         return
     yield Contender("transformers + PEFT loop", "peer_peft")
     if not machine.has_package(python, "trl"):
         print(f"TRL is left out: {python} has no trl (pip install trl, or --peer-python)", flush=True)
         return
-    for variant in TRL:
+    for variant in TRL if what == "llama" else TRL[:1]:  # full rows leave nothing to pad or pack
         yield Contender(f"TRL + PEFT, {variant}", "peer_trl", variant, same_batches=variant != "packed")
 
 
@@ -69,7 +71,7 @@ def train(contender: Contender, work: Path, python: str, number: int) -> Run:
         shutil.rmtree(out, ignore_errors=True)
         command = lorakit(plan.family, Path(plan.recipe), f"output.name={out.name}")
     else:
-        out = work / "peers" / f"{contender.module}-{contender.variant or 'plain'}-{number}"
+        out = work / "peers" / f"{contender.module}-{Path(contender.variant).stem or 'plain'}-{number}"
         shutil.rmtree(out, ignore_errors=True)
         command = [python, "-m", f"tests.benchmarks.{contender.module}", str(work), str(out)]
         command += ["--variant", contender.variant] if contender.variant else []

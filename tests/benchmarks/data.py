@@ -20,10 +20,7 @@ FORMS = ("circle", "square", "triangle", "star")
 
 def chats(folder: Path) -> Path:
     """folder/chats.jsonl: the questions and answers of recipes/python-help, one to seven of them a chat."""
-    script = ROOT / "recipes" / "python-help" / "make_chats.py"
-    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
-    with (folder / "python-help.jsonl").open(encoding="utf-8") as file:
-        exchanges = [json.loads(line)["messages"] for line in file]
+    exchanges = _exchanges(folder)
     draw = random.Random(0)
     draw.shuffle(exchanges)
     lines, place = [], 0
@@ -35,6 +32,21 @@ def chats(folder: Path) -> Path:
     path = folder / "chats.jsonl"
     path.write_text("".join(lines), encoding="utf-8")
     return path
+
+
+def text(folder: Path) -> Path:
+    """folder/text.jsonl: the same as one long text, which fills every row but the last."""
+    whole = "\n".join(message["content"] for exchange in _exchanges(folder) for message in exchange)
+    path = folder / "text.jsonl"
+    path.write_text(json.dumps({"text": whole}) + "\n")
+    return path
+
+
+def _exchanges(folder: Path) -> list[list[dict[str, str]]]:
+    script = ROOT / "recipes" / "python-help" / "make_chats.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, capture_output=True)
+    with (folder / "python-help.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line)["messages"] for line in file]
 
 
 def pictures(folder: Path, side: int, count: int) -> Path:
@@ -64,6 +76,14 @@ def _corners(form: str, centre: tuple[float, float], reach: float) -> Iterator[t
         radius = reach * (0.45 if form == "star" and corner % 2 else 1)
         angle = 2 * math.pi * corner / corners - math.pi / 2
         yield centre[0] + radius * math.cos(angle), centre[1] + radius * math.sin(angle)
+
+
+def random_llama1b(folder: Path, tokenizer: Any) -> Path:
+    """A model of Llama 3.2 1B's shapes (1.24 B parameters, tied) with random weights in bfloat16."""
+    from tests.benchmarks.prepare_merge import Shape, write_base
+
+    write_base(folder, Shape(2048, 8192, 16, 32, 8, tied=1).config(), tokenizer)
+    return folder
 
 
 def random_sd15(folder: Path, tokenizer: Path, dtype: Any) -> Path:

@@ -1,6 +1,6 @@
 """Make the work folder of one comparison: lorakit's recipe, and for the peers what lorakit will train on.
 
-    python -m tests.benchmarks.prepare llama|sd|sd15 WORK --steps N --warmup N --precision auto|bf16|fp32 ...
+    python -m tests.benchmarks.prepare llama|llama1b|ranks|sd|sd15 WORK --steps N --warmup N --precision P ...
 
 The examples of every step, the first adapter and (SD) the noise are taken from lorakit's own task, so that all
 contenders do the same work and their losses can be compared step by step. A process of its own; none of it is timed.
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit.commands.train import load_task
-from lorakit.families.llama.base import find_base, load_config
+from lorakit.families.llama.base import as_folder, find_base, load_config, load_tokenizer
 from lorakit.families.llama.task import LlamaTask
 from lorakit.families.place import Place
 from lorakit.families.sd.task import SDTask
@@ -35,11 +35,12 @@ PICTURES = 64
 LEARNING_RATE = {"llama": 5e-4, "sd": 1e-4}
 RANK = {"llama": 16, "sd": 4}
 MASKED = -100
+SMOLLM = "builtin:smollm2-135m"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("llama", "sd", "sd15"))
+    parser.add_argument("what", choices=("llama", "llama1b", "ranks", "sd", "sd15"))
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--warmup", type=int, required=True)
@@ -60,7 +61,7 @@ def precision(asked: str) -> str:
 
 def recipe_of(given: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """The recipe as a user would write it. No held-out data and no samples: only training is compared."""
-    family = "llama" if given.what == "llama" else "sd"
+    family = "sd" if given.what.startswith("sd") else "llama"
     common: dict[str, Any] = {
         "adapter": {"rank": RANK[family], "alpha": RANK[family], "targets": "attention"},
         "train": {"steps": given.steps, "batch_size": given.batch, "checkpoint_every": 0, "checkpoint_minutes": 0},
@@ -74,9 +75,13 @@ def recipe_of(given: argparse.Namespace, dtype: str) -> dict[str, Any]:
         "compute": {"precision": dtype},
     }
     if family == "llama":
-        train = [{"path": str(data.chats(given.work))}]
+        model = SMOLLM
+        if given.what == "llama1b":
+            tokenizer = load_tokenizer(as_folder(resolve(SMOLLM), DTYPES[dtype]))
+            model = str(data.random_llama1b(given.work / "llama1b", tokenizer))
+        train = [{"path": str(data.chats(given.work) if given.what == "llama" else data.text(given.work))}]
         chats = {"train": train, "held_out": 0.0, "max_tokens": given.max_tokens}
-        return {"base": {"model": "builtin:smollm2-135m"}, "data": chats, **common}
+        return {"base": {"model": model}, "data": chats, **common}
     side = 512 if given.what == "sd15" else 64
     folder = data.pictures(given.work, side, PICTURES if given.what == "sd" else 2 * given.batch)
     model = "builtin:mini-sd"

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -31,6 +32,7 @@ class Shape:
     heads: int = 32
     key_value_heads: int = 8
     vocabulary: int = 128256
+    tied: int = 0
 
     def config(self) -> LlamaConfig:
         return LlamaConfig(
@@ -41,17 +43,17 @@ class Shape:
             num_attention_heads=self.heads,
             num_key_value_heads=self.key_value_heads,
             max_position_embeddings=4096,
-            tie_word_embeddings=False,
+            tie_word_embeddings=bool(self.tied),
             architectures=["LlamaForCausalLM"],
             dtype="bfloat16",
         )
 
 
-def write_base(folder: Path, shape: Shape) -> int:
-    """A sharded model folder as the hub has it, and a small tokenizer; bytes of the weights."""
+def write_base(folder: Path, config: LlamaConfig, tokenizer: Any) -> int:
+    """A sharded model folder of random weights as the hub has it, with a tokenizer; bytes of the weights."""
     folder.mkdir(parents=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape.config())
+        model = AutoModelForCausalLM.from_config(config)
     draws = torch.randn(64 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     shards: list[dict[str, torch.Size]] = [{}]
     filled = total = 0
@@ -66,12 +68,13 @@ def write_base(folder: Path, shape: Shape) -> int:
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _drawn(draws, size, seed) for seed, (name, size) in enumerate(shard.items())}
+        tensors |= {name: torch.ones_like(t) for name, t in tensors.items() if name.endswith("norm.weight")}
         save_file(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    shape.config().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return total
 
 
@@ -108,7 +111,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     work = given.pop("work")
     shape = Shape(**given)
-    write_base(work / "base", shape)
+    write_base(work / "base", shape.config(), tiny_tokenizer())
     write_adapter(work / "adapter", shape)
 
 
