@@ -19,7 +19,8 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention without a mask: q [..., T, D], k and v [..., S, D] of the same leading dimensions -> [..., T, D]."""
     if not matmuls_are_faster(q):
         return functional.scaled_dot_product_attention(q, k, v, scale=scale)
-    return blocked_attention(*(x.flatten(0, -3) for x in (q, k, v)), scale).view_as(q)
+    rows, keys, values = (x.flatten(0, -3) for x in (q, k, v))
+    return blocked_attention(rows, keys, values, scale).view_as(q)
 
 
 def matmuls_are_faster(q: Tensor) -> bool:

@@ -114,7 +114,7 @@ class _NormSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        shape = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
+        shape = x.shape[0], x.shape[1], x[0, 0].numel(), groups
         normed, mean, deviation = torch.native_group_norm(x, weight, bias, *shape, eps)
         ctx.save_for_backward(x, mean, deviation, weight, bias)
         ctx.shape, ctx.eps = shape, eps
@@ -123,10 +123,11 @@ class _NormSilu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, mean, deviation, weight, bias = ctx.saved_tensors
-        normed, _, _ = torch.native_group_norm(x, weight, bias, *ctx.shape, ctx.eps)
+        shape: tuple[int, int, int, int] = ctx.shape
+        normed, _, _ = torch.native_group_norm(x, weight, bias, *shape, ctx.eps)
         d_normed = torch.ops.aten.silu_backward(grads[0], normed)
         needed = (True, False, False)
         dx, _, _ = torch.ops.aten.native_group_norm_backward(
-            d_normed.contiguous(), x, mean, deviation, weight, *ctx.shape, needed
+            d_normed.contiguous(), x, mean, deviation, weight, *shape, needed
         )
         return dx, None, None, None, None

@@ -44,7 +44,8 @@ class Block(_resnet):  # type: ignore[misc]
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         hidden = hidden + input_tensor
-        return hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
+        out: Tensor = hidden if self.output_scale_factor == 1 else hidden / self.output_scale_factor
+        return out
 
 
 def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
