@@ -72,9 +72,11 @@ def _alpha(delta: Delta) -> float:
 
 
 def with_one_alpha(components: Mapping[str, Mapping[str, Delta]]) -> tuple[float, dict[str, dict[str, Delta]]]:
-    """The commonest alpha, and the same changes with scale alpha / rank throughout."""
+    """The commonest alpha, as the float32 that kohya's and GGUF's files hold, and the same changes with scale
+    alpha / rank throughout."""
     everything = [delta for changes in components.values() for delta in changes.values()]
     ((alpha, _),) = Counter(_alpha(delta) for delta in everything).most_common(1)
+    alpha = torch.tensor(alpha, dtype=torch.float32).item()
     return alpha, {
         component: {path: rescaled(delta, alpha / delta.rank) for path, delta in changes.items()}
         for component, changes in components.items()
@@ -207,7 +209,7 @@ def write_kohya(
         **base_strings(version, prediction_type, resolution),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(alpha),
+        "ss_network_alpha": str(float(f"{alpha:.7g}")),
         "ss_network_args": "{}",
         "sshs_model_hash": hashlib.sha256(body).hexdigest(),
         "modelspec.sai_model_spec": "1.0.1",

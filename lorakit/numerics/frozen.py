@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
-FEW_PLACES = 256
-"""Up to so many places B * P a 3x3 convolution is bound by its weights, which oneDNN reorders at every call: there one
-matmul that takes them as they are is faster, above it the convolution is."""
+FEW_PLACES, MANY_WEIGHTS = 256, 1 << 22
+"""Up to so many places B * P, and from so many weights O * C * kh * kw on, a convolution is bound by its weights, which
+oneDNN reorders at every call: there one matmul that takes them as they are is faster, elsewhere the convolution is."""
 
 MANY_PLACES = 1024
 """From so many places P on, a matmul a picture is faster than a 1x1 convolution."""
@@ -34,7 +34,7 @@ class _Convolution(torch.autograd.Function):
         places = sides[0] * sides[1]
         pointwise = weight.shape[2:] == (1, 1) and stride == 1 and padding == 0
         ctx.pointwise = is_fast_place(x) and pointwise and places >= MANY_PLACES
-        ctx.few = is_fast_place(x) and len(x) * places <= FEW_PLACES
+        ctx.few = is_fast_place(x) and len(x) * places <= FEW_PLACES and weight.numel() >= MANY_WEIGHTS
         ctx.save_for_backward(weight)
         ctx.size, ctx.window = x.shape, {"padding": padding, "stride": stride}
         if ctx.pointwise:

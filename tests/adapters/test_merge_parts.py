@@ -1,6 +1,7 @@
 """Merging what PEFT trains beside LoRA of layers, tied heads, several adapters, 4-bit bases: against PEFT's forward."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def adapter(base: Path, out: Path, seed: int = 0, **options: Any) -> torch.Tenso
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "magnitude" not in name:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(out)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Adapter 'default': .*invalid shape")  # PEFT's, of B's own biases
+        model.save_pretrained(out)
     return logits(model)
 
 

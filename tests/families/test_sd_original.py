@@ -88,7 +88,7 @@ def write_disturbed(parts: Parts, component: str, section: Adapter, folder: Path
     module = parts.adaptable[component]
     injection = inject(module, section, GROUPS[component], seed=0)
     generator = torch.Generator().manual_seed(2)
-    state = {k: 0.2 * torch.randn(v.shape, generator=generator) for k, v in adapter_state(module).items()}
+    state = {k: 0.05 * torch.randn(v.shape, generator=generator) for k, v in adapter_state(module).items()}
     load_adapter_state(module, state)
     write_peft(folder, adapter_state(module), injection, base_name="x")
 
