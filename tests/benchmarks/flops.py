@@ -42,14 +42,18 @@ class LlamaShape:
         )
 
 
-def llama_step(shape: LlamaShape, lengths: Sequence[int], labelled: int) -> float:
-    """Operations of one update on documents of ``lengths`` tokens with ``labelled`` labels."""
-    tokens, q, kv = sum(lengths), shape.heads * shape.head, shape.kv_heads * shape.head
+def llama_step(shape: LlamaShape, lengths: Sequence[int], labelled: int, shared: int) -> float:
+    """Operations of one update on documents of ``lengths`` tokens with ``labelled`` labels.
+
+    All begin with the same ``shared`` tokens, whose states are the same in each, so that they are needed once.
+    """
+    tokens = sum(lengths) - (len(lengths) - 1) * shared
+    q, kv = shape.heads * shape.head, shape.kv_heads * shape.head
     projections = ((shape.width, q), (shape.width, kv), (shape.width, kv), (q, shape.width))
     weights = sum(a * b for a, b in projections) + 3 * shape.width * shape.mlp
     lora = sum(shape.rank * (a + b) for a, b in projections)
     linear = shape.layers * tokens * (4 * weights + 6 * lora)
-    squares = sum(length * length / 2 for length in lengths)
+    squares = sum(length**2 - shared**2 for length in lengths) / 2 + shared**2 / 2
     attention = shape.layers * squares * q * 2 * (2 + 4)
     return linear + attention + 4 * labelled * shape.width * shape.vocabulary
 

@@ -9,6 +9,7 @@ contenders do the same work and their losses can be compared step by step. A pro
 import argparse
 import itertools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,6 +114,12 @@ def llama_steps(task: LlamaTask, layout: Layout, count: int) -> list[list[list[l
     return found
 
 
+def beginning(documents: Sequence[Sequence[int]]) -> int:
+    """How many tokens all documents begin with, none of them whole."""
+    columns = zip(*(tokens[:-1] for tokens in documents), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len({*column}) == 1, columns))
+
+
 def prepare_llama(recipe: LlamaRecipe, task: LlamaTask, given: argparse.Namespace) -> dict[str, Any]:
     """Writes base/ and the steps; gives the plan's own fields."""
     _, folder = find_base(recipe.base, DTYPES[recipe.compute.precision])
@@ -127,7 +134,10 @@ def prepare_llama(recipe: LlamaRecipe, task: LlamaTask, given: argparse.Namespac
         "max_tokens": given.max_tokens,
         "work": [sum(step) for step in lengths],
         "labelled": labelled,
-        "flops": [flops.llama_step(shape, step, n) for step, n in zip(lengths, labelled, strict=True)],
+        "flops": [
+            flops.llama_step(shape, step, n, beginning([tokens for tokens, _ in row]))
+            for step, n, row in zip(lengths, labelled, rows, strict=True)
+        ],
     }
 
 
