@@ -98,7 +98,7 @@ class _LoraLinear(torch.autograd.Function):
                 y += bias
         ctx.save_for_backward(rows, weight, a, b, u, keep, m, factor, z)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -121,5 +121,5 @@ class _LoraLinear(torch.autograd.Function):
                 dx.addmm_(du, a)
             else:
                 dx += (du @ a).mul_(keep.view_as(rows))
-            dx = dx.view(*grads[0].shape[:-1], -1)
+            dx = dx.view(*grads[0].shape[:-1], weight.shape[1])
         return dx, None, None, da, db, None, None, dm, None

@@ -143,10 +143,14 @@ def test_what_documents_begin_with_stands_in_the_row_once():
     assert run(view, same).item() == pytest.approx(2 * run(view, collate(examples[:1], packing=True)).item(), rel=1e-6)
 
 
-def test_an_empty_batch_has_no_loss():
-    batch = empty_batch()
+@pytest.mark.parametrize("kind", ["llama", "granite"])
+def test_an_empty_batch_has_no_loss(kind):
+    lm, batch = build(kind), empty_batch()
+    inject(lm, Adapter(rank=4, targets="attention+mlp"), GROUPS, seed=1)
     assert batch.count == 0
-    assert run(packed.PackedLM(build()), batch).item() == 0
+    loss = run(packed.PackedLM(lm), batch)
+    assert loss.item() == 0
+    assert all(not g.any() for g in torch.autograd.grad(loss, list(adapter_parameters(lm).values())))
 
 
 def test_masks_caches_and_probability_dropout_are_refused():

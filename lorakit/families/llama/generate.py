@@ -118,6 +118,7 @@ class Chat:
     def _tokens(self, prompts: Sequence[Prompt], settings: Settings) -> Iterator[tuple[int, int | None]]:
         """(number of the prompt, token), and (number, None) at its answer's end, of all rows of the decoder in turn."""
         decoder = self.decoder
+        stops = [self._stops(prompt) for prompt in prompts]  # first, since a template may be no good at all
         waiting = deque(self._encoded(prompts))
         active: list[_Answer] = []
         while waiting or active:
@@ -126,7 +127,7 @@ class Chat:
                 number = len(prompts) - len(waiting) - 1
                 left = min(decoder.limit - len(tokens), settings.max_new_tokens)
                 generator = torch.Generator().manual_seed(settings.seed)
-                active.append(_Answer(number, left, self._stops(prompts[number]), generator))
+                active.append(_Answer(number, left, stops[number], generator))
                 rows, logits = [len(active) - 1], [decoder.start(len(active) - 1, tokens)]
             else:
                 rows, logits = list(range(len(active))), list(decoder.step([answer.token for answer in active]))
