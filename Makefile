@@ -41,7 +41,7 @@ format: install ## Format the code.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install ## Time training beside TRL, PEFT and diffusers, A B A B (about an hour on two cores).
+bench: install ## Time lorakit beside TRL, PEFT, transformers and diffusers, A B A B (some hours on two cores).
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m tests.benchmarks --write
 
