@@ -9,7 +9,7 @@ from pathlib import Path
 
 STEP = 8 << 20
 """Bytes that are sent to the disk at a time."""
-LAG = 32
+LAG = 8
 """Steps that may be on their way to the disk."""
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
 _library = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
