@@ -21,6 +21,8 @@ MANY_PLACES = 1024
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """A convolution without groups or dilation: x [B, C, h, w], weight [O, C, kh, kw] -> [B, O, h', w']."""
+    if not (torch.is_grad_enabled() or is_fast_place(x)):
+        return functional.conv2d(x, weight, bias, stride, padding)
     out: Tensor = _Convolution.apply(x, weight, bias, stride, padding)
     return out
 
@@ -106,6 +108,8 @@ class _Geglu(torch.autograd.Function):
 
 def norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """silu(groupnorm(x)), x [B, C, ...]; the normed tensor is made again in the backward pass instead of being kept."""
+    if not torch.is_grad_enabled():
+        return functional.silu(functional.group_norm(x, groups, weight, bias, eps), inplace=True)
     out: Tensor = _NormSilu.apply(x, groups, weight, bias, eps)
     return out
 
