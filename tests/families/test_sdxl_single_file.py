@@ -1,5 +1,5 @@
-"""A single file of Stable Diffusion XL under its original names: read, trained from, merged, and written; all beside
-diffusers' own reader of such files."""
+"""A single file of Stable Diffusion XL under its original names: read, merged, and written; all beside diffusers'
+own reader of such files."""
 
 import json
 from dataclasses import replace
