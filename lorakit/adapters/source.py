@@ -1,19 +1,14 @@
 """Tensors to be had row by row, from a safetensors file, so that no model has to fit into memory."""
 
-import hashlib
 import math
-import os
-import weakref
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lorakit.adapters.behind import Behind
+from lorakit.adapters.ahead import Ahead
 from lorakit.errors import ModelError
-from lorakit.storage.bases import remember_digest
-from lorakit.storage.early import drop, open_in_order
 from lorakit.storage.headers import read_header
 
 DTYPES = {
@@ -60,39 +55,26 @@ class Source(Protocol):
 
 
 class FileSource:
-    """The tensors of one checked safetensors file."""
+    """The tensors of one checked safetensors file. Whoever reads them in order gets the file's digest remembered."""
 
-    def __init__(self, path: Path, *, once: bool = False) -> None:
-        """``once``: it will not be read again, so that its bytes need not stay in the page cache."""
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        """``fresh``: as the disk has them, even where the page cache has them too."""
         header = read_header(path)
         self.path, self.metadata, self._start = path, header.metadata, header.start
         self.slots = {name: Slot(DTYPES[info.dtype], info.shape) for name, info in header.tensors.items()}
         self._begin = {name: info.begin for name, info in header.tensors.items()}
-        self._once, self._handle = once, open_in_order(path)
-        weakref.finalize(self, os.close, self._handle)
-        self._sha = hashlib.sha256()
-        self._hash = Behind(self._sha.update)
-        self._place, self._size = 0, path.stat().st_size
-        """How far the file has been read in order, which a merge that keeps its layout does, and so hashes it."""
+        self._file = Ahead(path, header.start, fresh=fresh)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows of a tensor as the file has them now; ModelError when it has become shorter."""
         slot = self.slots[name]
         width = slot.columns * slot.dtype.itemsize
-        content = torch.empty((last - first) * width, dtype=torch.uint8)
-        if len(content):
-            place = self._start + self._begin[name] + first * width
-            if place == self._start and not self._place:
-                self._sha.update(os.pread(self._handle, self._start, 0))
-                self._place = self._start
-            if self._once:
-                drop(self._handle, place)
-            if os.preadv(self._handle, [content.numpy().data], place) != len(content):
-                raise ModelError("the file changed while it was read", where=f"{self.path}: {name}")
-            if place == self._place:
-                self._place += len(content)
-                self._hash.put(content.numpy().data)
-                if self._place == self._size:
-                    self._hash.wait()
-                    remember_digest(self.path, self._sha.digest())
-        return content.view(slot.dtype).view(last - first, slot.columns)
+        begin, end = (self._start + self._begin[name] + row * width for row in (first, last))
+        if begin == end:
+            return torch.empty(last - first, slot.columns, dtype=slot.dtype)
+        content = self._file.read(begin, end)
+        if len(content) != end - begin:
+            raise ModelError("the file changed while it was read", where=f"{self.path}: {name}")
+        if content.ctypes.data % slot.dtype.itemsize:
+            content = content.copy()
+        return torch.from_numpy(content).view(slot.dtype).view(last - first, slot.columns)

@@ -8,10 +8,12 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from lorakit.adapters.behind import Behind
 from lorakit.adapters.change import Change
 from lorakit.adapters.source import SPELLING, Slot, Source
 from lorakit.errors import ModelError
-from lorakit.storage.early import Early
+from lorakit.storage.direct import ALIGN, Bytes, DirectWriter, Rooms
 
 READ = 2 << 20
 """Bytes of a tensor that are in memory at a time, for each file in work: few enough to be there in the cache when they
@@ -64,6 +66,8 @@ class OutFile:
         return sum(target.slot.bytes for target in self.tensors.values())
 
     def header(self) -> bytes:
+        """With its length before it. Of an untouched file it is what the library writes, else it fills whole blocks of
+        the disk, so that the tensors begin with one."""
         entries: dict[str, object] = {"__metadata__": self.metadata} if self.metadata else {}
         place = 0
         for name, (slot, _) in self.tensors.items():
@@ -71,7 +75,8 @@ class OutFile:
             entries[name] = {"dtype": SPELLING[slot.dtype], "shape": list(slot.shape), "data_offsets": ends}
             place += slot.bytes
         text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        changed = any(span.change for target in self.tensors.values() for span in target.spans)
+        text += b" " * (-(len(text) + 8) % (ALIGN if changed else 8))
         return len(text).to_bytes(8, "little") + text
 
 
@@ -119,43 +124,44 @@ def worked(rows: Tensor, dtype: torch.dtype) -> Tensor:
 _scratch = threading.local()
 
 
+@torch.no_grad()
 def write_file(path: Path, out: OutFile, tally: Tally, written: Callable[[int], None]) -> str:
     """Write a safetensors file and give its SHA-256; ``written`` is told the bytes of each block.
 
     Raises ModelError when a sum is not finite in its dtype.
     """
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file, torch.no_grad():
-        early = Early(file.fileno())
+    with closing(DirectWriter(path)) as file, Behind(digest.update) as hashing, Behind(file.write) as writing:
 
-        def write(content: bytes | memoryview) -> None:
-            digest.update(content)
-            while content := content[file.write(content) :]:
-                pass
-            early.wrote(file.tell())
+        def put(content: Bytes) -> None:
+            hashing.put(content)
+            writing.put(content)
 
-        with Behind(write) as writing:
-            writing.put(out.header())
-            for slot, spans in out.tensors.values():
-                for span in spans:
-                    tally.change += (span.change and span.change.square) or 0.0
-                    size = span.source.slots[span.name].dtype.itemsize
-                    for first, last in span.blocks(READ // size):
-                        after = _after(span, first, last, slot.dtype, tally)
-                        writing.put(after.contiguous().flatten().view(torch.uint8).numpy().data)
-                        written(after.nbytes)
-            writing.wait()
+        rooms = Rooms()
+        put(np.frombuffer(out.header(), np.uint8))
+        for slot, spans in out.tensors.values():
+            for span in spans:
+                tally.change += (span.change and span.change.square) or 0.0
+                size = span.source.slots[span.name].dtype.itemsize
+                for first, last in span.blocks(READ // size):
+                    after = _after(span, first, last, slot.dtype, tally, rooms)
+                    put(after.contiguous().flatten().view(torch.uint8).numpy())
+                    written(after.nbytes)
+        hashing.wait()
+        writing.wait()
+        file.finish()
     return digest.hexdigest()
 
 
-def _after(span: Span, first: int, last: int, dtype: torch.dtype, tally: Tally) -> Tensor:
+def _after(span: Span, first: int, last: int, dtype: torch.dtype, tally: Tally, rooms: Rooms) -> Tensor:
     """Rows as they are written: [last - first, columns] in ``dtype``."""
     before = span.source.rows(span.name, first, last)
     if span.change is None:
         after = before.to(dtype)
         finite = dtype == before.dtype or bool(torch.isfinite(after).all())
     else:
-        after, finite = torch.empty(before.shape, dtype=dtype), True
+        room = rooms.take(before.numel() * dtype.itemsize)
+        after, finite = torch.from_numpy(room).view(dtype).view(before.shape), True
         for a, b in Span(span.source, span.name, first, last).blocks(WORK):
             rows = slice(a - first, b - first)
             total = worked(before[rows], torch.float32)

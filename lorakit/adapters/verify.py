@@ -14,7 +14,6 @@ from lorakit.adapters.stream import READ, WORK, OutFile, Span, worked
 from lorakit.errors import ModelError
 from lorakit.storage.atomic import sha256
 from lorakit.storage.bases import file_digest
-from lorakit.storage.early import drop
 
 SINGLE = 2.0**-24
 """Half a unit in the last place of float32, in which the sums were made."""
@@ -42,7 +41,7 @@ def verify_file(path: Path, out: OutFile, digest: str, go_on: Callable[[int], No
     Raises ModelError naming the tensor.
     """
     forget(path)
-    found = FileSource(path, once=True)
+    found = FileSource(path, fresh=True)
     if found.slots != {name: target.slot for name, target in out.tensors.items()}:
         raise ModelError("the file's header is not the one that was planned", where=path.name)
     try:
@@ -122,6 +121,7 @@ def forget(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-        drop(handle, os.fstat(handle).st_size)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)

@@ -1,0 +1,162 @@
+"""Large files read and written past the page cache, where the system can: each byte is needed once, and a page of the
+cache costs more than the disk's own transfer. Where it cannot (no Linux, a file system without O_DIRECT), the cache is
+used, and nothing else changes."""
+
+import errno
+import os
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+ALIGN = 4096
+"""Place, length and memory of a direct transfer are multiples of it: the largest block that disks ask for."""
+WRITE = 4 << 20
+"""Bytes that are gathered before they are written."""
+LARGE = 1 << 20
+"""From so many bytes on, a piece that is aligned is written as it is."""
+KEPT = 12
+"""Pieces of memory that are taken again, for each reader or writer."""
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_CACHED = getattr(os, "RWF_NOWAIT", 0)
+
+
+class DirectReader:
+    """Any bytes of a file, from several threads."""
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        """``fresh``: from the disk even where the page cache has them."""
+        self.size = path.stat().st_size
+        self._fresh, self._handle = fresh, os.open(path, os.O_RDONLY)
+        self._direct = _open_direct(path, os.O_RDONLY)
+        self._rooms = Rooms()
+
+    def read(self, begin: int, end: int) -> Bytes:
+        """uint8 [end - begin], in memory of its own; fewer where the file has become shorter."""
+        start = begin - begin % ALIGN
+        room = self._rooms.take(-(-(end - start) // ALIGN) * ALIGN)
+        return room[begin - start : self._read(room, start, end - start)]
+
+    def _read(self, room: Bytes, start: int, size: int) -> int:
+        """Read from ``start`` on into ``room``, in whole blocks if need be; how many of ``size`` bytes there are."""
+        exact = room[:size].data
+        if self._direct is None:
+            return os.preadv(self._handle, [exact], start)
+        if _CACHED and not self._fresh and _is_read(self._handle, exact, start):
+            return size
+        try:
+            return min(os.preadv(self._direct, [room.data], start), size)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return os.preadv(self._handle, [exact], start)
+
+    def close(self) -> None:
+        for handle in (self._handle, self._direct):
+            if handle is not None:
+                os.close(handle)
+
+
+def _is_read(handle: int, content: memoryview, place: int) -> bool:
+    """Read what the page cache has; whether that is all."""
+    try:
+        return os.preadv(handle, [content], place, _CACHED) == len(content)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+        return False
+
+
+class DirectWriter:
+    """A new file, written in order. What it has is on its way to the disk, and on it after an fsync."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._direct = _open_direct(path, os.O_WRONLY)
+        self._room, self._filled, self._place = Rooms().take(WRITE), 0, 0
+
+    def write(self, content: Bytes) -> None:
+        """Raises OSError when the disk refuses this or what came before."""
+        aligned = not (self._filled % ALIGN or len(content) % ALIGN or content.ctypes.data % ALIGN)
+        if aligned and len(content) >= LARGE:
+            self.finish()
+            self._send(content.data)
+            return
+        while len(content):
+            fits = content[: WRITE - self._filled]
+            self._room[self._filled : self._filled + len(fits)] = fits
+            self._filled += len(fits)
+            content = content[len(fits) :]
+            if self._filled == WRITE:
+                self.finish()
+
+    def finish(self) -> None:
+        """Write what is left. Raises OSError when the disk refuses."""
+        content, self._filled = self._room[: self._filled].data, 0
+        self._send(content)
+
+    def _send(self, content: memoryview) -> None:
+        while content:
+            whole = len(content) - len(content) % ALIGN
+            direct = self._direct if whole else None
+            try:
+                if direct is None:
+                    count = os.pwrite(self._handle, content, self._place)
+                else:
+                    count = os.pwrite(direct, content[:whole], self._place)
+            except OSError as error:
+                if direct is None or error.errno != errno.EINVAL:
+                    raise
+                os.close(direct)  # a file system that will not, or a limit amid a block: the cache's way says which
+                self._direct = None
+                continue
+            self._place += count
+            content = content[count:]
+
+    def close(self) -> None:
+        for handle in (self._handle, self._direct):
+            if handle is not None:
+                os.close(handle)
+
+
+def _open_direct(path: Path, flags: int) -> int | None:
+    """A handle for transfers past the page cache, if the file system has them."""
+    if not _DIRECT:
+        return None
+    try:
+        return os.open(path, flags | _DIRECT)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        return None
+
+
+class Rooms:
+    """Memory that is taken again once nobody has a view of it: new pages cost more than reading into old ones."""
+
+    def __init__(self) -> None:
+        self._owners: list[Bytes] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> Bytes:
+        """uint8 [size], aligned."""
+        with self._lock:
+            for owner in self._owners:
+                if len(owner) == size + ALIGN and sys.getrefcount(owner) == _UNUSED:
+                    return _aligned(owner)
+            owner = np.empty(size + ALIGN, np.uint8)
+            self._owners = [*self._owners[-KEPT:], owner]
+            return _aligned(owner)
+
+
+_UNUSED = 3
+"""References to memory that is not in use: the list's, the loop's, the call's."""
+
+
+def _aligned(owner: Bytes) -> Bytes:
+    """What of it begins at a multiple of ALIGN; ALIGN bytes less."""
+    start = -owner.ctypes.data % ALIGN
+    return owner[start : start + len(owner) - ALIGN]
