@@ -58,6 +58,7 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
     try:
         opened = RunFolder.open_existing if mode.resume else RunFolder.open_new
         with (
+            session.told_once(),
             stopping_at_once(resume_command),
             opened(root, rank=session.rank) as run_folder,
             Terminal(quiet=not session.is_main) as terminal,
