@@ -425,6 +425,13 @@ def test_33_a_clip_tokenizer_of_another_vocabulary(sd: Path) -> None:
     refuse(sd, f"{sd}/base", "tokens", weights=True)
 
 
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("length", [10**30, 78, 0, None])
+def test_33_a_clip_tokenizer_of_another_length(sd: Path, edit: Edit, length: int | None) -> None:
+    edit(sd / "base/tokenizer/tokenizer_config.json", model_max_length=length)
+    refuse(sd, f"{sd}/base", "tokens", "positions", weights=True)
+
+
 def test_a_header_of_random_bytes(llama: Path) -> None:
     path = llama / "base" / SHARD
     whole = path.read_bytes()
