@@ -47,7 +47,7 @@ def guarded(command: Callable[[], object]) -> int:
 def tell(error: LorakitError) -> int:
     """Print ``lorakit: error: WHERE: REASON`` and what to do about it; the exit code.
 
-    What every rank raises alike is told by rank 0 alone.
+    What every rank raises alike is told by one alone; ``Session`` has put a note on the others' errors.
     """
     rank = os.environ.get("RANK", "0")
     shared = isinstance(error, Stopped | NonFiniteError | RecipeError) or hasattr(error, "__notes__")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.commands.progress import Terminal, warnings_to
+from lorakit.errors import RecipeError
 from lorakit.recipe import load
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
 
@@ -28,6 +29,8 @@ class Mode:
 
 def run(kind: type[SDRecipe] | type[LlamaRecipe], path: Path, overrides: list[str], mode: Mode) -> None:
     """Train what the recipe says; with ``mode.dry_run`` only print the plan."""
+    if mode.allow and not mode.resume:
+        raise RecipeError("is for a run that is resumed", where="--allow", hint="add --resume, or leave it out")
     recipe = load.load(path, SDRecipe, overrides) if kind is SDRecipe else load.load(path, LlamaRecipe, overrides)
     words = ["train-sd" if kind is SDRecipe else "train-llama", str(path)]
     words += [w for override in overrides for w in ("--set", override)]
@@ -58,6 +61,7 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
     try:
         opened = RunFolder.open_existing if mode.resume else RunFolder.open_new
         with (
+            session.told_once(),
             stopping_at_once(resume_command),
             opened(root, rank=session.rank) as run_folder,
             Terminal(quiet=not session.is_main) as terminal,

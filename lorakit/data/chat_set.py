@@ -1,6 +1,5 @@
 """The token rows that a LLaMA trains on, and what became of the data on the way."""
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from lorakit.data.records import OnBad, fail
 from lorakit.data.tokens import Encoded, Renderer
 from lorakit.errors import DataError
 from lorakit.recipe.schema import ChatData
+from lorakit.storage.fingerprint import Fingerprint, row_hash
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,10 @@ class ChatSet:
         """Training rows that were longer than max_tokens, and the tokens they lost."""
         return sum(row.cut > 0 for row in self.train), sum(row.cut for row in self.train)
 
-    def digest(self) -> str:
-        """SHA-256 over every row's tokens and labels, in order."""
-        total = hashlib.sha256()
-        for part in (self.train, self.held_out):
-            total.update(f"{len(part)} rows\n".encode())
-            for row in part:
-                total.update(len(row.tokens).to_bytes(8, "little") + row.tokens.tobytes() + row.labels.tobytes())
-        return total.hexdigest()
+    def fingerprint(self) -> Fingerprint:
+        """Every row's place, and a hash of its tokens and labels."""
+        parts = (self.train, self.held_out)
+        return Fingerprint(*([(r.where, row_hash(r.tokens.tobytes(), r.labels.tobytes())) for r in p] for p in parts))
 
     def notes(self) -> list[str]:
         """What a user should know, one line each: rows skipped, cut, repeated, turns without labels."""

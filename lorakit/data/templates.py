@@ -3,17 +3,13 @@
 A tokenizer's template is untrusted: it runs in a process of its own, which ``lorakit.data.template_worker`` bounds.
 """
 
-import json
-import subprocess
-import sys
-import threading
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit.data import template_worker
+from lorakit.data.bounded import Bounded
 from lorakit.data.chat import Message
 from lorakit.errors import DataError, ModelError
 
@@ -80,9 +76,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, source: str, name: str) -> None:
         self.name = name
-        self._tokens, self._source = dict(tokenizer.special_tokens_map), source
-        self._lock = threading.Lock()
-        self._worker: subprocess.Popen[str] | None = None
+        self._tokens = dict(tokenizer.special_tokens_map)
+        self._process = Bounded(template_worker.__file__, lambda: source)
 
     def render(self, messages: Sequence[Message], *, answer_next: bool) -> str:
         """The chat as text, BOS included where the template writes it; ``answer_next`` opens an assistant's turn.
@@ -97,51 +92,12 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": answer_next,
         }
-        with self._lock:
-            answer = self._ask(table)
+        limits = f"{template_worker.SECONDS} seconds or {template_worker.MEGABYTES} MB"
+        answer = self._process.ask(table) or {"over": f"took more than {limits}, and was stopped"}
         if "refused" in answer:
             raise DataError(f"the chat template refuses it: {answer['refused']}")
         if "over" in answer:
             raise ModelError(
                 f"the chat template {answer['over']}", where=self.name, hint="name another: data.chat_template"
             )
-        return answer["text"]
-
-    def _ask(self, table: dict[str, Any]) -> dict[str, str]:
-        try:
-            if self._worker is None:
-                self._worker = self._start()
-            stdin, stdout = self._worker.stdin, self._worker.stdout
-            assert stdin is not None
-            assert stdout is not None
-            stdin.write(json.dumps(table) + "\n")
-            stdin.flush()
-            answer: dict[str, str] = json.loads(stdout.readline())
-            return answer
-        except (BrokenPipeError, ValueError):  # it was stopped at its limits, and the pipe is closed
-            self._worker = None
-            limits = f"{template_worker.SECONDS} seconds or {template_worker.MEGABYTES} MB"
-            return {"over": f"took more than {limits}, and was stopped"}
-
-    def _start(self) -> "subprocess.Popen[str]":
-        """Not in the terminal's process group: Ctrl-C is for the run, which finishes its step first."""
-        worker = subprocess.Popen(
-            [sys.executable, "-P", template_worker.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-            process_group=0,
-        )
-        weakref.finalize(self, _end, worker)
-        assert worker.stdin is not None
-        worker.stdin.write(json.dumps(self._source) + "\n")
-        return worker
-
-
-def _end(worker: "subprocess.Popen[str]") -> None:
-    worker.kill()
-    worker.wait()
-    for pipe in (worker.stdin, worker.stdout):
-        if pipe is not None:
-            pipe.close()
+        return str(answer["text"])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorakit.data.chat import Chat, Completion, Example, Message
+from lorakit.data.encoder import Encoder
 from lorakit.data.templates import ChatTemplate, find_template
 from lorakit.errors import DataError, ModelError
 
@@ -60,6 +61,7 @@ class Renderer:
             raise ModelError("the tokenizer has no end-of-text token")
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self._encoder = Encoder(tokenizer)
         self._template_name = template
         self._template: ChatTemplate | None = None
         self._marks = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
@@ -84,17 +86,18 @@ class Renderer:
             text = self.template.render(probe, answer_next=False)
             if "answer" not in text:
                 raise ModelError("the chat template leaves an assistant's message out", where=self.template.name)
-            tail, _ = self._tokenize(text[text.rindex("answer") + len("answer") :])
-            marks = [token for token in tail if token in self._marks.values()]
+            tail, _ = self._encoder.encode(text[text.rindex("answer") + len("answer") :])
+            marks = [token for token in tail.tolist() if token in self._marks.values()]
             self._stops = ends | frozenset(marks[:1])
         return self._stops
 
     def prompt(self, prompt: str | Sequence[Message]) -> list[int]:
         """Tokens to generate from: raw text, or messages with an assistant's turn opened."""
         if isinstance(prompt, str):
-            return self._with_bos(self._tokenize(prompt)[0])
+            return self._with_bos(self._encoder.encode(prompt)[0].tolist())
         self._refuse_marks(prompt)
-        return self._with_bos(self._tokenize(self.template.render(prompt, answer_next=True))[0])
+        text = self.template.render(prompt, answer_next=True)
+        return self._with_bos(self._encoder.encode(text)[0].tolist())
 
     def encode(self, example: Example) -> list[Encoded]:
         """The rows of an example, each of at most ``max_tokens``: one, but for long plain text, which is cut in pieces.
@@ -115,10 +118,6 @@ class Renderer:
             raise DataError("no label is left: all its tokens are masked", where=example.where)
         return [row for row in rows if row.count]
 
-    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return found["input_ids"], found["offset_mapping"]
-
     def _with_bos(self, tokens: list[int]) -> list[int]:
         """Exactly one BOS where the tokenizer wants one, whether or not the template wrote it."""
         bos = self.tokenizer.bos_token_id
@@ -132,11 +131,10 @@ class Renderer:
 
     def _labelled(self, text: str, spans: Sequence[Span], *, add_end: bool, where: str) -> Encoded:
         """Tokenize once and label what touches a span."""
-        tokens, offsets = self._tokenize(text)
-        labels = np.zeros(len(tokens), bool)
+        found, places = self._encoder.encode(text)
+        tokens, labels = found.tolist(), np.zeros(len(found), bool)
         for span in spans:
-            inside = [i for i, (start, end) in enumerate(offsets) if end > span.start and start < span.end]
-            labels[inside] = True
+            labels |= (places[:, 1] > span.start) & (places[:, 0] < span.end)
         if add_end:
             tokens, labels = [*tokens, self.tokenizer.eos_token_id], np.append(labels, True)
         whole = self._with_bos(tokens)

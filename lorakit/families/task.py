@@ -8,6 +8,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from lorakit.storage.fingerprint import Fingerprint
+
 
 class Batch(Protocol):
     """One micro-batch of one rank."""
@@ -28,8 +30,8 @@ class Task(Protocol):
     """Updates in one pass over the training data: examples / batch_size."""
     base_id: str
     """What the adapter was made for: the base as the recipe names it, and a hash of its weights."""
-    data_hash: str
-    """SHA-256 over what the examples are made of, so that a resumed run notices changed data."""
+    fingerprint: Fingerprint
+    """What the examples are made of, so that a resumed run notices changed data."""
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """Trainable parameters and their peak learning rates."""

@@ -3,7 +3,7 @@
 The format: ``GGUF``, version, count of tensors, count of keys; then each key with its typed value; then each tensor's
 name, sizes (the innermost first), type and offset; then, from the next multiple of the alignment on, the data. A
 library that reads it makes an object of every item that a count claims, so each count is held against the file first:
-a hostile header costs at most 200 MB and a second.
+a hostile header costs at most 200 MB and half a second.
 """
 
 import math
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 
@@ -20,14 +21,19 @@ from lorakit.errors import ModelError
 
 LARGEST = 64_000_000
 """Bytes that a header may have: a vocabulary of 256,000 pieces takes 10 million."""
-MOST_KEYS, MOST_TENSORS, MOST_ITEMS = 10_000, 100_000, 2_000_000
-"""Keys, tensors, and items of all arrays together."""
+MOST_KEYS, MOST_TENSORS = 10_000, 20_000
+MOST_ITEMS, MOST_TEXTS = 2_000_000, 1_000_000
+"""Items of all arrays together, and strings among them: Gemma 3 has 777,050 pieces and merges."""
 LONGEST_NAME, LONGEST_TEXT, LONGEST_ITEM = 256, 1_000_000, 2_048
 """Bytes of a key or a tensor's name, of a string, and of a string in an array (a piece of a vocabulary)."""
 
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""A value's type number and its spelling for ``struct``."""
+_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+NUMBERS = {kind: struct.Struct(f"<{code}") for kind, code in _CODES.items()}
+"""A value's type number and how it is packed."""
 TEXT, ARRAY = 8, 9
+U32, U64 = NUMBERS[4], NUMBERS[10]
+ENTRIES = {rank: struct.Struct(f"<{rank}QIQ") for rank in range(1, 5)}
+"""A tensor's sizes, type and offset, by its count of dimensions."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +78,11 @@ class _Cursor:
         self.place += size
         return self.place - size
 
-    def number(self, code: str) -> int | float | bool:
-        code = f"<{code}"
-        found: int | float | bool = struct.unpack_from(code, self._data, self.skip(struct.calcsize(code)))[0]
-        return found
+    def numbers(self, form: struct.Struct) -> tuple[Any, ...]:
+        return form.unpack_from(self._data, self.skip(form.size))
 
-    def count(self, code: str = "Q") -> int:
-        return int(self.number(code))
+    def count(self, form: struct.Struct = U64) -> int:
+        return int(self.numbers(form)[0])
 
     def text(self, most: int) -> str:
         length = self.count()
@@ -89,7 +93,7 @@ class _Cursor:
 
     def skip_texts(self, count: int) -> None:
         """Pass over the strings of an array, in one loop with nothing in it: a vocabulary has some 100,000."""
-        unpack, data, place, last = struct.Struct("<Q").unpack_from, self._data, self.place, self._end - 8
+        unpack, data, place, last = U64.unpack_from, self._data, self.place, self._end - 8
         for number in range(count):
             if place > last:
                 raise ValueError(f"{count} strings are claimed, there are {number}")
@@ -109,24 +113,26 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _value(cursor: _Cursor, items_left: int) -> Value:
-    kind = cursor.count("I")
+def _value(cursor: _Cursor, items_left: int, texts_left: int) -> Value:
+    kind = cursor.count(U32)
     if kind == TEXT:
         return cursor.text(LONGEST_TEXT)
     if kind != ARRAY:
         if kind not in NUMBERS:
             raise ValueError(f"no type has the number {kind}")
-        value = cursor.number(NUMBERS[kind])
+        value: int | float | bool = cursor.numbers(NUMBERS[kind])[0]
         if not math.isfinite(value):
             raise ValueError(f"{value} is not a finite number")
         return value
-    kind, count = cursor.count("I"), cursor.count()
+    kind, count = cursor.count(U32), cursor.count()
+    if kind == TEXT and count > texts_left:
+        raise ValueError(f"an array of {count} strings, more than the {texts_left} that a header may still have")
     if count > items_left:
         raise ValueError(f"an array of {count} items, more than the {items_left} that a header may still have")
     if kind == TEXT:
         cursor.skip_texts(count)
     elif kind in NUMBERS:
-        cursor.skip(count * struct.calcsize(f"<{NUMBERS[kind]}"))
+        cursor.skip(count * NUMBERS[kind].size)
     else:
         raise ValueError("an array of arrays" if kind == ARRAY else f"no type has the number {kind}")
     return Items(kind, count)
@@ -134,25 +140,26 @@ def _value(cursor: _Cursor, items_left: int) -> Value:
 
 def _values(cursor: _Cursor, count: int) -> dict[str, Value]:
     values: dict[str, Value] = {}
-    left = MOST_ITEMS
+    items, texts = MOST_ITEMS, MOST_TEXTS
     for number in range(count):
         with _named(f"key {number + 1}"):
             key = cursor.text(LONGEST_NAME)
         if key in values:
             raise ValueError(f"{key}: there twice")
         with _named(key):
-            value = values[key] = _value(cursor, left)
-        left -= value.count if isinstance(value, Items) else 0
+            value = values[key] = _value(cursor, items, texts)
+        if isinstance(value, Items):
+            items -= value.count
+            texts -= value.count if value.kind == TEXT else 0
     return values
 
 
 def _tensor(cursor: _Cursor, alignment: int, begin: int) -> GgufTensor:
     """The next tensor's entry; its bytes must start ``begin`` after the start of the data."""
-    rank = cursor.count("I")
-    if not 1 <= rank <= 4:
+    rank = cursor.count(U32)
+    if rank not in ENTRIES:
         raise ValueError(f"{rank} dimensions, not 1 to 4")
-    sizes = [cursor.count() for _ in range(rank)]
-    kind, offset = cursor.count("I"), cursor.count()
+    *sizes, kind, offset = cursor.numbers(ENTRIES[rank])
     try:
         dtype = gguf.GGMLQuantizationType(kind)
         block, width = gguf.GGML_QUANT_SIZES[dtype]
@@ -170,7 +177,7 @@ def _aligned(place: int, alignment: int) -> int:
 
 
 def _parse(cursor: _Cursor, size: int) -> GgufHeader:
-    magic, version = cursor.count("I"), cursor.count("I")
+    magic, version = cursor.count(U32), cursor.count(U32)
     if magic != gguf.GGUF_MAGIC or version not in (2, 3):
         raise ValueError("not a little-endian GGUF file of version 2 or 3")
     tensors, keys = cursor.count(), cursor.count()

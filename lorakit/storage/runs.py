@@ -20,6 +20,7 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.recipe = root / "recipe.yaml"
+        self.data = root / "data.json"
         self.adapter = root / "adapter"
         self.checkpoints = root / "checkpoints"
         self.metrics = root / "metrics.jsonl"

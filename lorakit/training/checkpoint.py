@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorakit.errors import CheckpointError, ConflictError, DataError, ModelError, RecipeError
 from lorakit.storage import atomic
+from lorakit.storage.fingerprint import Fingerprint
 from lorakit.storage.runs import RunFolder
 from lorakit.training import optim
 
@@ -140,8 +141,7 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
     """Refuse to go on with anything but the run that was started.
 
     RecipeError for changed fields: those that change what is learned never pass, others with ``allow``. ModelError for
-    another base, DataError for other data, ConflictError for another number of ranks: with dropout it never passes,
-    without it only when allowed.
+    another base, ConflictError for another number of ranks: with dropout it never passes, without it only when allowed.
     """
     dropout = bool(old.recipe["adapter"]["dropout"] or new.recipe["adapter"]["dropout"])
     changed = changed_fields(old.recipe, new.recipe)
@@ -155,14 +155,26 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
         raise RecipeError(f"changed since the run was started: {', '.join(changed)}", hint=hint)
     if old.base_id != new.base_id:
         raise ModelError(f"the base is {new.base_id}, but the run was started with {old.base_id}")
-    if old.data_hash != new.data_hash:
-        hint = "put the data back, or start a new run under another output.name"
-        raise DataError("the training data changed since the run was started", hint=hint)
     if old.world != new.world and (dropout or not allow):
         reason = f"{new.world} rank{'s' * (new.world > 1)}, but the run was started with {old.world}, and "
         reason += "dropout's masks depend on that" if dropout else "gradients would be summed in another order"
         hint = f"resume with {old.world}" + ("" if dropout else ", or go on with --allow, equal up to float32 rounding")
         raise ConflictError(reason, where="--num-processes", hint=hint)
+
+
+def check_data(run: RunFolder, old: State, data: Fingerprint) -> None:
+    """DataError, naming what changed, when ``data`` is not what ``run`` was started with.
+
+    The names come from data.json; when that is not the one that belongs to the checkpoint, none are told.
+    """
+    if old.data_hash == data.digest:
+        return
+    reason = "the training data changed since the run was started"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        before = Fingerprint.read(run.data)
+        if before.digest == old.data_hash:
+            reason += f": {before.changes(data)}"
+    raise DataError(reason, hint="put the data back, or start a new run under another output.name")
 
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

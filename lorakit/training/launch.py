@@ -93,6 +93,18 @@ class Session:
         if failure is not None:
             raise failure
 
+    @contextmanager
+    def told_once(self) -> Iterator[None]:
+        """An error in the block that several ranks raise alike carries a note on all but one of them."""
+        try:
+            yield
+        except Exception as error:
+            if self.watch is not None and not hasattr(error, "__notes__"):
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as in ``StopSignals``: it must not be cut off
+                if not self.watch.is_first(str(error)):
+                    error.add_note("told by another rank")
+            raise
+
     def track(self, names: Sequence[str], folder: Path, name: str, config: Mapping[str, Any]) -> None:
         """Start Accelerate's trackers; RecipeError when a tracker's package is not installed."""
         available = {str(tracker) for tracker in get_available_trackers()}

@@ -96,14 +96,17 @@ class _Loop:
         _check_division(plan, session)
         self.state = State(
             base_id=task.base_id,
-            data_hash=task.data_hash,
+            data_hash=task.fingerprint.digest,
             recipe=plan.recipe,
             world=session.world,
             total_steps=self.total,
         )
         found = checkpoint.newest(run) if plan.resume else None
-        if found is not None:
+        if found is None:
+            session.on_main(lambda: task.fingerprint.write(run.data))
+        else:
             checkpoint.check_resumable(found.state, self.state, allow=plan.allow)
+            checkpoint.check_data(run, found.state, task.fingerprint)
             self.state = dataclasses.replace(found.state, world=session.world, recipe=plan.recipe)
             task.load_adapter_state(found.adapter)
         groups = task.parameter_groups()

@@ -58,21 +58,25 @@ def stopped(*, by_sigterm: bool, step: int, resume_command: str) -> Stopped:
 
 @contextmanager
 def stopping_at_once(resume_command: str) -> Iterator[None]:
-    """Around loading and training: a SIGTERM that comes before the first step has nothing to wait for.
+    """Around loading and training: a signal that comes before the first step has nothing to wait for.
 
     It raises Stopped at once. While training, ``StopSignals`` takes its place.
     """
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        hint = f"go on with: {resume_command}"
-        raise Stopped("SIGTERM: stopped before the first step", exit_code=TERMINATED, hint=hint)
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)  # no Exception, since libraries try imports and go on after any
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    earlier = signal.signal(signal.SIGTERM, stop)
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except KeyboardInterrupt as error:
+        name, code = ("SIGTERM", TERMINATED) if error.args == (signal.SIGTERM,) else ("SIGINT", INTERRUPTED)
+        hint = f"go on with: {resume_command}"
+        raise Stopped(f"{name}: stopped before the first step", exit_code=code, hint=hint) from None
     finally:
-        if signal.getsignal(signal.SIGTERM) is stop:
-            signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)

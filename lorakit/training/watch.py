@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 import psutil
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from lorakit.errors import RankError
 
@@ -106,6 +106,17 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="lorakit-watch", daemon=True)
         self._thread.start()
         return self
+
+    def is_first(self, error: str) -> bool:
+        """Whether no other rank has come with the same error; for ``GRACE_SECONDS`` the others wait for rank 0."""
+        key = f"error {error}"
+        try:
+            if self.rank > 0:
+                with suppress(DistStoreError):
+                    self._store.wait([key], timedelta(seconds=GRACE_SECONDS))
+            return bool(self._store.compare_set(key, "", str(self.rank)) == str(self.rank).encode())
+        except RuntimeError:  # the launcher is gone
+            return True
 
     def close(self) -> None:
         """Take leave: a rank that ends after this is not lost."""

@@ -228,8 +228,9 @@ def test_load_chats_counts_what_became_of_the_rows(tokenizer, tmp_path):
     assert [error.where for error in chats.skipped] == [f"{path}:3"]
     assert chats.cut[0] > 0
     assert max(len(row.tokens) for row in chats.train) <= 40
-    assert chats.digest() == load_chats(data, tokenizer, seed=0).digest()
-    assert chats.digest() != load_chats(data.model_copy(update={"max_tokens": 41}), tokenizer, seed=0).digest()
+    assert chats.fingerprint() == load_chats(data, tokenizer, seed=0).fingerprint()
+    other = load_chats(data.model_copy(update={"max_tokens": 41}), tokenizer, seed=0)
+    assert chats.fingerprint() != other.fingerprint()
     assert any("max_tokens" in note for note in chats.notes())
 
 

@@ -171,7 +171,7 @@ class Tokenizer:
     special_tokens_map = {{}}
 made = ChatTemplate(Tokenizer(), "{source}", "x")
 made.render([Message("user", "a")], answer_next=False)
-print(made._worker.pid, flush=True)
+print(made._process.process.pid, flush=True)
 sys.stdin.read()
 """
 

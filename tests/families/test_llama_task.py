@@ -139,8 +139,9 @@ def test_sample_answers_are_repeatable_and_leave_the_model_training(folder, tmp_
 
 def test_hashes_follow_the_data_and_the_base(folder, tmp_path):
     task = load(folder)
-    assert task.data_hash == load(folder).data_hash
-    assert task.data_hash != load(folder, chat_template="chatml", on_bad="skip", layout=Layout(1, 4)).data_hash
+    assert task.fingerprint.digest == load(folder).fingerprint.digest
+    other = load(folder, chat_template="chatml", on_bad="skip", layout=Layout(1, 4))
+    assert task.fingerprint.digest != other.fingerprint.digest
     assert task.steps_per_epoch == len(task.chats.train) / 4
     other = tiny_llama(tmp_path / "base", seed=1)
     (tmp_path / "chats.jsonl").write_bytes((folder / "chats.jsonl").read_bytes())
@@ -222,7 +223,7 @@ def test_the_plan_counts_what_loading_makes(folder):
     assert [m.name for m in plan.modules] == [t.name for t in task._loaded.injection.targets]
     assert plan.memory["base weights"] == plan.total_parameters * 4
     assert plan.memory["adapter"] == trainable * 4
-    assert plan.chats.digest() == task.data_hash
+    assert plan.chats.fingerprint().digest == task.fingerprint.digest
     assert 0 < plan.chats.label_share < 1
     small = plan_llama(LlamaBase(model=str(folder / "base"), quantization="nf4"), adapter, data, Layout(0, 4), PLACE)
     assert small.memory["base weights"] < plan.memory["base weights"]

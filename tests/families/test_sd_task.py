@@ -222,16 +222,16 @@ def test_a_second_run_computes_nothing_and_an_edit_is_noticed(
         write(self, key, tensors)
 
     monkeypatch.setattr(TensorCache, "write", counting)
-    digest = make(path=str(copy)).data_hash
+    digest = make(path=str(copy)).fingerprint.digest
     assert (written.count("latents"), written.count("text")) == (COUNT, COUNT + 1)
     written.clear()
-    assert make(path=str(copy)).data_hash == digest
+    assert make(path=str(copy)).fingerprint.digest == digest
     assert written == []
     (copy / "01.txt").write_text("another caption")
-    edited = make(path=str(copy)).data_hash
+    edited = make(path=str(copy)).fingerprint.digest
     assert written == ["text"]
     Image.new("RGB", (64, 64), "red").save(copy / "02.png")
-    again = make(path=str(copy)).data_hash
+    again = make(path=str(copy)).fingerprint.digest
     assert written == ["text", "latents"]
     assert len({digest, edited, again}) == 3
 

@@ -377,6 +377,32 @@ def test_32_a_chat_template_that_never_ends(llama: Path, source: str) -> None:
             forked(*command, megabytes=700, seconds=50).refused(4, f"{llama}/base", "chat template")
 
 
+@pytest.mark.fault(32)
+def test_32_a_tokenizer_that_never_ends(llama: Path, edit: Edit) -> None:
+    """Its pattern takes each letter of a question millions of steps; in a decoder it is refused unused."""
+    question = ("a" * 23 + "!") * 500
+    (llama / "chats.jsonl").write_text(json.dumps({"prompt": question, "completion": "b"}) + "\n")
+    path, pattern = llama / "base/tokenizer.json", {"Regex": "(a+)+$"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    edit(path, pre_tokenizer=split)
+    answering = ("generate", "--base", llama / "base", "--raw", "--prompt", question, "--max-new-tokens", "1")
+    for command in (*(commands(llama)[i] for i in (0, 2)), answering):
+        with untouched(llama):
+            forked(*command, megabytes=1000, seconds=60).refused(4, f"{path}: the tokenizer took more than")
+    edit(path, pre_tokenizer=None, decoder={"type": "Replace", "pattern": pattern, "content": "b"})
+    lorakit(*answering).refused(4, f"{path}: its decoder")
+
+
+@pytest.mark.fault(32)
+def test_32_the_patterns_of_a_clip_tokenizer_are_clips_own(sd: Path, edit: Edit) -> None:
+    pattern = {"Regex": "(a+)+$"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    replaced = {"type": "Replace", "pattern": pattern, "content": "b"}
+    edit(sd / "base/tokenizer/tokenizer.json", pre_tokenizer=split, normalizer=replaced)
+    (sd / "pictures/0.txt").write_text(("a" * 23 + "!") * 500)
+    assert forked("train-sd", sd / "recipe.yaml", megabytes=1000, seconds=60).code == 0
+
+
 @pytest.mark.fault(33)
 def test_33_a_tokenizer_of_another_vocabulary(llama: Path) -> None:
     path = llama / "base/tokenizer.json"
@@ -397,6 +423,13 @@ def test_33_a_clip_tokenizer_of_another_vocabulary(sd: Path) -> None:
     table["model"]["vocab"] |= {f"brandnew{i}": 10_000 + i for i in range(3)}
     path.write_text(json.dumps(table))
     refuse(sd, f"{sd}/base", "tokens", weights=True)
+
+
+@pytest.mark.fault(33)
+@pytest.mark.parametrize("length", [10**30, 78, 0, None])
+def test_33_a_clip_tokenizer_of_another_length(sd: Path, edit: Edit, length: int | None) -> None:
+    edit(sd / "base/tokenizer/tokenizer_config.json", model_max_length=length)
+    refuse(sd, f"{sd}/base", "tokens", "positions", weights=True)
 
 
 def test_a_header_of_random_bytes(llama: Path) -> None:

@@ -1,5 +1,6 @@
 """GGUF headers as the gguf package reads them, and its limits."""
 
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 
 from lorakit.errors import ModelError
 from lorakit.storage.gguf_base import check_gguf
-from lorakit.storage.gguf_header import MOST_ITEMS, Items, read_gguf
-from tests.raw_gguf import U32, RawGguf, array, string
+from lorakit.storage.gguf_header import MOST_ITEMS, MOST_KEYS, MOST_TENSORS, MOST_TEXTS, Items, read_gguf
+from tests.raw_gguf import TEXT, U32, Entry, RawGguf, array, string, text
 from tests.tiny import tiny_gguf
 
 
@@ -85,3 +86,40 @@ def test_other_versions_are_refused(tmp_path: Path) -> None:
     for version in (0, 1, 4, 3 << 24):
         with pytest.raises(ModelError, match="GGUF file of version 2 or 3"):
             read_gguf(RawGguf(keys, version=version).write(tmp_path / "x.gguf"))
+
+
+def widest(texts: int, tensors: int = 0) -> RawGguf:
+    """The keys, strings and tensors that cost the most time to read."""
+    keys = [(f"k{i}".encode(), string("a")) for i in range(MOST_KEYS - 1)]
+    keys.append((b"texts", array(TEXT, texts, text("abcdefgh") * texts)))
+    entries = [(f"t{i}".ljust(64, "x").encode(), Entry([1, 1, 1, 1], 0, 32 * i)) for i in range(tensors)]
+    return RawGguf(keys, entries)
+
+
+def test_the_most_that_a_header_may_cost_is_under_a_second(tmp_path: Path) -> None:
+    """In processor time: a busy machine takes nothing from it. Its last tensor is cut off."""
+    path = widest(MOST_TEXTS, MOST_TENSORS).write(tmp_path / "x.gguf")
+    began = time.process_time()
+    with pytest.raises(ModelError, match="truncated"):
+        read_gguf(path)
+    assert time.process_time() - began < 1
+
+
+def test_the_largest_vocabularies_are_read(tmp_path: Path) -> None:
+    """262,144 pieces with scores and types, 514,906 merges: Gemma 3's."""
+    pieces, merges = 262_144, 514_906
+    keys = [
+        (b"tokenizer.ggml.tokens", array(TEXT, pieces, text("▁piece") * pieces)),
+        (b"tokenizer.ggml.scores", array(6, pieces, bytes(4 * pieces))),
+        (b"tokenizer.ggml.token_type", array(5, pieces, bytes(4 * pieces))),
+        (b"tokenizer.ggml.merges", array(TEXT, merges, text("▁pie ce") * merges)),
+    ]
+    values = read_gguf(RawGguf(keys).write(tmp_path / "x.gguf")).values
+    assert [value.count for value in values.values()] == [pieces, pieces, pieces, merges]
+
+
+def test_one_string_or_tensor_too_many_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"texts: an array of {MOST_TEXTS + 1} strings, more than"):
+        read_gguf(RawGguf([(b"texts", array(TEXT, MOST_TEXTS + 1))]).write(tmp_path / "x.gguf"))
+    with pytest.raises(ModelError, match=f"{MOST_TENSORS + 1} tensors, more than {MOST_TENSORS}"):
+        read_gguf(RawGguf(tensor_count=MOST_TENSORS + 1).write(tmp_path / "x.gguf"))

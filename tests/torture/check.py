@@ -45,9 +45,9 @@ def broken(run: Path, reference: Reference) -> list[str]:
     for path in run.iterdir():
         if path.name not in known and not path.name.startswith(".tmp-"):
             faults.append(f"{path.name} does not belong here")
-    recipe = run / "recipe.yaml"
-    if recipe.exists() and recipe.read_bytes() != (reference.straight / "recipe.yaml").read_bytes():
-        faults.append("recipe.yaml is not whole")
+    for name in ("recipe.yaml", "data.json"):
+        if (run / name).exists() and (run / name).read_bytes() != (reference.straight / name).read_bytes():
+            faults.append(f"{name} is not whole")
     if (have := rows(run)) != rows(reference.straight)[: len(have)]:
         faults.append("metrics.jsonl is not a beginning of the straight run's")
     for step in steps(run):

@@ -30,6 +30,7 @@ from lorakit.errors import (
 from lorakit.numerics.order import Layout, update
 from lorakit.recipe.schema import Compute, Train
 from lorakit.storage import atomic
+from lorakit.storage.fingerprint import Fingerprint
 from lorakit.storage.runs import RunFolder
 from lorakit.training import checkpoint, metrics, optim
 from lorakit.training.launch import Session, open_session
@@ -215,9 +216,9 @@ def test_resume_refuses_another_run(session: Session, tmp_path: Path, monkeypatc
         go(session, folder, resume=True, learning_rate=1e-3, allow=True)
     with pytest.raises(RecipeError, match=r"train\.checkpoint_every"):
         go(session, folder, resume=True, checkpoint_every=3)
-    for field, kind in (("data_hash", DataError), ("base_id", ModelError)):
+    for field, other, kind in (("fingerprint", Fingerprint((), ()), DataError), ("base_id", "another", ModelError)):
         with monkeypatch.context() as patch:
-            patch.setattr(TinyTask, field, "another")
+            patch.setattr(TinyTask, field, other)
             with pytest.raises(kind):
                 go(session, folder, resume=True)
     outcome, _, _ = go(session, folder, resume=True, checkpoint_every=3, allow=True)

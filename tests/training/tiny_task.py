@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy, dropout, linear
 
 from lorakit.numerics.order import Layout, micro_batches
 from lorakit.recipe.schema import Compute, Optimizer, Train
+from lorakit.storage.fingerprint import Fingerprint
 from lorakit.training.launch import Session
 from lorakit.training.loop import Plan
 
@@ -52,7 +53,7 @@ class TinyTask:
     """
 
     base_id = "tiny"
-    data_hash = "0" * 64
+    fingerprint = Fingerprint([(f"line:{i}", f"{i:032x}") for i in range(EXAMPLES)], [])
 
     def __init__(
         self, layout: Layout, *, share: float, nan_at: str = "", delay: float = 0, samples: bool = False, fate: str = ""

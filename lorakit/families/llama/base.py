@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as transformers_logging
 
 from lorakit.data.chat_set import ChatSet, load_chats
+from lorakit.data.encoder import check_loads
 from lorakit.errors import ModelError, RecipeError
 from lorakit.families.llama import packed
 from lorakit.families.llama.gguf import unpacked
@@ -52,7 +53,9 @@ def as_folder(location: BaseLocation, dtype: torch.dtype) -> BaseLocation:
 
 
 def load_tokenizer(location: BaseLocation) -> Any:
-    """The tokenizer of a base's folder. Raises ModelError when it cannot be read."""
+    """The tokenizer of a base's folder. Raises ModelError when it cannot be read, or takes too much to be loaded."""
+    if (location.path / "tokenizer.json").is_file():
+        check_loads(location.path / "tokenizer.json")
     with _readable(location):
         return AutoTokenizer.from_pretrained(location.path, **_LOCAL)
 

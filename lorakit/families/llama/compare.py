@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.reference import difference, put_on
+from lorakit.data.encoder import Encoder
 from lorakit.families.llama.base import Quantization, as_folder, load_model, load_tokenizer
 from lorakit.families.place import Place
 from lorakit.storage.bases import BaseLocation, resolve
@@ -30,8 +31,8 @@ def compare(
     In float32, one model in memory at a time. ``quantization`` is what training saw the base through.
     """
     folder = as_folder(base, PLACE.dtype)
-    tokenizer = load_tokenizer(folder)
-    ids = [torch.tensor([tokenizer(prompt)["input_ids"]]) for prompt in PROMPTS]
+    encoder = Encoder(load_tokenizer(folder))
+    ids = [torch.tensor([encoder.encode(prompt)[0].tolist()]) for prompt in PROMPTS]
     model = load_model(folder, PLACE, quantization, attention="sdpa")
     put_on({"model": model}, adapters)
     expected = _logits(model, ids)

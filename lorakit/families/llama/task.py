@@ -60,7 +60,7 @@ class LlamaTask:
         self.model: nn.Module = packed.PackedLM(loaded.lm, loaded.logit_factor, checkpointing=loaded.checkpointing)
         self.steps_per_epoch = len(loaded.chats.train) / layout.batch_size
         self.base_id = f"{loaded.location.name} sha256:{digest(loaded.location)}"
-        self.data_hash = loaded.chats.digest()
+        self.fingerprint = loaded.chats.fingerprint()
         self.chats = loaded.chats
         self._loaded = loaded
         self._sampling = sampling

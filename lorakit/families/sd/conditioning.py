@@ -124,3 +124,7 @@ def check_widths(conditioning: Conditioning, unet: nn.Module, where: str) -> Non
         if len(tokenizer) > encoder.vocab_size:
             reason = f"the tokenizer has {len(tokenizer)} tokens, the text encoder {encoder.vocab_size}"
             raise ModelError(reason, where=where)
+        length, positions = tokenizer.model_max_length, encoder.max_position_embeddings
+        if not 0 < length <= positions:
+            reason = f"the tokenizer gives {length:.4g} tokens a caption, the text encoder has {positions} positions"
+            raise ModelError(reason, where=where)

@@ -91,7 +91,7 @@ def skeleton(location: BaseLocation, dtype: torch.dtype) -> Skeleton:
             for encoder in encoders.values():
                 encoder.to(dtype).requires_grad_(False)
             return Skeleton(
-                unet_class.from_config(unet).to(dtype).requires_grad_(False),
+                nn.Module.to(unet_class.from_config(unet), dtype).requires_grad_(False),  # diffusers' own warns
                 conditioning_of([], encoders, zeros=False),
                 vae_class.from_config(vae).requires_grad_(False),
                 vae_factor(vae),

@@ -19,6 +19,7 @@ from lorakit.families.sd.base import Parts, vae_factor
 from lorakit.families.sd.conditioning import Text, ids_of
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import PictureData
+from lorakit.storage.fingerprint import Fingerprint, row_hash
 
 logger = logging.getLogger("lorakit")
 
@@ -47,11 +48,11 @@ class Examples:
     buckets: tuple[Size, ...]
     latents: TensorCache
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 over what the examples are made of."""
-        parts = [f"{e.key} {e.caption}" for e in (*self.train, *self.held_out)]
-        return content_key(len(self.train), *parts)
+    def fingerprint(self) -> Fingerprint:
+        """Every picture's name, and a hash of its latents' key and its caption."""
+        return Fingerprint(
+            *([(e.id, row_hash(e.key, e.caption)) for e in part] for part in (self.train, self.held_out))
+        )
 
 
 def resolution_of(data: PictureData, native: Size) -> int:

@@ -73,7 +73,7 @@ class SDTask:
         self.model: nn.Module = Denoiser(parts, loaded.injections.keys(), loaded.dtype)
         self.steps_per_epoch = len(loaded.examples.train) / layout.batch_size
         self.base_id = loaded.base_id
-        self.data_hash = loaded.examples.digest
+        self.fingerprint = loaded.examples.fingerprint()
         self.examples = loaded.examples
         self.parts = parts
         self._loaded = loaded

@@ -1,0 +1,62 @@
+"""A script in a process of its own, for what comes with a model and might take all time or memory.
+
+The script bounds itself, reads a JSON document a line and answers each with one. The first line sets it up, and has no
+answer.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+
+class Bounded:
+    """The process of ``script``: started at the first question, it ends with this object or with whatever holds it."""
+
+    def __init__(self, script: str, first: Callable[[], object]) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self._script, self._first = script, first
+        self._lock = threading.Lock()
+
+    def ask(self, question: object) -> dict[str, Any] | None:
+        """The answer; None when the process was stopped at its limits. The next question then starts another."""
+        with self._lock:
+            try:
+                if self.process is None:
+                    self.process = self._start()
+                stdin, stdout = self.process.stdin, self.process.stdout
+                assert stdin is not None
+                assert stdout is not None
+                stdin.write(json.dumps(question) + "\n")
+                stdin.flush()
+                answer: dict[str, Any] = json.loads(stdout.readline())
+                return answer
+            except (BrokenPipeError, ValueError):  # ValueError: no answer, since the pipe is closed
+                self.process = None
+                return None
+
+    def _start(self) -> "subprocess.Popen[str]":
+        """Not in the terminal's process group: Ctrl-C is for the run, which finishes its step first."""
+        process = subprocess.Popen(
+            [sys.executable, "-P", self._script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            process_group=0,
+        )
+        weakref.finalize(self, _end, process)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(self._first()) + "\n")
+        return process
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()

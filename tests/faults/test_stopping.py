@@ -1,0 +1,41 @@
+"""A run stopped while it loads, as people stop one, and options that do not go together."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import lorakit, process
+
+
+@pytest.mark.fault(44)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_44_a_signal_while_loading_is_one_line_with_the_way_on(sd: Path, number: signal.Signals, code: int) -> None:
+    command = [sys.executable, "-m", "lorakit", "train-sd", str(sd / "recipe.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as run:
+        while not (sd / "runs/colours/.lock").exists():
+            assert run.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.2)
+        run.send_signal(number)
+        err = run.stderr.read()
+    assert run.returncode == code, err
+    told = [line for line in err.splitlines() if not line.startswith("loading ")]
+    assert told == [
+        f"lorakit: error: {number.name}: stopped before the first step",
+        f"  go on with: lorakit train-sd {sd / 'recipe.yaml'} --resume",
+    ]
+    assert lorakit("train-sd", sd / "recipe.yaml", "--resume").code == 0
+
+
+def test_allow_is_for_a_run_that_is_resumed(sd: Path) -> None:
+    lorakit("train-sd", sd / "recipe.yaml", "--allow").refused(2, "--allow: is for a run that is resumed")
+    assert not (sd / "runs").exists()
+
+
+def test_a_plan_leaves_stderr_empty(sd: Path) -> None:
+    assert process("train-sd", sd / "recipe.yaml", "--dry-run").err == ""
