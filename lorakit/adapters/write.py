@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta, rescaled
 from lorakit.adapters.formats import diffusers_name, is_xl, kohya_names
+from lorakit.adapters.outline import adaptable
 from lorakit.adapters.pieces import CONFIG, WEIGHTS
-from lorakit.adapters.targets import Injection, Target, adaptable, suffixes
+from lorakit.adapters.targets import Injection, Target, suffixes
 from lorakit.errors import ModelError
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.atomic import write_bytes, write_text
@@ -58,7 +59,7 @@ def taken_apart(changes: Mapping[str, Delta], model: nn.Module | None) -> tuple[
     rank = Counter(target.rank for target in targets).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     adapter = Adapter(rank=rank, alpha=alpha, dora=with_dora.pop())
-    ends = tuple(changes) if model is None else suffixes(model, list(changes))
+    ends = tuple(changes) if model is None else suffixes((name for name, _ in model.named_modules()), list(changes))
     return state, Injection(adapter, tuple(targets), alphas, ends)
 
 

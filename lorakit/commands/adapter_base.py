@@ -72,7 +72,8 @@ def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":
         return sd_skeleton(location, torch.float32).adaptable
     from transformers import AutoModelForCausalLM
 
-    from lorakit.families.llama.base import as_folder, load_config
+    from lorakit.families.llama.base import as_folder
+    from lorakit.families.llama.library import load_config
 
     causal: Any = AutoModelForCausalLM
     with torch.device("meta"):

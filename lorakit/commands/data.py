@@ -31,7 +31,8 @@ def run(path: Path, overrides: Sequence[str], rows: int) -> None:
 
 def _chats(recipe: LlamaRecipe, rows: int, console: Console) -> None:
     from lorakit.data.show import show_row, token_histogram
-    from lorakit.families.llama.base import find_base, load_data
+    from lorakit.families.llama.base import find_base
+    from lorakit.families.llama.library import load_data
     from lorakit.training.device import choose
 
     _, dtype = choose(recipe.compute)

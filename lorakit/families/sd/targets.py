@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from lorakit.adapters.targets import adaptable, matches
+from lorakit.adapters.outline import adaptable
+from lorakit.adapters.targets import matches
 from lorakit.recipe.schema import Adapter, SDAdapter
 
 Groups = Mapping[str, Sequence[str]]
