@@ -67,7 +67,7 @@ def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":
     import torch
 
     if location.family == "sd":
-        from lorakit.families.sd.plan import skeleton as sd_skeleton
+        from lorakit.families.sd.skeleton import skeleton as sd_skeleton
 
         return sd_skeleton(location, torch.float32).adaptable
     from transformers import AutoModelForCausalLM

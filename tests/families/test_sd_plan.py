@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from lorakit.data.arrange import resolution_of, sizes_of
 from lorakit.errors import DataError, ModelError, RecipeError
-from lorakit.families import sd
 from lorakit.families.place import Place
-from lorakit.families.sd.prepare import resolution_of, sizes_of
+from lorakit.families.sd import task as sd
+from lorakit.families.sd.plan import plan
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
 from tests.tiny import tiny_sd
@@ -50,7 +51,7 @@ def test_the_plan_is_what_load_makes(
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
     data = PictureData(path=str(folder), resolution=64, bucket_step=8, held_out=0.25, flip=True, repeats=2)
     layout = Layout(3, 4)
-    planned = sd.plan(SDBase(model=str(base)), adapter, data, layout, place())
+    planned = plan(SDBase(model=str(base)), adapter, data, layout, place())
     learning = sd.Learning.of(SDTrain(), SDOptimizer())
     task = sd.load(SDBase(model=str(base)), adapter, data, learning, SDSample(), layout, place())
     state = task.adapter_state()
@@ -71,8 +72,8 @@ def test_activations_are_what_autograd_keeps(base: Path, folder: Path) -> None:
     data = PictureData(path=str(folder), resolution=64, bucket_step=8)
 
     def bytes_of(batch: int, checkpointing: bool = False) -> int:
-        plan = sd.plan(SDBase(model=str(base)), SDAdapter(rank=2), data, Layout(0, batch), place(checkpointing))
-        return plan.memory["activations"]
+        planned = plan(SDBase(model=str(base)), SDAdapter(rank=2), data, Layout(0, batch), place(checkpointing))
+        return planned.memory["activations"]
 
     assert bytes_of(8) == pytest.approx(2 * bytes_of(4), rel=0.02)
     assert bytes_of(8, checkpointing=True) < 0.5 * bytes_of(8)
@@ -83,7 +84,7 @@ def test_a_plan_leaves_no_trace_and_refuses_like_load(
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     data = PictureData(path=str(folder), resolution=64, bucket_step=8)
-    sd.plan(SDBase(model=str(base)), SDAdapter(rank=2), data, Layout(0, 4), place())
+    plan(SDBase(model=str(base)), SDAdapter(rank=2), data, Layout(0, 4), place())
     assert not (tmp_path / "cache").exists()
     for adapter, pictures, model, error in (
         (SDAdapter(rank=2, targets=["to_qq"]), data, base, RecipeError),
@@ -92,7 +93,7 @@ def test_a_plan_leaves_no_trace_and_refuses_like_load(
         (SDAdapter(rank=2), data, tmp_path / "absent", ModelError),
     ):
         with pytest.raises(error):
-            sd.plan(SDBase(model=str(model)), adapter, pictures, Layout(0, 4), place())
+            plan(SDBase(model=str(model)), adapter, pictures, Layout(0, 4), place())
 
 
 def test_the_resolution_is_the_bases_own_where_the_recipe_gives_none() -> None:
