@@ -14,9 +14,14 @@ from lorakit.families.sd.targets import split_adapter
 from lorakit.recipe.schema import SDAdapter
 from lorakit.storage.bases import BaseLocation
 
+MANY = 1_000_003
+"""Pictures in the batch that is looked at, which takes no memory: a prime, so that what grows with them is told by its
+size from what does not."""
 
-def activation_bytes(location: BaseLocation, adapter: SDAdapter, size: Size, batch: int, place: Place) -> int:
-    """What the UNet's forward pass keeps for its backward pass, tensor by tensor, as autograd would save it."""
+
+def activation_bytes(location: BaseLocation, adapter: SDAdapter, size: Size, place: Place) -> tuple[int, int]:
+    """What the UNet's forward pass keeps for its backward pass, tensor by tensor, as autograd would save it: bytes a
+    batch, and bytes a picture."""
     bones = skeleton(location, place.dtype)
     models = bones.adaptable
     for component, (section, groups) in split_adapter(adapter, {n: adaptable(m) for n, m in models.items()}).items():
@@ -37,14 +42,15 @@ def activation_bytes(location: BaseLocation, adapter: SDAdapter, size: Size, bat
         return tensor
 
     config = unet.config
-    shape = (batch, config.in_channels, size[1] // bones.factor, size[0] // bones.factor)
+    shape = (MANY, config.in_channels, size[1] // bones.factor, size[0] // bones.factor)
     encoders: list[Any] = list(bones.conditioning.encoders.values())
     tokens = encoders[0].config.max_position_embeddings
     with torch.device("meta"), torch.no_grad():
-        text = bones.conditioning.encode(torch.zeros((batch, len(encoders), tokens), dtype=torch.int64))
-        told = bones.conditioning.arguments(text, torch.zeros(batch, 6), place.dtype)
+        text = bones.conditioning.encode(torch.zeros((MANY, len(encoders), tokens), dtype=torch.int64))
+        told = bones.conditioning.arguments(text, torch.zeros(MANY, 6), place.dtype)
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         noisy = torch.zeros(shape, dtype=place.dtype)
-        output = unet(noisy, torch.zeros(batch, dtype=torch.int64), **told).sample
+        output = unet(noisy, torch.zeros(MANY, dtype=torch.int64), **told).sample
     del output
-    return sum(kept.values())
+    growing = sum(size for size in kept.values() if size % MANY == 0)
+    return sum(kept.values()) - growing, growing // MANY

@@ -105,10 +105,11 @@ def _activation_bytes(
 ) -> int:
     """What a micro-batch of the largest pictures keeps for its backward pass."""
 
-    def make() -> int:
+    def make() -> tuple[int, int]:
         from lorakit.families.sd.activations import activation_bytes  # with diffusers
 
-        return activation_bytes(location, adapter, size, batch, place)
+        return activation_bytes(location, adapter, size, place)
 
-    what = repr((targets, adapter.dora, adapter.dropout, size, batch, str(place.dtype), place.gradient_checkpointing))
-    return int(remembered("activations", content_key("sd 1", identity(location), what), make))
+    what = repr((targets, adapter.dora, adapter.dropout, size, str(place.dtype), place.gradient_checkpointing))
+    whole, each = remembered("activations", content_key("sd 1", identity(location), what), make)
+    return int(whole + batch * each)
