@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, TaskType
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -119,6 +118,8 @@ def write_peft(
 
 def peft_config(injection: Injection, base_name: str, task: Literal["CAUSAL_LM"] | None = None) -> dict[str, Any]:
     """The table of adapter_config.json."""
+    from peft import LoraConfig, TaskType  # takes seconds to import, for nothing with the other formats
+
     adapter = injection.adapter
     config = LoraConfig(
         task_type=None if task is None else TaskType(task),

@@ -76,12 +76,12 @@ def _pictures(recipe: SDRecipe, rows: int, console: Console) -> None:
     from lorakit.data.images import choose_bucket, decode
     from lorakit.data.pictures import Picture, Rejects, find_pictures
     from lorakit.errors import DataError
+    from lorakit.families.sd.facts import facts_of
     from lorakit.families.sd.find import find_base
-    from lorakit.families.sd.known import known
 
     data = recipe.data
     rejects = Rejects(data.on_bad)
-    base = known(find_base(recipe.base))
+    base = facts_of(find_base(recipe.base))
     sizes = sizes_of(data, base.factor, base.size)
     counts = [0] * len(sizes)
     usable: list[tuple[Picture, tuple[int, int], int]] = []

@@ -11,8 +11,8 @@ from lorakit.data.images import Size, choose_bucket, read_size
 from lorakit.data.pictures import Picture, Rejects, find_pictures
 from lorakit.errors import DataError
 from lorakit.families.place import Place
+from lorakit.families.sd.facts import facts_of, identity
 from lorakit.families.sd.find import find_base
-from lorakit.families.sd.known import identity, known
 from lorakit.families.sd.targets import split_adapter
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import PictureData, SDAdapter, SDBase
@@ -49,7 +49,7 @@ class SDPlan:
 def plan(base: SDBase, adapter: SDAdapter, data: PictureData, layout: Layout, place: Place) -> SDPlan:
     """Raises what ``load`` would raise, but for weights and pixels that cannot be read."""
     location = find_base(base)
-    facts = known(location)
+    facts = facts_of(location)
     targets: list[Target] = []
     trainable = 0
     for component, (section, groups) in split_adapter(adapter, facts.layers).items():

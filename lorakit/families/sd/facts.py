@@ -11,7 +11,7 @@ from lorakit.storage.bases import BaseLocation, description
 
 
 @dataclass(frozen=True)
-class Known:
+class Facts:
     outlines: Mapping[str, Outline]
     """Of the components that can have LoRA."""
     vae_parameters: int
@@ -31,7 +31,7 @@ def identity(location: BaseLocation) -> str:
     return content_key(description(location), versions("torch", "diffusers", "transformers", "peft"))
 
 
-def known(location: BaseLocation) -> Known:
+def facts_of(location: BaseLocation) -> Facts:
     """Raises: ModelError when a config does not make a model, or the noise schedule cannot be trained with."""
 
     def make() -> dict[str, Any]:
@@ -52,4 +52,4 @@ def known(location: BaseLocation) -> Known:
     table = remembered("outlines", content_key("sd 1", identity(location)), make)
     outlines = {name: Outline.from_table(outline) for name, outline in table["outlines"].items()}
     width, height = table["size"]
-    return Known(outlines, table["vae_parameters"], table["factor"], (width, height))
+    return Facts(outlines, table["vae_parameters"], table["factor"], (width, height))
