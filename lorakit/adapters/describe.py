@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lorakit.adapters import formats, gguf_lora
 from lorakit.adapters.files import configured
+from lorakit.adapters.outline import adaptable
 from lorakit.adapters.pieces import Piece
-from lorakit.adapters.targets import adaptable
 
 _BLOCK = re.compile(
     r"((?:.*?\.)?layers\.\d+|(?:down|up)_blocks\.\d+|mid_block|blk\.\d+"

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lorakit.adapters import formats, gguf_lora
 from lorakit.adapters.delta import Delta, SavedAdapter
+from lorakit.adapters.outline import adaptable
 from lorakit.adapters.patterns import number, targeted
 from lorakit.adapters.pieces import CONFIG, WEIGHTS, Piece, located, open_pieces
-from lorakit.adapters.targets import adaptable, fit
+from lorakit.adapters.targets import fit
 from lorakit.errors import ModelError
 
 __all__ = ["WEIGHTS", "assemble", "configured", "read_adapter"]

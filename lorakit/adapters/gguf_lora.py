@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.targets import adaptable
+from lorakit.adapters.outline import adaptable
 from lorakit.errors import ModelError
 from lorakit.storage.gguf_header import Items, read_gguf
 

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta, merged
 from lorakit.adapters.linear import LoraLinear
-from lorakit.adapters.targets import Injection, fit, injection, plan
+from lorakit.adapters.outline import Outline
+from lorakit.adapters.targets import Injection, fit, injection
 from lorakit.errors import ModelError
 from lorakit.recipe.schema import Adapter
 
 __all__ = [
     "NAME", "adapter_parameters", "adapter_state", "apply", "fold", "inject", "load_adapter_state",
-    "lora_layers", "plan", "set_scale", "without_adapter",
+    "lora_layers", "set_scale", "without_adapter",
 ]  # fmt: skip
 
 NAME = "default"
@@ -40,7 +41,7 @@ def inject(model: nn.Module, adapter: Adapter, groups: Mapping[str, Sequence[str
     Raises RecipeError when a target or pattern matches nothing, a layer does not exist, a weight is shared, or the
     rank is more than a layer's features.
     """
-    found = injection(model, adapter, groups)
+    found = injection(Outline.of(model), adapter, groups)
     ranks = {target.name: target.rank for target in found.targets}
     options = {"lora_dropout": adapter.dropout, "use_rslora": adapter.rslora, "use_dora": adapter.dora}
     wrapped = _wrap(model, ranks, found.alphas, NAME, options)

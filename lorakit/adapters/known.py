@@ -5,14 +5,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lorakit.adapters.write import Version
 
-# transformers checks keywords against types that these tables do not have
-_text_config: Any = CLIPTextConfig
 _SECOND_CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
 _BIG_CLIP = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
 _CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
@@ -42,12 +38,17 @@ UNETS: Mapping[Version, dict[str, Any]] = {
 @lru_cache(maxsize=1)
 def known_models(version: Version) -> dict[str, nn.Module]:
     """The components of a published Stable Diffusion that can have LoRA, on the meta device."""
+    from diffusers import UNet2DConditionModel  # takes seconds to import, for nothing with a language model
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    # transformers checks keywords against types that these tables do not have
     unet: Any = UNet2DConditionModel
+    config: Any = CLIPTextConfig
     with torch.device("meta"):
         models: dict[str, nn.Module] = {"unet": unet(**UNETS[version])}
-        models["text_encoder"] = CLIPTextModel(_text_config(**(_SECOND_CLIP if version == "sd_v2" else _CLIP)))
+        models["text_encoder"] = CLIPTextModel(config(**(_SECOND_CLIP if version == "sd_v2" else _CLIP)))
         if version == "sdxl_base_v1-0":
-            models["text_encoder_2"] = CLIPTextModelWithProjection(_text_config(**_BIG_CLIP, projection_dim=1280))
+            models["text_encoder_2"] = CLIPTextModelWithProjection(config(**_BIG_CLIP, projection_dim=1280))
     return models
 
 

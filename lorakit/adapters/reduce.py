@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta, SavedAdapter
-from lorakit.adapters.targets import adaptable
+from lorakit.adapters.outline import adaptable
 from lorakit.errors import ModelError, RecipeError
 from lorakit.numerics.low_rank import factor, thin
 from lorakit.storage import checks

@@ -1,9 +1,9 @@
-"""Which layers get LoRA, and with which rank and alpha: names and patterns against a model, on any device or none."""
+"""Which layers get LoRA, and with which rank and alpha: names and patterns against a model's outline."""
 
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lorakit.adapters.delta import Delta
+from lorakit.adapters.outline import Outline, adaptable, kernel_of, sizes
 from lorakit.errors import ModelError, RecipeError
 from lorakit.recipe.schema import Adapter
 
@@ -44,27 +45,6 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
-def adaptable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Every layer that can have LoRA; a wrapped one under its own path."""
-    found: dict[str, nn.Linear | nn.Conv2d] = {}
-    for name, module in model.named_modules():
-        inside_lora = not {"lora_A", "lora_B"}.isdisjoint(name.split("."))
-        if not inside_lora and (
-            isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-        ):
-            found[name.removesuffix(".base_layer")] = module
-    return found
-
-
-def sizes(layer: nn.Linear | nn.Conv2d | nn.Embedding) -> tuple[int, int]:
-    """Features in and out, or channels; of an embedding [V, D] D and V, like the head's that shares its weight."""
-    if isinstance(layer, nn.Embedding):
-        return layer.embedding_dim, layer.num_embeddings
-    if isinstance(layer, nn.Conv2d):
-        return layer.in_channels, layer.out_channels
-    return layer.in_features, layer.out_features
-
-
 def near(pattern: str, names: Sequence[str]) -> str:
     """A hint: the names most like ``pattern``, by their last one and two parts."""
     ends = sorted({".".join(name.split(".")[-count:]) for name in names for count in (1, 2)})
@@ -76,12 +56,10 @@ def _none(field: str, pattern: str, names: Sequence[str]) -> RecipeError:
     return RecipeError(f"{pattern!r} matches no layer of the model", where=field, hint=near(pattern, names))
 
 
-def _select(model: nn.Module, adapter: Adapter, groups: Mapping[str, Sequence[str]]) -> list[str]:
-    layers = adaptable(model)
+def _select(outline: Outline, adapter: Adapter, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    layers = outline.layers
     if adapter.targets == "all-linear":
-        find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
-        head = find_head()
-        chosen = [n for n, layer in layers.items() if isinstance(layer, nn.Linear) and layer is not head]
+        chosen = [name for name, layer in layers.items() if not layer.kernel and not layer.head]
     else:
         if isinstance(adapter.targets, str) and adapter.targets not in groups:
             raise RecipeError(f"{adapter.targets!r} is not known for this model", where="adapter.targets")
@@ -114,39 +92,32 @@ def _by_pattern(field: str, table: Mapping[str, float], names: Sequence[str]) ->
     }
 
 
-def injection(model: nn.Module, adapter: Adapter, groups: Mapping[str, Sequence[str]]) -> Injection:
+def injection(outline: Outline, adapter: Adapter, groups: Mapping[str, Sequence[str]]) -> Injection:
     """The recipe's section worked out against a model. RecipeError as ``inject`` says."""
-    names, layers = _select(model, adapter, groups), adaptable(model)
+    names = _select(outline, adapter, groups)
     ranks = _by_pattern("adapter.rank_pattern", adapter.rank_pattern, names)
     alphas = _by_pattern("adapter.alpha_pattern", adapter.alpha_pattern, names)
-    owners: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     targets = []
     for name in names:
-        target = Target(name, *sizes(layers[name]), rank=int(ranks.get(name, adapter.rank)))
+        layer = outline.layers[name]
+        target = Target(name, layer.inputs, layer.outputs, rank=int(ranks.get(name, adapter.rank)))
         if target.rank > min(target.inputs, target.outputs):
             raise RecipeError(
                 f"rank {target.rank} is more than {name} has: {target.inputs} in, {target.outputs} out",
                 where="adapter.rank",
             )
-        if owners[id(layers[name].weight)] > 1:
+        if layer.shared:
             raise RecipeError(f"{name} shares its weight with another layer", where="adapter.targets")
         targets.append(target)
     alphas = {name: alphas.get(name, adapter.alpha) for name in names}
-    return Injection(adapter, tuple(targets), alphas, suffixes(model, names))
+    return Injection(adapter, tuple(targets), alphas, suffixes(outline.modules, names))
 
 
-def suffixes(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Ends of module paths that pick out exactly ``names``; the full paths where no ends do."""
+def suffixes(modules: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Ends of the paths of all ``modules`` that pick out exactly ``names``; the full paths where no ends do."""
     ends = {m[0] for name in names if (m := re.search(r"[^.]+(\.\d+)*$", name))}
-    picked = {n for n, _ in model.named_modules() if n in ends or n.endswith(tuple(f".{end}" for end in ends))}
+    picked = {name for name in modules if name in ends or name.endswith(tuple(f".{end}" for end in ends))}
     return tuple(sorted(ends)) if picked == set(names) else tuple(names)
-
-
-def plan(model: nn.Module, adapter: Adapter, groups: Mapping[str, Sequence[str]]) -> list[Target]:
-    """The layers that ``inject`` would give LoRA to; ``model`` may be on the meta device. RecipeError as there."""
-    return list(injection(model, adapter, groups).targets)
 
 
 def fit(model: nn.Module, deltas: Mapping[str, Delta]) -> dict[str, str]:
@@ -163,8 +134,7 @@ def fit(model: nn.Module, deltas: Mapping[str, Delta]) -> dict[str, str]:
         if path is None:
             raise ModelError("the base has no such module", where=key, hint=near(key, list(layers)))
         layer = layers[path]
-        kernel = layer.kernel_size if isinstance(layer, nn.Conv2d) else ()
-        shape = (*reversed(sizes(layer)), *kernel)
+        shape = (*reversed(sizes(layer)), *kernel_of(layer))
         if delta.shape != shape:
             raise ModelError(f"the adapter is for a weight {delta.shape}, the base has {shape}", where=key)
         paths[key] = path

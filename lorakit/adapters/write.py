@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, TaskType
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta, rescaled
 from lorakit.adapters.formats import diffusers_name, is_xl, kohya_names
+from lorakit.adapters.outline import adaptable
 from lorakit.adapters.pieces import CONFIG, WEIGHTS
-from lorakit.adapters.targets import Injection, Target, adaptable, suffixes
+from lorakit.adapters.targets import Injection, Target, suffixes
 from lorakit.errors import ModelError
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.atomic import write_bytes, write_text
@@ -58,7 +58,7 @@ def taken_apart(changes: Mapping[str, Delta], model: nn.Module | None) -> tuple[
     rank = Counter(target.rank for target in targets).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     adapter = Adapter(rank=rank, alpha=alpha, dora=with_dora.pop())
-    ends = tuple(changes) if model is None else suffixes(model, list(changes))
+    ends = tuple(changes) if model is None else suffixes((name for name, _ in model.named_modules()), list(changes))
     return state, Injection(adapter, tuple(targets), alphas, ends)
 
 
@@ -118,6 +118,8 @@ def write_peft(
 
 def peft_config(injection: Injection, base_name: str, task: Literal["CAUSAL_LM"] | None = None) -> dict[str, Any]:
     """The table of adapter_config.json."""
+    from peft import LoraConfig, TaskType  # takes seconds to import, for nothing with the other formats
+
     adapter = injection.adapter
     config = LoraConfig(
         task_type=None if task is None else TaskType(task),

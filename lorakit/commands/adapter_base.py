@@ -67,12 +67,13 @@ def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":
     import torch
 
     if location.family == "sd":
-        from lorakit.families.sd.plan import skeleton as sd_skeleton
+        from lorakit.families.sd.skeleton import skeleton as sd_skeleton
 
         return sd_skeleton(location, torch.float32).adaptable
     from transformers import AutoModelForCausalLM
 
-    from lorakit.families.llama.base import as_folder, load_config
+    from lorakit.families.llama.base import as_folder
+    from lorakit.families.llama.library import load_config
 
     causal: Any = AutoModelForCausalLM
     with torch.device("meta"):

@@ -31,7 +31,8 @@ def run(path: Path, overrides: Sequence[str], rows: int) -> None:
 
 def _chats(recipe: LlamaRecipe, rows: int, console: Console) -> None:
     from lorakit.data.show import show_row, token_histogram
-    from lorakit.families.llama.base import find_base, load_data
+    from lorakit.families.llama.base import find_base
+    from lorakit.families.llama.library import load_data
     from lorakit.training.device import choose
 
     _, dtype = choose(recipe.compute)
@@ -70,20 +71,18 @@ def painted(row: "ShownRow", *, marks: bool) -> Text:
 
 
 def _pictures(recipe: SDRecipe, rows: int, console: Console) -> None:
-    import torch
-
+    from lorakit.data.arrange import held_out_ids, sizes_of
     from lorakit.data.captions import with_trigger
     from lorakit.data.images import choose_bucket, decode
     from lorakit.data.pictures import Picture, Rejects, find_pictures
     from lorakit.errors import DataError
-    from lorakit.families.sd.base import find_base
-    from lorakit.families.sd.plan import skeleton
-    from lorakit.families.sd.prepare import held_out_ids, sizes_of
+    from lorakit.families.sd.facts import facts_of
+    from lorakit.families.sd.find import find_base
 
     data = recipe.data
     rejects = Rejects(data.on_bad)
-    bones = skeleton(find_base(recipe.base), torch.float32)
-    sizes = sizes_of(data, bones.factor, bones.size)
+    base = facts_of(find_base(recipe.base))
+    sizes = sizes_of(data, base.factor, base.size)
     counts = [0] * len(sizes)
     usable: list[tuple[Picture, tuple[int, int], int]] = []
     for picture in find_pictures(data, rejects):

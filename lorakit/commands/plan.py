@@ -13,7 +13,7 @@ from lorakit.recipe.schema import LlamaRecipe, Optimizer, SDRecipe
 if TYPE_CHECKING:
     from lorakit.families.llama.plan import LlamaPlan
     from lorakit.families.place import Place
-    from lorakit.families.sd import SDPlan
+    from lorakit.families.sd.plan import SDPlan
 
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion_8bit": 1.02}
 """Optimizer state a trainable parameter: two float32 moments, or one byte a moment and a float32 scale a 256 block."""
@@ -57,7 +57,7 @@ def _plan(recipe: SDRecipe | LlamaRecipe, place: "Place", processes: int) -> "Ll
 
     layout = Layout(recipe.train.seed, recipe.train.batch_size, recipe.compute.gradient_accumulation, 0, processes)
     if isinstance(recipe, SDRecipe):
-        from lorakit.families import sd
+        from lorakit.families.sd import plan as sd
 
         return sd.plan(recipe.base, recipe.adapter, recipe.data, layout, place)
     from lorakit.families.llama import plan as llama

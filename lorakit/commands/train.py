@@ -103,7 +103,7 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
 def load_task(recipe: SDRecipe | LlamaRecipe, layout: "Layout", place: "Place") -> "Task":
     """The finished task of the recipe's family."""
     if isinstance(recipe, SDRecipe):
-        from lorakit.families import sd
+        from lorakit.families.sd import task as sd
 
         learning = sd.Learning.of(recipe.train, recipe.optimizer)
         return sd.load(recipe.base, recipe.adapter, recipe.data, learning, recipe.sample, layout, place)

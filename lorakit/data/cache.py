@@ -10,9 +10,12 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, uint8
@@ -45,6 +48,11 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.cpu().flatten().view(uint8).numpy().data)
     return digest.hexdigest()
+
+
+def versions(*libraries: str) -> str:
+    """Their versions as a part of a key."""
+    return " ".join(f"{library} {version(library)}" for library in libraries)
 
 
 class TensorCache:
@@ -103,3 +111,20 @@ class TensorCache:
             hint = "free some space" if full else "set LORAKIT_CACHE to a folder that can be written"
             reason = f"the cache cannot be written: {error.strerror}"
             raise ResourceError(reason, where=str(path.parent), hint=hint) from error
+
+    def offer(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """``write``, where the entry only saves time: that it cannot be written is a warning."""
+        try:
+            self.write(key, tensors)
+        except ResourceError as error:
+            logger.warning("%s", error)
+
+
+def remembered(kind: str, key: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, a JSON value, made once for equal keys of a kind."""
+    cache = TensorCache(default_folder() / kind)
+    if not cache.holds(key):
+        text = json.dumps(make())
+        cache.offer(key, {"json": torch.frombuffer(bytearray(text.encode()), dtype=uint8)})
+        return json.loads(text)
+    return json.loads(cache.read(key)["json"].numpy().tobytes())

@@ -1,12 +1,15 @@
 """The token rows that a LLaMA trains on, and what became of the data on the way."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from lorakit.data.chat import Example
+from lorakit.data.cache import content_key
 from lorakit.data.chat_sources import read_split
+from lorakit.data.encoded import encode
 from lorakit.data.records import OnBad, fail
+from lorakit.data.templates import named_source
 from lorakit.data.tokens import Encoded, Renderer
 from lorakit.errors import DataError
 from lorakit.recipe.schema import ChatData
@@ -59,33 +62,19 @@ class ChatSet:
         return lines
 
 
-def load_chats(data: ChatData, tokenizer: Any, seed: int) -> ChatSet:
+def load_chats(data: ChatData, tokenizer: Callable[[], Any], seed: int, identity: str) -> ChatSet:
     """Read, split, weigh and encode a recipe's chats; the same ones on every rank.
 
+    ``tokenizer`` is called only for rows that are not in the cache; ``identity`` says all that it is made from.
     Raises DataError for a bad row (``on_bad: fail``) or when no training row is left, ModelError for a tokenizer or
     template that will not do.
     """
-    renderer = Renderer(tokenizer, data.chat_template, data.max_tokens)
     split = read_split(data, seed)
     on_bad: OnBad = split.skipped if data.on_bad == "skip" else fail
-    known: dict[int, list[Encoded]] = {}
-    train, held_out = (_encode(part, renderer, on_bad, known) for part in (split.train, split.held_out))
+    renderer = cache(lambda: Renderer(tokenizer(), data.chat_template, data.max_tokens))
+    identity = content_key(identity, named_source(data.chat_template), data.max_tokens)
+    rows = encode((*split.train, *split.held_out), renderer, identity, on_bad)
+    train, held_out = (tuple(row for e in part for row in rows[id(e)]) for part in (split.train, split.held_out))
     if not train:
         raise DataError("no training row is left", where="data.train", hint="the skipped rows say why")
-    return ChatSet(tuple(train), tuple(held_out), tuple(split.skipped.errors), split.repeated)
-
-
-def _encode(
-    part: Iterable[Example], renderer: Renderer, on_bad: OnBad, known: dict[int, list[Encoded]]
-) -> list[Encoded]:
-    """Rows in order; an example that comes again (by identity) is encoded once."""
-    rows: list[Encoded] = []
-    for example in part:
-        if id(example) not in known:
-            known[id(example)] = []
-            try:
-                known[id(example)] = renderer.encode(example)
-            except DataError as error:
-                on_bad(error)
-        rows += known[id(example)]
-    return rows
+    return ChatSet(train, held_out, tuple(split.skipped.errors), split.repeated)

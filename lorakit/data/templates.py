@@ -44,6 +44,17 @@ NAMED = {
 }
 
 
+def named_source(name: str | None) -> str:
+    """The source of a template that is not the tokenizer's own: of ``NAMED``, or a file's; else what it was called."""
+    if name in NAMED:
+        return NAMED[name].source
+    return Path(name).read_text(encoding="utf-8") if name is not None and _is_file(name) else repr(name)
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".jinja") and Path(name).is_file()
+
+
 def find_template(tokenizer: Any, name: str | None) -> "ChatTemplate":
     """The tokenizer's own template (``name`` None), one of ``NAMED``, or a ``.jinja`` file's.
 
@@ -60,12 +71,12 @@ def find_template(tokenizer: Any, name: str | None) -> "ChatTemplate":
             raise ModelError(
                 f"the tokenizer has no {' '.join(missing)}, which {name} needs", where="data.chat_template"
             )
-        return ChatTemplate(tokenizer, NAMED[name].source, name)
-    if not name.endswith(".jinja") or not Path(name).is_file():
+        return ChatTemplate(tokenizer, named_source(name), name)
+    if not _is_file(name):
         raise DataError(
             f"no template {name!r}", where="data.chat_template", hint=f"{', '.join(NAMED)}, or a .jinja file's path"
         )
-    return ChatTemplate(tokenizer, Path(name).read_text(encoding="utf-8"), name)
+    return ChatTemplate(tokenizer, named_source(name), name)
 
 
 class ChatTemplate:

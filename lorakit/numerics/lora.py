@@ -51,7 +51,9 @@ def lora_linear(
     """
     if any(tensor is not None and tensor.requires_grad for tensor in base):
         raise ValueError("lora_linear gives no gradient to the base; freeze it")
-    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+    keep = None
+    if dropout:
+        keep = torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format).bernoulli_(1 - dropout)
     m, factor = None, None
     if magnitude is not None:
         m = magnitude.m

@@ -13,9 +13,18 @@ from typing import Literal
 from lorakit.errors import ModelError
 from lorakit.storage import checks
 from lorakit.storage.gguf_base import check_gguf
-from lorakit.storage.headers import read_header
+from lorakit.storage.headers import read_header, read_text
 
-__all__ = ["BaseLocation", "digest", "file_digest", "read_header", "remember_digest", "resolve", "weight_files"]
+__all__ = [
+    "BaseLocation",
+    "description",
+    "digest",
+    "file_digest",
+    "read_header",
+    "remember_digest",
+    "resolve",
+    "weight_files",
+]
 
 Layout = Literal["diffusers", "transformers", "single-file", "gguf"]
 
@@ -29,6 +38,8 @@ HUB_PATTERNS = [
 ]  # fmt: skip
 """What a model of either family needs; pickles, code, half-precision copies and pictures stay where they are."""
 
+TEXTS = {".json", ".jinja", ".txt", ".model", ".yaml"}
+"""Files of a base that say what it is, tokenizers among them."""
 
 _digests: dict[tuple[Path, int, int], bytes] = {}
 
@@ -161,6 +172,22 @@ def digest(location: BaseLocation) -> str:
     for file in weight_files(location):
         total.update(f"{file.relative_to(root).as_posix()}\0".encode())
         total.update(file_digest(file))
+    return total.hexdigest()
+
+
+def description(location: BaseLocation) -> str:
+    """SHA-256, in hex, over all that libraries read of a base but its weights' numbers: configurations, vocabularies,
+    chat templates, and the names and shapes of its tensors. Of a GGUF file it is ``digest``."""
+    if location.layout == "gguf":
+        return digest(location)
+    total = hashlib.sha256()
+    folder = location.path if location.path.is_dir() else location.path.parent
+    beside = location.path.with_suffix(".yaml")
+    files = checks.files_of(folder) if location.path.is_dir() else [location.path, *[beside][: beside.is_file()]]
+    for file in files:
+        if file.suffix in TEXTS or file.suffix == ".safetensors":
+            content = read_text(file) if file.suffix == ".safetensors" else file.read_bytes()
+            total.update(f"{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     return total.hexdigest()
 
 

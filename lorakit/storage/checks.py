@@ -92,7 +92,7 @@ def check_folder(root: Path) -> None:
     """Refuse code, pipes and devices, and links that lead out of the folder unless they are a hub cache's blobs."""
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     inside = root.resolve()
-    for path in _walk(root):
+    for path in files_of(root):
         if path.suffix.lower() in CODE:
             raise ModelError("the base brings code, which is never run", where=str(path))
         if path.is_symlink():
@@ -108,7 +108,7 @@ def check_folder(root: Path) -> None:
                     raise ModelError(f"{key}: the base asks for code of its own, which is never run", where=str(path))
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def files_of(root: Path) -> Iterator[Path]:
     """Every file below a model's folder, hidden folders left out. A folder that is a link is refused."""
     for below, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -74,12 +74,8 @@ def _parse(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))), metadata
 
 
-def read_header(path: Path) -> Header:
-    """The checked header of a safetensors file.
-
-    Raises ModelError when the file is absent or truncated, the header is malformed or oversized, or tensors overlap,
-    leave holes, or do not take the bytes that their dtype and shape say.
-    """
+def read_text(path: Path) -> bytes:
+    """A file's header as it stands there, unchecked. Raises ModelError when the file has not that much."""
     if not path.is_file():
         raise ModelError("no such file", where=str(path))
     size = path.stat().st_size
@@ -91,7 +87,17 @@ def read_header(path: Path) -> Header:
                 where=str(path),
                 hint="get the file again",
             )
-        text = file.read(length)
+        return file.read(length)
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of a safetensors file.
+
+    Raises ModelError when the file is absent or truncated, the header is malformed or oversized, or tensors overlap,
+    leave holes, or do not take the bytes that their dtype and shape say.
+    """
+    text = read_text(path)
+    size, start = path.stat().st_size, 8 + len(text)
     try:
         tensors, metadata = _parse(text)
         place = 0
@@ -101,10 +107,10 @@ def read_header(path: Path) -> Header:
             place = info.end
     except (ValueError, RecursionError) as error:
         raise ModelError(f"broken safetensors header: {error}", where=str(path)) from error
-    if 8 + length + place != size:
+    if start + place != size:
         raise ModelError(
-            f"truncated or overlong: its tensors take {8 + length + place} bytes, the file has {size}",
+            f"truncated or overlong: its tensors take {start + place} bytes, the file has {size}",
             where=str(path),
             hint="get the file again",
         )
-    return Header(tensors, metadata, 8 + length)
+    return Header(tensors, metadata, start)

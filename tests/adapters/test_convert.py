@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lorakit.adapters.convert import Conversion, convert
 from lorakit.adapters.delta import Delta, SavedAdapter
 from lorakit.adapters.files import read_adapter
-from lorakit.adapters.targets import adaptable
+from lorakit.adapters.outline import adaptable
 from lorakit.errors import ConflictError, ModelError, RecipeError
 from tests.tiny import tiny_sd_unet, tiny_sdxl_unet
 

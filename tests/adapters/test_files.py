@@ -18,7 +18,8 @@ from lorakit.adapters.delta import product
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.formats import kohya_names, kohya_table
 from lorakit.adapters.inject import adapter_state, apply, inject, load_adapter_state
-from lorakit.adapters.targets import Injection, adaptable
+from lorakit.adapters.outline import adaptable
+from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import deltas, write_kohya, write_peft
 from lorakit.errors import ModelError
 from lorakit.recipe.schema import Adapter

@@ -1,6 +1,8 @@
 """LoRA put into real tiny models, compared with PEFT's own API and with the paper's formula in plain PyTorch."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,11 @@ from lorakit.adapters.inject import (
     inject,
     load_adapter_state,
     lora_layers,
-    plan,
     set_scale,
     without_adapter,
 )
+from lorakit.adapters.outline import Outline
+from lorakit.adapters.targets import Target, injection
 from lorakit.errors import ModelError, RecipeError
 from lorakit.recipe.schema import Adapter
 from tests.tiny import tiny_llama, tiny_sd
@@ -135,11 +138,16 @@ def test_seed_decides_alone(folder: Path) -> None:
 
 
 def test_targets(model: LlamaForCausalLM) -> None:
-    assert len(plan(model, Adapter(rank=4, targets="attention+mlp"), LLAMA)) == 14
-    everything = plan(model, Adapter(rank=4, targets="all-linear"), LLAMA)
+    outline = Outline.of(model)
+
+    def chosen(**options: Any) -> tuple[Target, ...]:
+        return injection(outline, Adapter(rank=4, **options), LLAMA).targets
+
+    assert len(chosen(targets="attention+mlp")) == 14
+    everything = chosen(targets="all-linear")
     assert len(everything) == 14
     assert all(target.name != "lm_head" for target in everything)
-    one = plan(model, Adapter(rank=4, targets=["layers.*.mlp.*"], layers=[1]), LLAMA)
+    one = chosen(targets=["layers.*.mlp.*"], layers=[1])
     assert [tuple(t) for t in one] == [
         ("model.layers.1.mlp.gate_proj", 32, 64, 4),
         ("model.layers.1.mlp.up_proj", 32, 64, 4),
@@ -147,13 +155,16 @@ def test_targets(model: LlamaForCausalLM) -> None:
     ]
 
 
-def test_plan_on_meta_equals_injection(sd: Path) -> None:
+def test_an_outline_on_meta_is_enough_for_an_injection(sd: Path) -> None:
     config = UNet2DConditionModel.load_config(sd / "unet")
     with torch.device("meta"):
         empty = UNet2DConditionModel.from_config(config)
-    planned = plan(empty, Adapter(rank=4), UNET)
+    outline = Outline.of(empty)
+    planned = injection(outline, Adapter(rank=4), UNET).targets
     unet = UNet2DConditionModel.from_pretrained(sd / "unet")
-    assert tuple(planned) == inject(unet, Adapter(rank=4), UNET, seed=0).targets
+    assert planned == inject(unet, Adapter(rank=4), UNET, seed=0).targets
+    assert Outline.of(unet).layers == outline.layers
+    assert Outline.from_table(json.loads(json.dumps(outline.as_table()))) == outline
     assert len(planned) == len(
         [n for n, _ in empty.named_modules() if n.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
     )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.adapters.targets import adaptable
+from lorakit.adapters.outline import adaptable
 from lorakit.adapters.write import taken_apart, write_peft
 from lorakit.commands.adapter_base import meta_models
 from lorakit.storage.atomic import sha256

@@ -17,7 +17,8 @@ from lorakit.adapters.convert import convert
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import adapter_state, inject, load_adapter_state
 from lorakit.adapters.write import write_peft
-from lorakit.families.llama.base import GROUPS, as_folder, load_model, load_tokenizer
+from lorakit.families.llama.base import GROUPS, as_folder
+from lorakit.families.llama.library import load_model, load_tokenizer
 from lorakit.families.place import Place
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import resolve

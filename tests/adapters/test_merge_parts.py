@@ -21,7 +21,7 @@ from lorakit.adapters.nf4 import NF4Source
 from lorakit.adapters.source import FileSource
 from lorakit.errors import ModelError
 from lorakit.families.llama import compare as llama_compare
-from lorakit.families.llama.base import load_model
+from lorakit.families.llama.library import load_model
 from lorakit.families.place import Place
 from lorakit.storage.bases import resolve
 from tests.tiny import tiny_llama, tiny_tokenizer

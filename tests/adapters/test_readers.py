@@ -17,8 +17,8 @@ from lorakit.adapters.delta import Delta, SavedAdapter, product
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.formats import kohya_names, kohya_table
 from lorakit.adapters.known import known_models, recognise
+from lorakit.adapters.outline import adaptable
 from lorakit.adapters.sgm import original_paths
-from lorakit.adapters.targets import adaptable
 from tests.adapters.test_convert import random_delta
 from tests.tiny import tiny_gguf, tiny_llama, tiny_sd, tiny_sdxl
 

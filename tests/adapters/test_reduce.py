@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from lorakit.adapters.delta import SavedAdapter, product
 from lorakit.adapters.files import read_adapter
+from lorakit.adapters.outline import adaptable
 from lorakit.adapters.reduce import extract, resize
-from lorakit.adapters.targets import adaptable
 from lorakit.cli import app
 from lorakit.commands.adapter_base import meta_models
 from lorakit.errors import ModelError

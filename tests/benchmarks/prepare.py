@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit.commands.train import load_task
-from lorakit.families.llama.base import as_folder, find_base, load_config, load_tokenizer
+from lorakit.families.llama.base import as_folder, find_base
+from lorakit.families.llama.library import load_config, load_tokenizer
 from lorakit.families.llama.task import LlamaTask
 from lorakit.families.place import Place
 from lorakit.families.sd.task import SDTask

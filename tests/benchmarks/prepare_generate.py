@@ -18,7 +18,8 @@ from lorakit.adapters.convert import convert
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import adapter_state, inject
 from lorakit.adapters.write import write_peft
-from lorakit.families.llama.base import GROUPS, as_folder, load_model
+from lorakit.families.llama.base import GROUPS, as_folder
+from lorakit.families.llama.library import load_model
 from lorakit.families.place import Place
 from lorakit.families.sd.base import load_parts
 from lorakit.families.sd.targets import UNET_GROUPS

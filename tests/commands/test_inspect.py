@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from lorakit.adapters.delta import product
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.known import known_models
-from lorakit.adapters.targets import adaptable
+from lorakit.adapters.outline import adaptable
 from lorakit.adapters.write import taken_apart, write_kohya, write_peft
 from lorakit.cli import app
 from lorakit.commands.adapter_base import meta_models

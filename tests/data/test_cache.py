@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorakit.data.cache import TensorCache, content_key, default_folder
+from lorakit.data.cache import TensorCache, content_key, default_folder, remembered
 from lorakit.errors import DataError, ResourceError
 
 KEY = content_key(b"picture", "transform", 512)
@@ -100,3 +100,29 @@ def test_the_folder_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, 
     assert default_folder() == tmp_path
     monkeypatch.delenv("LORAKIT_CACHE")
     assert default_folder() == Path.home() / ".cache" / "lorakit"
+
+
+def test_a_value_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
+    made = []
+
+    def make() -> dict[str, object]:
+        made.append(1)
+        return {"sizes": (3, 4), "name": "é"}
+
+    found = [remembered("facts", key, make) for key in (KEY, KEY, content_key("other"))]
+    assert found == [{"sizes": [3, 4], "name": "é"}] * 3  # as JSON has it, the first time too
+    assert len(made) == 2
+    path = TensorCache(tmp_path / "facts").path(KEY)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert remembered("facts", KEY, make) == found[0]
+    assert len(made) == 3
+
+
+def test_a_value_that_cannot_be_kept_is_made_each_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "file"))
+    assert [remembered("facts", KEY, lambda: 1) for _ in range(2)] == [1, 1]
+    assert caplog.text.count("the cache cannot be written") == 2

@@ -223,13 +223,13 @@ def test_load_chats_counts_what_became_of_the_rows(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ChatData(train=[{"path": str(path), "weight": 2}], held_out=0.2, max_tokens=40, on_bad="skip")
-    chats = load_chats(data, tokenizer, seed=0)
+    chats = load_chats(data, lambda: tokenizer, 0, "tiny")
     assert (len(chats.train), len(chats.held_out)) in {(10, 1), (12, 0)}
     assert [error.where for error in chats.skipped] == [f"{path}:3"]
     assert chats.cut[0] > 0
     assert max(len(row.tokens) for row in chats.train) <= 40
-    assert chats.fingerprint() == load_chats(data, tokenizer, seed=0).fingerprint()
-    other = load_chats(data.model_copy(update={"max_tokens": 41}), tokenizer, seed=0)
+    assert chats.fingerprint() == load_chats(data, lambda: tokenizer, 0, "tiny").fingerprint()
+    other = load_chats(data.model_copy(update={"max_tokens": 41}), lambda: tokenizer, 0, "tiny")
     assert chats.fingerprint() != other.fingerprint()
     assert any("max_tokens" in note for note in chats.notes())
 

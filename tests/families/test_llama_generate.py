@@ -14,8 +14,9 @@ from lorakit.adapters.inject import adapter_state, inject
 from lorakit.adapters.write import write_peft
 from lorakit.data.chat import Message
 from lorakit.errors import ModelError, NonFiniteError, RecipeError
-from lorakit.families.llama.base import GROUPS, find_base, load_model, load_tokenizer
+from lorakit.families.llama.base import GROUPS, find_base
 from lorakit.families.llama.generate import Settings, choose, open_chat
+from lorakit.families.llama.library import load_model, load_tokenizer
 from lorakit.families.place import Place
 from lorakit.recipe.schema import Adapter, LlamaBase
 from lorakit.storage.bases import resolve

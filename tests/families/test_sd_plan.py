@@ -1,24 +1,64 @@
 """The plan against what loading really makes: modules, parameters, examples, and the memory that autograd keeps."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import save_file
 
+import lorakit.families.sd.skeleton
+from lorakit.data.arrange import resolution_of, sizes_of
 from lorakit.errors import DataError, ModelError, RecipeError
-from lorakit.families import sd
 from lorakit.families.place import Place
-from lorakit.families.sd.prepare import resolution_of, sizes_of
+from lorakit.families.sd import activations
+from lorakit.families.sd import task as sd
+from lorakit.families.sd.base import load_parts
+from lorakit.families.sd.plan import plan
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
-from tests.tiny import tiny_sd
+from lorakit.storage.bases import resolve
+from tests.families.test_sdxl_single_file import original_tensors
+from tests.tiny import tiny_clip_tokenizer, tiny_sd, tiny_sd_unet, tiny_sdxl
+
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sd(tmp_path_factory.mktemp("base") / "sd")
+def tiny_sd_2(folder: Path) -> Path:
+    """SD 2's projections and prediction."""
+    small = dict(tiny_sd_unet().config) | {"use_linear_projection": True}
+    UNet2DConditionModel.from_config(small).save_pretrained(tiny_sd(folder, "v_prediction") / "unet")
+    return folder
+
+
+def single_file(folder: Path) -> Path:
+    file = folder.with_suffix(".safetensors")
+    base = resolve(str(tiny_sdxl(folder)))
+    save_file(original_tensors(load_parts(base, place())), file)
+    tiny_clip_tokenizer().save_pretrained(folder.parent / "tokenizer")
+    return file
+
+
+BASES: dict[str, Callable[[Path], Path]] = {
+    "1.x": tiny_sd,
+    "2.x": tiny_sd_2,
+    "xl": tiny_sdxl,
+    "xl, a single file": single_file,
+}
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return BASES[request.param](tmp_path_factory.mktemp("base") / "sd")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def place(checkpointing: bool = False) -> Place:
-    return Place(torch.device("cpu"), torch.float32, checkpointing)
+    return Place(CPU, torch.float32, checkpointing)
 
 
 @pytest.mark.parametrize(
@@ -40,19 +80,18 @@ def place(checkpointing: bool = False) -> Place:
     [
         SDAdapter(rank=2),
         SDAdapter(rank=3, targets="attention+mlp", text_encoder=True),
-        SDAdapter(rank=2, targets=["to_q", "fc1"], rank_pattern={"fc1": 4}, text_encoder=True),
-        SDAdapter(rank=2, targets="all-linear", dora=True),
+        SDAdapter(rank=2, targets=["to_q", "conv1", "fc1"], rank_pattern={"fc1": 4}, text_encoder=True),
+        SDAdapter(rank=2, targets="all-linear", dora=True, dropout=0.1),
     ],
 )
 def test_the_plan_is_what_load_makes(
-    base: Path, folder: Path, adapter: SDAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, folder: Path, adapter: SDAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
     data = PictureData(path=str(folder), resolution=64, bucket_step=8, held_out=0.25, flip=True, repeats=2)
     layout = Layout(3, 4)
-    planned = sd.plan(SDBase(model=str(base)), adapter, data, layout, place())
+    planned = plan(SDBase(model=str(base)), adapter, data, layout, place())
     learning = sd.Learning.of(SDTrain(), SDOptimizer())
-    task = sd.load(SDBase(model=str(base)), adapter, data, learning, SDSample(), layout, place())
+    task = sd.load(SDBase(model=str(base)), adapter, data, learning, SDSample(prompts=["a"]), layout, place())
     state = task.adapter_state()
     assert planned.trainable_parameters == sum(t.numel() for t in state.values())
     assert {t.name for t in planned.modules} == {k.split(".lora_")[0] for k in state}
@@ -64,35 +103,66 @@ def test_the_plan_is_what_load_makes(
     assert planned.steps_per_epoch == task.steps_per_epoch
     sizes = [task.examples.buckets[e.bucket] for e in task.examples.train]
     assert planned.buckets == {size: sizes.count(size) for size in set(sizes)}
-    assert next(tmp_path.glob("latents")).is_dir()
+    no_libraries(monkeypatch)
+    assert plan(SDBase(model=str(base)), adapter, data, layout, place()) == planned
 
 
-def test_activations_are_what_autograd_keeps(base: Path, folder: Path) -> None:
-    data = PictureData(path=str(folder), resolution=64, bucket_step=8)
+def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a plan that asks diffusers for a model fails."""
 
-    def bytes_of(batch: int, checkpointing: bool = False) -> int:
-        plan = sd.plan(SDBase(model=str(base)), SDAdapter(rank=2), data, Layout(0, batch), place(checkpointing))
-        return plan.memory["activations"]
+    def refuse(*_: object) -> None:
+        raise AssertionError("a library is asked")
 
-    assert bytes_of(8) == pytest.approx(2 * bytes_of(4), rel=0.02)
-    assert bytes_of(8, checkpointing=True) < 0.5 * bytes_of(8)
+    monkeypatch.setattr(lorakit.families.sd.skeleton, "skeleton", refuse)
+    monkeypatch.setattr(activations, "skeleton", refuse)
 
 
-def test_a_plan_leaves_no_trace_and_refuses_like_load(
-    base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_keeps(
+    base: Path, folder: Path, dtype: torch.dtype, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    """Of any batch, by a forward pass for one number of pictures."""
+    data, adapter = PictureData(path=str(folder), resolution=64, bucket_step=8), SDAdapter(rank=2)
+    where = Place(CPU, dtype, checkpointing)
+    planned = {b: plan(SDBase(model=str(base)), adapter, data, Layout(0, b), where).memory for b in (1, 3, 8)}
+    for batch, memory in planned.items():
+        monkeypatch.setattr(activations, "MANY", batch)
+        whole, each = activations.activation_bytes(resolve(str(base)), adapter, (64, 64), where)
+        assert memory["activations"] == whole + batch * each > 0
+    if checkpointing:
+        plain = plan(SDBase(model=str(base)), adapter, data, Layout(0, 8), Place(CPU, dtype))
+        assert planned[8]["activations"] < 0.5 * plain.memory["activations"]
+
+
+def test_a_plan_refuses_like_load(base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = PictureData(path=str(folder), resolution=64, bucket_step=8)
-    sd.plan(SDBase(model=str(base)), SDAdapter(rank=2), data, Layout(0, 4), place())
-    assert not (tmp_path / "cache").exists()
-    for adapter, pictures, model, error in (
-        (SDAdapter(rank=2, targets=["to_qq"]), data, base, RecipeError),
-        (SDAdapter(rank=2), data.model_copy(update={"bucket_step": 6}), base, RecipeError),
-        (SDAdapter(rank=2), data.model_copy(update={"path": str(tmp_path)}), base, DataError),
-        (SDAdapter(rank=2), data, tmp_path / "absent", ModelError),
-    ):
-        with pytest.raises(error):
-            sd.plan(SDBase(model=str(model)), adapter, pictures, Layout(0, 4), place())
+    for _ in range(2):
+        for adapter, pictures, model, error in (
+            (SDAdapter(rank=2, targets=["to_qq"]), data, base, RecipeError),
+            (SDAdapter(rank=2), data.model_copy(update={"bucket_step": 6}), base, RecipeError),
+            (SDAdapter(rank=2), data.model_copy(update={"path": str(tmp_path)}), base, DataError),
+            (SDAdapter(rank=2), data, tmp_path / "absent", ModelError),
+        ):
+            with pytest.raises(error):
+                plan(SDBase(model=str(model)), adapter, pictures, Layout(0, 4), place())
+        no_libraries(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [("unet", "norm_num_groups", 0), ("unet", "down_block_types", ["X", "Y"]), ("scheduler", "beta_schedule", "steep")],
+)
+def test_a_base_that_changes_is_looked_at_anew(
+    folder: Path, tmp_path: Path, part: str, field: str, value: object
+) -> None:
+    model = tiny_sd(tmp_path / "sd")
+    data = PictureData(path=str(folder), resolution=64, bucket_step=8)
+    plan(SDBase(model=str(model)), SDAdapter(rank=2), data, Layout(0, 4), place())
+    config = model / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
+    with pytest.raises(ModelError):
+        plan(SDBase(model=str(model)), SDAdapter(rank=2), data, Layout(0, 4), place())
 
 
 def test_the_resolution_is_the_bases_own_where_the_recipe_gives_none() -> None:

@@ -12,13 +12,14 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 
+from lorakit.data.arrange import held_out_ids
 from lorakit.data.cache import TensorCache
 from lorakit.data.pictures import Picture
 from lorakit.errors import DataError, ModelError, RecipeError
 from lorakit.families.place import Place
-from lorakit.families.sd import Learning, SDTask, load
 from lorakit.families.sd.generate import DrawSettings, open_painter
-from lorakit.families.sd.prepare import TextStates, held_out_ids
+from lorakit.families.sd.prepare import TextStates
+from lorakit.families.sd.task import Learning, SDTask, load
 from lorakit.numerics.order import Draw, Layout
 from lorakit.recipe.schema import PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
 from lorakit.storage.bases import resolve

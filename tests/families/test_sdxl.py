@@ -16,9 +16,10 @@ from lorakit.adapters.files import read_adapter
 from lorakit.commands.adapter_base import meta_models
 from lorakit.data.images import cut_out
 from lorakit.errors import ModelError
-from lorakit.families import sd
 from lorakit.families.place import Place
+from lorakit.families.sd import task as sd
 from lorakit.families.sd.generate import DrawSettings, open_painter
+from lorakit.families.sd.plan import plan
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
 from lorakit.storage.bases import resolve
@@ -211,7 +212,7 @@ def test_formats_and_weights_add_up(make: Callable[..., sd.SDTask], base: Path, 
 def test_the_plan_is_what_load_makes(make: Callable[..., sd.SDTask], base: Path, folder: Path) -> None:
     data = PictureData(path=str(folder), resolution=64, bucket_step=16, held_out=0.0)
     adapter = SDAdapter(rank=2, alpha=4, text_encoder=True)
-    planned = sd.plan(SDBase(model=str(base)), adapter, data, Layout(3, 4), PLACE)
+    planned = plan(SDBase(model=str(base)), adapter, data, Layout(3, 4), PLACE)
     task = make(adapter={"text_encoder": True})
     state = task.adapter_state()
     assert {target.name for target in planned.modules} == {key.split(".lora_")[0] for key in state}

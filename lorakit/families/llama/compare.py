@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lorakit.adapters.reference import difference, put_on
 from lorakit.data.encoder import Encoder
-from lorakit.families.llama.base import Quantization, as_folder, load_model, load_tokenizer
+from lorakit.families.llama.base import as_folder
+from lorakit.families.llama.library import Quantization, load_model, load_tokenizer
 from lorakit.families.place import Place
 from lorakit.storage.bases import BaseLocation, resolve
 

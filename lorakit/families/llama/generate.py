@@ -15,8 +15,9 @@ from lorakit.adapters.inject import apply, fold
 from lorakit.data.chat import Message
 from lorakit.data.tokens import Renderer
 from lorakit.errors import ModelError, NonFiniteError
-from lorakit.families.llama.base import as_folder, check_tokenizer, load_model, load_tokenizer
+from lorakit.families.llama.base import as_folder
 from lorakit.families.llama.decode import AnyModel, Decoder, decoder
+from lorakit.families.llama.library import check_tokenizer, load_model, load_tokenizer
 from lorakit.families.place import Place
 from lorakit.storage.bases import BaseLocation
 

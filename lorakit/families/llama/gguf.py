@@ -6,37 +6,33 @@ each weight is rounded once, from the de-quantized float32.
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
 
-from lorakit.data.cache import default_folder
 from lorakit.errors import ConflictError
+from lorakit.families.llama.library import readable
 from lorakit.storage.atomic import new_folder
-from lorakit.storage.bases import BaseLocation, digest, resolve
+from lorakit.storage.bases import BaseLocation
 from lorakit.storage.foreign import check_complete
 
 log = logging.getLogger("lorakit")
 
 
-def unpacked(location: BaseLocation, dtype: torch.dtype) -> BaseLocation:
-    """A GGUF base as the folder that it unpacks to, with weights in ``dtype``; another base as it is.
+def unpack(location: BaseLocation, folder: Path, dtype: torch.dtype) -> None:
+    """Write a GGUF base to ``folder``, with weights in ``dtype``.
 
-    Raises ModelError when the file lacks a tensor, what transformers raises for one that it cannot read, ResourceError
-    when the disk is full.
+    Raises ModelError when the file lacks a tensor or cannot be read, ResourceError when the disk is full.
     """
-    if location.layout != "gguf":
-        return location
-    name = f"{digest(location)}-{str(dtype).removeprefix('torch.')}"
-    folder = default_folder() / "unpacked" / name
-    if not folder.exists():
-        log.warning("%s is unpacked once, to %s", location.name, folder)
-        source: dict[str, Any] = {
-            "pretrained_model_name_or_path": str(location.path.parent),
-            "gguf_file": location.path.name,
-            "local_files_only": True,
-        }
+    log.warning("%s is unpacked once, to %s", location.name, folder)
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(location.path.parent),
+        "gguf_file": location.path.name,
+        "local_files_only": True,
+    }
+    with readable(location):
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(**source)
         build: Any = AutoModelForCausalLM
         model, report = build.from_pretrained(
@@ -54,8 +50,6 @@ def unpacked(location: BaseLocation, dtype: torch.dtype) -> BaseLocation:
                 tokenizer.save_pretrained(out)
         except ConflictError:  # another rank was faster
             pass
-    found = resolve(str(folder))
-    return BaseLocation(location.name, found.path, found.family, found.layout)
 
 
 def _clear_mark(model: Any) -> None:

@@ -1,20 +1,21 @@
 """What a LLaMA recipe would do, worked out without reading any weights."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from lorakit.adapters.targets import Target
-from lorakit.adapters.targets import plan as plan_targets
+from lorakit.adapters.outline import Outline
+from lorakit.adapters.targets import Target, injection
+from lorakit.data.cache import content_key, remembered, versions
 from lorakit.data.chat_set import ChatSet
-from lorakit.families.llama.base import GROUPS, count_parameters, find_base, load_data, logit_factor
+from lorakit.families.llama.base import GROUPS, find_base, logit_factor, read_chats
 from lorakit.families.place import Place
 from lorakit.numerics.cross_entropy import CHUNK_NUMBERS
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase
+from lorakit.storage.bases import BaseLocation, description
 
 BITS = {"nf4": 4.13, "int8": 8.0}
 """bitsandbytes' bits a weight: NF4's doubly quantized scales add 0.13."""
@@ -48,24 +49,28 @@ class LlamaPlan:
 def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, place: Place) -> LlamaPlan:
     """Raises what ``load`` would raise, but for weights that cannot be read."""
     _, folder = find_base(base, place.dtype)
-    config, _, chats = load_data(folder, data, layout.seed)
+    config, outline = _known(folder)
+
+    def tokenizer() -> Any:
+        from lorakit.families.llama.library import load_fitting_tokenizer  # with transformers
+
+        return load_fitting_tokenizer(folder, config)
+
+    chats = read_chats(folder, config, data, layout.seed, tokenizer)
     logit_factor(config)
-    build: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        model = build.from_config(config, dtype=place.dtype)
-    targets = plan_targets(model, adapter, GROUPS)
-    trainable = sum(t.rank * (t.inputs + t.outputs) + (t.outputs if adapter.dora else 0) for t in targets)
+    targets = injection(outline, adapter, GROUPS).targets
+    trainable = sum(outline.layers[t.name].lora_parameters(t.rank, dora=adapter.dora) for t in targets)
     lengths = sorted((len(row.tokens) for row in chats.train), reverse=True)
     rows = max(1, layout.micro_batch)
     tokens = sum(lengths[:rows]) if data.packing else lengths[0] * rows
     size = place.dtype.itemsize
     logits = CHUNK_NUMBERS * (4 + size)
     return LlamaPlan(
-        tuple(targets),
-        count_parameters(model),
+        targets,
+        outline.parameters,
         trainable,
         {
-            "base weights": _weight_bytes(model, base.quantization, size),
+            "base weights": _weight_bytes(outline, base.quantization, size),
             "adapter": 4 * trainable,
             "gradients": 4 * trainable,
             "activations": hidden_bytes(config, tokens, size, checkpointing=place.gradient_checkpointing) + logits,
@@ -75,17 +80,28 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
     )
 
 
-def _weight_bytes(model: torch.nn.Module, quantization: str, size: int) -> int:
+def _known(folder: BaseLocation) -> tuple[Any, Outline]:
+    """A base's configuration and outline, as transformers makes them once for each base."""
+
+    def make() -> dict[str, Any]:
+        from lorakit.adapters.skeleton import skeleton  # with transformers
+
+        model: Any = skeleton(folder)["model"]
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        return {"config": config, "model": Outline.of(model).as_table()}
+
+    key = content_key("llama 1", description(folder), versions("torch", "transformers"))
+    table = remembered("outlines", key, make)
+    return SimpleNamespace(**table["config"]), Outline.from_table(table["model"])
+
+
+def _weight_bytes(outline: Outline, quantization: str, size: int) -> int:
     """bitsandbytes takes the linear layers but the head; all else keeps the dtype."""
-    total = count_parameters(model)
     if quantization == "none":
-        return total * size
-    linear = sum(
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
-    )
-    return int((total - linear) * size + linear * BITS[quantization] / 8)
+        return outline.parameters * size
+    layers = outline.layers.items()
+    linear = sum(layer.inputs * layer.outputs for name, layer in layers if not name.endswith("lm_head"))
+    return int((outline.parameters - linear) * size + linear * BITS[quantization] / 8)
 
 
 def hidden_bytes(config: Any, tokens: int, dtype_bytes: int, *, checkpointing: bool) -> int:

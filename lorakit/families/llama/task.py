@@ -21,15 +21,10 @@ from lorakit.data.chat_set import ChatSet
 from lorakit.data.tokens import Renderer
 from lorakit.errors import RecipeError
 from lorakit.families.llama import packed
-from lorakit.families.llama.base import (
-    GROUPS,
-    find_base,
-    load_data,
-    load_model,
-    logit_factor,
-)
+from lorakit.families.llama.base import GROUPS, find_base, logit_factor
 from lorakit.families.llama.batch import ChatBatch, held_out_batches, train_batches
 from lorakit.families.llama.generate import Chat, Settings
+from lorakit.families.llama.library import load_data, load_model
 from lorakit.families.place import Place
 from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix

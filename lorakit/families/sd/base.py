@@ -11,15 +11,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lorakit.errors import ModelError, RecipeError
+from lorakit.errors import ModelError
 from lorakit.families.place import Place
 from lorakit.families.sd.attention import use_own_attention
 from lorakit.families.sd.conditioning import Conditioning, check_widths, conditioning_of
 from lorakit.families.sd.layers import use_own_layers
 from lorakit.families.sd.single_file import load_single_file
 from lorakit.numerics.diffusion import PredictionType, has_zero_terminal_snr
-from lorakit.recipe.schema import SDBase
-from lorakit.storage.bases import BaseLocation, resolve
+from lorakit.storage.bases import BaseLocation
 from lorakit.storage.checks import WEIGHTS, read_json, shapes, shard_files
 from lorakit.storage.foreign import check_complete, model_errors
 
@@ -57,16 +56,6 @@ class Parts:
     def size(self) -> tuple[int, int]:
         """Width and height in pixels that the base was trained at."""
         return native_size(cast(Any, self.unet).config, self.vae.config)
-
-
-def find_base(base: SDBase) -> BaseLocation:
-    """The base that a recipe names. Raises: ModelError, or RecipeError for a language model."""
-    location = resolve(base.model, base.revision)
-    if location.family != "sd":
-        raise RecipeError(
-            f"{location.name} is no Stable Diffusion", where="base.model", hint="lorakit train-llama trains those"
-        )
-    return location
 
 
 def vae_factor(config: Any) -> int:

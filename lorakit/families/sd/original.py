@@ -15,8 +15,8 @@ from torch import Tensor
 from lorakit.adapters.merge_base import Original, Packed
 from lorakit.errors import ModelError
 from lorakit.families.sd.kinds import Kind, kind_of
-from lorakit.families.sd.plan import skeleton
 from lorakit.families.sd.single_file import load_tokenizers, rename
+from lorakit.families.sd.skeleton import skeleton
 from lorakit.storage.bases import BaseLocation
 from lorakit.storage.headers import read_header
 

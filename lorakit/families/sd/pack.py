@@ -16,8 +16,8 @@ from lorakit.errors import ModelError
 from lorakit.families.sd.base import noise_schedule
 from lorakit.families.sd.kinds import KINDS, UNET, VAE, Kind
 from lorakit.families.sd.original import original_names
-from lorakit.families.sd.plan import Skeleton, skeleton
 from lorakit.families.sd.single_file import Configs, configs_of_shapes
+from lorakit.families.sd.skeleton import Skeleton, skeleton
 from lorakit.storage.bases import BaseLocation
 from lorakit.storage.checks import read_json
 

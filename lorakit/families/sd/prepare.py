@@ -1,7 +1,6 @@
 """Pictures and captions -> cached latents and text states, computed once for equal inputs whatever the run."""
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -10,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lorakit.data.arrange import held_out_ids
 from lorakit.data.cache import TensorCache, checksum, content_key, default_folder
 from lorakit.data.captions import with_trigger
-from lorakit.data.images import Size, bucket_sizes, choose_bucket, cut_out, decode, fit, read_size
+from lorakit.data.images import Size, choose_bucket, cut_out, decode, fit, read_size
 from lorakit.data.pictures import Picture, Rejects, find_pictures
-from lorakit.errors import DataError, RecipeError
+from lorakit.errors import DataError
 from lorakit.families.sd.base import Parts, vae_factor
 from lorakit.families.sd.conditioning import Text, ids_of
 from lorakit.numerics.order import Layout, mix
@@ -53,37 +53,6 @@ class Examples:
         return Fingerprint(
             *([(e.id, row_hash(e.key, e.caption)) for e in part] for part in (self.train, self.held_out))
         )
-
-
-def resolution_of(data: PictureData, native: Size) -> int:
-    """Pixels of a side: the recipe's, or those of a square as large as the base's own (width, height)."""
-    return data.resolution if data.resolution is not None else round(math.sqrt(native[0] * native[1]))
-
-
-def sizes_of(data: PictureData, factor: int, native: Size) -> tuple[Size, ...]:
-    """The sizes that pictures are brought to, for a VAE of ``factor`` in a base of ``native`` size.
-
-    Raises: RecipeError when they do not fit.
-    """
-    resolution = resolution_of(data, native)
-    step = data.bucket_step if data.buckets else resolution
-    if step % factor:
-        field = "data.bucket_step" if data.buckets else "data.resolution"
-        raise RecipeError(f"{step} is not a multiple of {factor}, the VAE's factor", where=field)
-    sizes = bucket_sizes(resolution, step)
-    if not sizes:
-        raise RecipeError(f"no bucket of {step} pixels fits a resolution of {resolution}", where="data.resolution")
-    return sizes if data.buckets else ((step, step),)
-
-
-def held_out_ids(pictures: Sequence[Picture], share: float, seed: int) -> set[str]:
-    """Which pictures are set aside: those whose name hashes lowest, so that adding others changes little.
-
-    At least one when ``share`` is above 0 and there are two pictures; never all.
-    """
-    count = min(len(pictures) - 1, max(1, round(share * len(pictures)))) if share else 0
-    ranked = sorted(pictures, key=lambda p: content_key(seed, p.id))
-    return {p.id for p in ranked[:count]}
 
 
 def prepare_examples(data: PictureData, vae: Any, sizes: tuple[Size, ...], layout: Layout) -> Examples:

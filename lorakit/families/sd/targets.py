@@ -1,10 +1,8 @@
 """Which layers of UNet and text encoder the groups and patterns of a recipe mean."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from torch import nn
-
-from lorakit.adapters.targets import adaptable, matches
+from lorakit.adapters.targets import matches
 from lorakit.recipe.schema import Adapter, SDAdapter
 
 Groups = Mapping[str, Sequence[str]]
@@ -18,23 +16,23 @@ UNET_GROUPS: Groups = {
 TEXT_GROUPS: Groups = {"attention": _TEXT_ATTENTION, "attention+mlp": (*_TEXT_ATTENTION, "fc1", "fc2")}
 
 
-def split_adapter(adapter: SDAdapter, models: Mapping[str, nn.Module]) -> dict[str, tuple[Adapter, Groups]]:
-    """The adapter section and groups for ``unet`` and, where they are trained, the text encoders.
+def split_adapter(adapter: SDAdapter, layers: Mapping[str, Collection[str]]) -> dict[str, tuple[Adapter, Groups]]:
+    """The adapter section and groups for ``unet`` and, where they are trained, the text encoders; ``layers`` are the
+    paths of each component's that can have LoRA.
 
     With all trained, a pattern goes to every component that has such a layer; one that fits none stays with the UNet,
     where it is refused.
     """
     if not adapter.text_encoder:
         return {"unet": (adapter, UNET_GROUPS)}
-    names = {component: list(adaptable(model)) for component, model in models.items()}
 
-    def fits(pattern: str, names: Sequence[str]) -> bool:
+    def fits(pattern: str, names: Collection[str]) -> bool:
         return any(matches(name, pattern) for name in names)
 
     def section(component: str) -> Adapter:
         def ours(pattern: str) -> bool:
-            nobodys = component == "unet" and not any(fits(pattern, others) for others in names.values())
-            return nobodys or fits(pattern, names[component])
+            nobodys = component == "unet" and not any(fits(pattern, others) for others in layers.values())
+            return nobodys or fits(pattern, layers[component])
 
         targets = adapter.targets
         return adapter.model_copy(
@@ -45,4 +43,4 @@ def split_adapter(adapter: SDAdapter, models: Mapping[str, nn.Module]) -> dict[s
             }
         )
 
-    return {name: (section(name), UNET_GROUPS if name == "unet" else TEXT_GROUPS) for name in models}
+    return {name: (section(name), UNET_GROUPS if name == "unet" else TEXT_GROUPS) for name in layers}

@@ -10,18 +10,21 @@ from torch import Tensor, nn
 
 from lorakit.adapters.inject import adapter_parameters, adapter_state, inject, load_adapter_state
 from lorakit.adapters.linear import plain_layers
+from lorakit.adapters.outline import adaptable
 from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import deltas, version_of, write_kohya, write_peft
+from lorakit.data.arrange import resolution_of, sizes_of
 from lorakit.errors import ModelError
 from lorakit.families.place import Place
 from lorakit.families.sd.attention import diffusers_attention
-from lorakit.families.sd.base import Parts, find_base, load_parts, noise_schedule
+from lorakit.families.sd.base import Parts, load_parts, noise_schedule
 from lorakit.families.sd.batches import BatchMaker, SDBatch
 from lorakit.families.sd.conditioning import Text, ids_of
+from lorakit.families.sd.find import find_base
 from lorakit.families.sd.generate import DrawSettings, Painter
 from lorakit.families.sd.layers import diffusers_layers
 from lorakit.families.sd.pictures import grid, save_picture
-from lorakit.families.sd.prepare import Examples, TextStates, prepare_examples, resolution_of, sizes_of
+from lorakit.families.sd.prepare import Examples, TextStates, prepare_examples
 from lorakit.families.sd.targets import split_adapter
 from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix
@@ -207,7 +210,7 @@ def load(
 
 def _inject(parts: Parts, adapter: SDAdapter, seed: int) -> dict[str, Injection]:
     modules = parts.adaptable
-    sections = split_adapter(adapter, modules)
+    sections = split_adapter(adapter, {name: adaptable(module) for name, module in modules.items()})
     return {
         name: inject(modules[name], section, groups, seed=mix(seed, 6, number))
         for number, (name, (section, groups)) in enumerate(sections.items())

@@ -1,0 +1,146 @@
+"""The plan against what loading really makes, and without any library once it has been made."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lorakit.adapters.skeleton
+import lorakit.families.llama.library
+from lorakit.errors import ModelError, RecipeError
+from lorakit.families.llama import task as llama
+from lorakit.families.llama.plan import LlamaPlan, plan
+from lorakit.families.place import Place
+from lorakit.numerics.order import Layout
+from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
+from tests.tiny import tiny_gguf, tiny_llama, tiny_tokenizer
+
+LAYOUT, CPU = Layout(0, 4), torch.device("cpu")
+PLACE = Place(CPU, torch.float32)
+
+
+def another(kind: str, **options: Any) -> Callable[[Path], Path]:
+    """A tiny model of another architecture."""
+
+    def make(folder: Path) -> Path:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 408}
+        config = AutoConfig.for_model(kind, **sizes, **heads, max_position_embeddings=256, **options)
+        config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def gguf(folder: Path) -> Path:
+    """With the piece that transformers adds where a GGUF file's vocabulary lacks it."""
+    for file in tiny_llama(folder).glob("*.json"):
+        file.write_text(file.read_text().replace("<pad>", "<|endoftext|>"))
+    return tiny_gguf(folder.with_suffix(".gguf"), model=folder)
+
+
+BASES: dict[str, Callable[[Path], Path]] = {
+    "llama": tiny_llama,
+    "llama, untied, in shards": lambda folder: tiny_llama(folder, tied=False, max_shard_size="40KB"),
+    "mistral": another("mistral", sliding_window=128),
+    "qwen2": another("qwen2", max_window_layers=2),
+    "qwen3": another("qwen3", head_dim=16, max_window_layers=2),
+    "gguf": gguf,
+}
+ADAPTERS = (
+    Adapter(rank=4),
+    Adapter(rank=2, targets="all-linear", dora=True),
+    Adapter(rank=2, targets=["q_proj", "down_proj"], rank_pattern={"down_proj": 3}, layers=[1]),
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> ChatData:
+    turns = [("user", "What does {} do?"), ("assistant", "It is {}, and so on."), ("user", "?"), ("assistant", "{}")]
+    rows = [
+        {"messages": [{"role": role, "content": text.format("x" * n)} for role, text in turns]} for n in range(1, 13)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ChatData(train=[{"path": str(tmp_path / "chats.jsonl")}], held_out=0.2, max_tokens=48)
+
+
+def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a plan that asks transformers for a model or a tokenizer fails."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a library is asked")
+
+    monkeypatch.setattr(lorakit.adapters.skeleton, "skeleton", refuse)
+    monkeypatch.setattr(lorakit.families.llama.library, "load_fitting_tokenizer", refuse)
+
+
+def told(planned: LlamaPlan) -> tuple[object, ...]:
+    figures = planned.modules, planned.total_parameters, planned.trainable_parameters, planned.memory
+    return (*figures, planned.steps_per_epoch, planned.examples, planned.notes, planned.chats.digest())
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_the_plan_is_what_load_makes(
+    kind: str, tmp_path: Path, data: ChatData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = LlamaBase(model=str(BASES[kind](tmp_path / "base")))
+    expected = []
+    for adapter in ADAPTERS:
+        task = llama.load(base, adapter, data, LlamaSample(), LAYOUT, PLACE, learning_rate=1e-3)
+        state, lm = task.adapter_state(), task.model.lm  # type: ignore[union-attr]
+        planned = plan(base, adapter, data, LAYOUT, PLACE)
+        assert {target.name for target in planned.modules} == {key.split(".lora_")[0] for key in state}
+        assert planned.trainable_parameters == sum(tensor.numel() for tensor in state.values())
+        assert planned.total_parameters == sum(p.numel() for p in lm.parameters() if not p.requires_grad)
+        assert planned.memory["base weights"] == 4 * planned.total_parameters
+        assert planned.chats.digest() == task.data_hash
+        assert planned.steps_per_epoch == task.steps_per_epoch
+        expected.append(told(planned))
+    no_libraries(monkeypatch)
+    assert [told(plan(base, adapter, data, LAYOUT, PLACE)) for adapter in ADAPTERS] == expected
+    if kind != "gguf":  # which unpacks to another folder
+        half = plan(base, Adapter(rank=8), data, Layout(0, 8), Place(CPU, torch.bfloat16, True))
+        assert half.memory["base weights"] == 2 * half.total_parameters
+
+
+def test_a_recipe_that_does_not_fit_is_refused_without_libraries_too(
+    tmp_path: Path, data: ChatData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = LlamaBase(model=str(another("mistral", sliding_window=32)(tmp_path / "base")))
+    short = data.model_copy(update={"max_tokens": 32})
+    for _ in range(2):
+        plan(base, Adapter(rank=2), short, LAYOUT, PLACE)
+        with pytest.raises(RecipeError, match="more than the 32 tokens"):
+            plan(base, Adapter(rank=2), data, LAYOUT, PLACE)
+        with pytest.raises(RecipeError, match="no layer of the model"):
+            plan(base, Adapter(rank=2, targets=["q_prj"]), short, LAYOUT, PLACE)
+        no_libraries(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "error"),
+    [
+        ("config.json", {"hidden_act": "unheard-of"}, ModelError),
+        ("config.json", {"max_position_embeddings": 40}, RecipeError),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"brandnew": 5000}, "merges": []}}, ModelError),
+    ],
+)
+def test_a_base_that_changes_is_looked_at_anew(
+    tmp_path: Path, data: ChatData, file: str, change: dict[str, Any], error: type[Exception]
+) -> None:
+    base = tiny_llama(tmp_path / "base")
+    plan(LlamaBase(model=str(base)), Adapter(rank=2), data, LAYOUT, PLACE)
+    (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | change))
+    with pytest.raises(error):
+        plan(LlamaBase(model=str(base)), Adapter(rank=2), data, LAYOUT, PLACE)
