@@ -56,6 +56,8 @@ def contenders(what: str, python: str, script: Path | None) -> Iterator[Contende
             yield Contender(f"diffusers' {script.name}", "peer_script", str(script.resolve()), same_batches=False)
         return
     yield Contender("transformers + PEFT loop", "peer_peft")
+    if what == "llama" and machine.has_package(python, "litgpt"):
+        yield Contender("litgpt", "peer_litgpt")
     if not machine.has_package(python, "trl"):
         print(f"TRL is left out: {python} has no trl (pip install trl, or --peer-python)", flush=True)
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = ("torch", "transformers", "peft", "diffusers", "accelerate", "trl")
+PACKAGES = ("torch", "transformers", "peft", "diffusers", "accelerate", "trl", "litgpt")
 SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "sve")
 """Instruction sets that decide how fast a matmul is, as Linux names them."""
 
