@@ -14,10 +14,14 @@ from torch.nn import functional
 
 from lorakit.numerics.blocked_attention import blocked_attention
 
+FEW_SCORES = 1024
+"""T * S up to which the fused kernel is the faster one where no gradient is taken."""
+
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention without a mask: q [..., T, D], k and v [..., S, D] of the same leading dimensions -> [..., T, D]."""
-    if not matmuls_are_faster(q):
+    few = q.shape[-2] * k.shape[-2] <= FEW_SCORES and not torch.is_grad_enabled()
+    if few or not matmuls_are_faster(q):
         return functional.scaled_dot_product_attention(q, k, v, scale=scale)
     rows, keys, values = (x.flatten(0, -3) for x in (q, k, v))
     return blocked_attention(rows, keys, values, scale).view_as(q)

@@ -5,9 +5,10 @@ Legend: B prompts at once, C latent channels, H and W latent height and width.
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from lorakit.families.sd.attention import text_once
 from lorakit.families.sd.base import Parts, from_latents, load_parts
 from lorakit.families.sd.conditioning import ids_of
 from lorakit.families.sd.pictures import grid, save_picture
+from lorakit.families.sd.walk import Walk, can_walk
 from lorakit.numerics.diffusion import guide
 from lorakit.recipe.schema import SDSample
 from lorakit.storage.bases import BaseLocation
@@ -128,7 +130,7 @@ def open_painter(
 
 
 class Painter:
-    """Draws with the modules it is given, adapters and all, as they are when it draws."""
+    """Draws with the modules it is given, adapters and all, as they are when it first draws."""
 
     def __init__(self, parts: Parts, base: str, adapters: Sequence[tuple[str, float]]) -> None:
         self.parts = parts
@@ -192,15 +194,29 @@ class Painter:
         step = scheduler.step
         if "generator" in inspect.signature(step).parameters:
             step = partial(step, generator=generators)
-        with text_once(self.parts.unet):
-            for t in scheduler.timesteps:
+        with self._predictor(scheduler.timesteps, told) as predict:
+            for number, t in enumerate(scheduler.timesteps):
                 doubled = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-                predicted = self.parts.unet(doubled.to(self.dtype), t, **told, return_dict=False)[0].float()
+                predicted = predict(doubled.to(self.dtype), number).float()
                 if guided:
                     unconditional, conditional = predicted.chunk(2)
                     predicted = guide(unconditional, conditional, settings.guidance_scale)
                 latents = step(predicted, t, latents, return_dict=False)[0]
         return latents
+
+    @contextmanager
+    def _predictor(self, timesteps: Tensor, told: dict[str, Any]) -> Iterator[Callable[[Tensor, int], Tensor]]:
+        """What predicts from latents [B, C, H, W] at a step's number, with the same text in every step."""
+        if self._walk is not None:
+            yield self._walk.start(timesteps, **told)
+            return
+        unet = self.parts.unet
+        with text_once(unet):
+            yield lambda latents, number: unet(latents, timesteps[number], **told, return_dict=False)[0]
+
+    @cached_property
+    def _walk(self) -> Walk | None:
+        return Walk(self.parts.unet) if can_walk(self.parts.unet) else None
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, seeds: Sequence[int]) -> list[Image.Image]:
