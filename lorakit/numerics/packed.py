@@ -31,7 +31,7 @@ def packable(weight: Tensor) -> bool:
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> Layer:
-    """x [..., I] -> x W^T + b [..., O], weight [O, I]. torch's own reads the weight at half the speed when x is small."""
+    """x [..., I] -> x W^T + b [..., O], weight [O, I]. Of a small x torch's own takes twice the time for the weight."""
     if not packable(weight):
         return lambda x: functional.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)

@@ -18,14 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lorakit.adapters.files import read_adapter
-from lorakit.adapters.inject import apply, fold
 from lorakit.errors import NonFiniteError, RecipeError
 from lorakit.families.place import Place
 from lorakit.families.sd.attention import text_once
-from lorakit.families.sd.base import Parts, from_latents, load_parts
+from lorakit.families.sd.base import Parts, from_latents
 from lorakit.families.sd.conditioning import ids_of
 from lorakit.families.sd.pictures import grid, save_picture
+from lorakit.families.sd.stored import load_with
 from lorakit.families.sd.walk import Walk, can_walk
 from lorakit.numerics.diffusion import guide
 from lorakit.recipe.schema import SDSample
@@ -113,19 +112,11 @@ def open_painter(
     device: torch.device,
     dtype: torch.dtype,
 ) -> "Painter":
-    """Load a base and add adapters to its weights, each with its own weight: float32 sums, rounded once to ``dtype``.
+    """Load a base with adapters in its weights, each with its own weight, as the merged model has them.
 
     Raises: ModelError when the base does not load, or an adapter does not fit it.
     """
-    parts = load_parts(location, Place(device, dtype))
-    modules = parts.adaptable
-    saved = [(read_adapter(path, modules), weight) for path, weight in adapters]
-    for number, (adapter, weight) in enumerate(saved):
-        for component, deltas in adapter.components.items():
-            apply(modules[component], deltas, weight=weight, name=f"adapter{number}")
-            modules[component].to(device)
-    for module in modules.values():
-        fold(module)
+    parts = load_with(location, adapters, Place(device, dtype))
     return Painter(parts, location.name, [(path.name, weight) for path, weight in adapters])
 
 

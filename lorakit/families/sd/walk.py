@@ -41,13 +41,20 @@ _LAYERS: Any = (
 )  # fmt: skip
 
 
+_USUAL = {
+    "act_fn": "silu", "attention_type": "default", "center_input_sample": False, "class_embed_type": None,
+    "cross_attention_norm": None, "downsample_padding": 1, "encoder_hid_dim_type": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False, "time_embedding_act_fn": None,
+    "time_embedding_type": "positional",
+}  # fmt: skip
+
+
 def can_walk(unet: nn.Module) -> bool:
     """Whether a UNet is on a CPU, has no adapters, and is made of nothing but what SD 1.x, 2.x and XL are made of."""
+    config: Any = unet.config
+    usual = config.addition_embed_type in (None, "text_time") and all(config[k] == v for k, v in _USUAL.items())
     known = {type(module) for module in unet.modules()} <= {*_FRAME, *_STAGES, *_LAYERS}
-    config = unet.config
-    plain = config.addition_embed_type in (None, "text_time") and config.class_embed_type is None
-    usual = not (config.center_input_sample or config.only_cross_attention or config.time_embedding_act_fn)
-    return known and plain and usual and next(unet.parameters()).device.type == "cpu"
+    return usual and known and next(unet.parameters()).device.type == "cpu"
 
 
 class Walk:
@@ -81,7 +88,7 @@ class Walk:
 
     def _predict(self, times: Tensor, texts: Sequence[Text], latents: Tensor, number: int) -> Tensor:
         """``times`` [S, B or 1, D]; ``texts``, one a block."""
-        shifts = iter(self._shift(functional.silu(times[number]))[..., None, None].split(self._widths, 1))
+        shifts = iter(torch.split(self._shift(functional.silu(times[number]))[..., None, None], self._widths, 1))
         heard = iter(texts)
         x = self._enter(latents)
         skips = [x]
@@ -144,11 +151,11 @@ class _Transformer:
         rows = self._enter(_norm(self._norm, x).flatten(2).transpose(1, 2))
         for block in self.blocks:
             rows = block(rows, next(texts))
-        return self._leave(rows).transpose(1, 2).unflatten(2, x.shape[2:]).add_(x)
+        return self._leave(rows).transpose(1, 2).view(x.shape).add_(x)
 
 
 class _Block:
-    """Attention to the picture, attention to the text, and a gated MLP, each over a layer norm and added to its input."""
+    """Attention to the picture, attention to the text, a gated MLP: each over a layer norm, and added to its input."""
 
     def __init__(self, block: Any) -> None:
         self._norms = block.norm1, block.norm2, block.norm3
@@ -168,15 +175,18 @@ class _Block:
     def __call__(self, rows: Tensor, text: Text) -> Tensor:
         """rows [B, P, W]."""
         first, second, third = self._norms
-        rows = rows + self._own_out(self._mix(*self._split(self._own(first(rows)), 3)))
-        rows += self._out(self._mix(*self._split(self._asked(second(rows)), 1), *text))
+        q, k, v = self._split(self._own(first(rows)), 3)
+        rows = rows + self._own_out(self._mix(q, k, v))
+        (q,) = self._split(self._asked(second(rows)), 1)
+        rows += self._out(self._mix(q, *text))
         value, gate = self._up(third(rows)).chunk(2, -1)
         rows += self._down(functional.gelu(gate).mul_(value))
         return rows
 
     def _split(self, rows: Tensor, parts: int) -> Iterator[Tensor]:
         """[B, L, parts * W] to parts of [B, H, L, W / H]."""
-        return (part.unflatten(-1, (self._heads, -1)).transpose(1, 2) for part in rows.chunk(parts, -1))
+        shape = (*rows.shape[:2], self._heads, -1)
+        return (part.view(shape).transpose(1, 2) for part in rows.chunk(parts, -1))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return full_attention(q, k, v, self._scale).transpose(1, 2).flatten(2)
