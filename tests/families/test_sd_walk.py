@@ -68,6 +68,9 @@ def test_predictions_are_as_near_to_float64_as_diffusers(tmp_path: Path, kind: s
             assert wanted.norm() > 0
             assert (own - wanted).norm() <= 1.5 * (theirs - wanted).norm()
             assert torch.equal(kept, latents.to(dtype))
+        one = latents[:1].to(dtype)
+        shared, each = predict(one, 2), predict(torch.cat([one] * pictures), 2)
+        torch.testing.assert_close(shared, each, rtol=0, atol=1e-5 if dtype == torch.float32 else 3e-2)
 
 
 def test_no_walk_without_plain_layers_on_a_cpu(tmp_path: Path) -> None:

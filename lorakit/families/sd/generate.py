@@ -187,8 +187,7 @@ class Painter:
             step = partial(step, generator=generators)
         with self._predictor(scheduler.timesteps, told) as predict:
             for number, t in enumerate(scheduler.timesteps):
-                doubled = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-                predicted = predict(doubled.to(self.dtype), number).float()
+                predicted = predict(scheduler.scale_model_input(latents, t).to(self.dtype), number).float()
                 if guided:
                     unconditional, conditional = predicted.chunk(2)
                     predicted = guide(unconditional, conditional, settings.guidance_scale)
@@ -197,13 +196,18 @@ class Painter:
 
     @contextmanager
     def _predictor(self, timesteps: Tensor, told: dict[str, Any]) -> Iterator[Callable[[Tensor, int], Tensor]]:
-        """What predicts from latents [B, C, H, W] at a step's number, with the same text in every step."""
+        """What predicts from latents [B, C, H, W] at a step's number, for B texts or several times B in every step."""
         if self._walk is not None:
             yield self._walk.start(timesteps, **told)
             return
-        unet = self.parts.unet
+        unet, texts = self.parts.unet, len(told["encoder_hidden_states"])
+
+        def predict(latents: Tensor, number: int) -> Tensor:
+            repeated = torch.cat([latents] * (texts // len(latents)))
+            return cast(Tensor, unet(repeated, timesteps[number], **told, return_dict=False)[0])
+
         with text_once(unet):
-            yield lambda latents, number: unet(latents, timesteps[number], **told, return_dict=False)[0]
+            yield predict
 
     @cached_property
     def _walk(self) -> Walk | None:

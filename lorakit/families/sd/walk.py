@@ -8,7 +8,7 @@ the embeddings of all timesteps, and the keys and values of the text.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -68,16 +68,17 @@ class Walk:
         self._middle = _Stage(model.mid_block, "")
         self._up = [_Stage(block, "upsamplers") for block in model.up_blocks]
         steps = [step for stage in (*self._down, self._middle, *self._up) for step in stage.steps]
-        self._resnets = [step.resnet for step in steps]
         self._blocks = [block for step in steps if step.transformer for block in step.transformer.blocks]
-        projections = [resnet.time_emb_proj for resnet in self._resnets]
+        projections = [step.resnet.time for step in steps]
         self._shift = _stacked(projections)
         self._widths = [projection.out_features for projection in projections]
 
     def start(
         self, timesteps: Tensor, encoder_hidden_states: Tensor, added_cond_kwargs: dict[str, Tensor] | None = None
     ) -> Callable[[Tensor, int], Tensor]:
-        """What predicts noise [B, C, h, w] from latents of that shape at the step of a number, for one text each."""
+        """What predicts noise at the step of a number: from latents [B, C, h, w] for as many texts, or several times
+        as many, then the latents over and over. What comes before any text is heard is computed once for all.
+        """
         model, dtype = self._unet, encoder_hidden_states.dtype
         times = model.time_embedding(model.time_proj(timesteps).to(dtype))[:, None]  # [S, 1, D]
         added = model.get_aug_embed(
@@ -90,20 +91,25 @@ class Walk:
         """``times`` [S, B or 1, D]; ``texts``, one a block."""
         shifts = iter(torch.split(self._shift(functional.silu(times[number]))[..., None, None], self._widths, 1))
         heard = iter(texts)
-        x = self._enter(latents)
+
+        def after(step: "_Step", x: Tensor) -> Tensor:
+            x = step.resnet(x, next(shifts))
+            return x if step.transformer is None else step.transformer(x, heard)
+
+        x = self._enter(_as_many(latents, times.shape[1]))
         skips = [x]
         for stage in self._down:
             for step in stage.steps:
-                x = step(x, next(shifts), heard)
+                x = after(step, x)
                 skips.append(x)
             if stage.resize is not None:
                 x = stage.resize(x)
                 skips.append(x)
         for step in self._middle.steps:
-            x = step(x, next(shifts), heard)
+            x = after(step, x)
         for stage in self._up:
             for step in stage.steps:
-                x = step(torch.cat([x, skips.pop()], 1), next(shifts), heard)
+                x = after(step, torch.cat([x, _as_many(skips.pop(), len(x))], 1))
             if stage.resize is not None:
                 x = stage.resize(functional.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
         return self._leave(_norm_silu(self._unet.conv_norm_out, x))
@@ -114,28 +120,37 @@ class _Stage:
 
     def __init__(self, block: Any, resize: str) -> None:
         attentions = getattr(block, "attentions", [])
-        self.steps = [_Step(resnet, transformer) for resnet, transformer in zip_longest(block.resnets, attentions)]
+        self.steps = [
+            _Step(_Resnet(resnet), None if transformer is None else _Transformer(transformer))
+            for resnet, transformer in zip_longest(block.resnets, attentions)
+        ]
         found = getattr(block, resize, None)
         self.resize = None if found is None else _layer(found[0].conv)
 
 
-class _Step:
+class _Step(NamedTuple):
     """A residual block, and a transformer after it where there is one."""
 
-    def __init__(self, resnet: Any, transformer: Any) -> None:
-        self.resnet = resnet
-        self._first, self._second = _layer(resnet.conv1), _layer(resnet.conv2)
-        self._shortcut = None if resnet.conv_shortcut is None else _layer(resnet.conv_shortcut)
-        self.transformer = None if transformer is None else _Transformer(transformer)
+    resnet: "_Resnet"
+    transformer: "_Transformer | None"
 
-    def __call__(self, x: Tensor, shift: Tensor, texts: Iterator[Text]) -> Tensor:
-        """x [B, C, h, w]; ``shift`` [B or 1, C, 1, 1], what the timestep adds."""
-        hidden = self._first(_norm_silu(self.resnet.norm1, x)).add_(shift)
-        hidden = self._second(_norm_silu(self.resnet.norm2, hidden))
+
+class _Resnet:
+    """Two convolutions over norms, added to their input."""
+
+    def __init__(self, block: Any) -> None:
+        self.time = block.time_emb_proj
+        self._norms, self._scale = (block.norm1, block.norm2), block.output_scale_factor
+        self._first, self._second = _layer(block.conv1), _layer(block.conv2)
+        self._shortcut = None if block.conv_shortcut is None else _layer(block.conv_shortcut)
+
+    def __call__(self, x: Tensor, shift: Tensor) -> Tensor:
+        """x [B, C, h, w]; ``shift`` [B or 1, C', 1, 1], what the timestep adds -> [B, C', h, w]."""
+        first, second = self._norms
+        hidden = self._first(_norm_silu(first, x)).add_(shift)
+        hidden = self._second(_norm_silu(second, hidden))
         hidden += x if self._shortcut is None else self._shortcut(x)
-        if self.resnet.output_scale_factor != 1:
-            hidden /= self.resnet.output_scale_factor
-        return hidden if self.transformer is None else self.transformer(hidden, texts)
+        return hidden if self._scale == 1 else hidden / self._scale
 
 
 class _Transformer:
@@ -147,11 +162,11 @@ class _Transformer:
         self.blocks = [_Block(block) for block in model.transformer_blocks]
 
     def __call__(self, x: Tensor, texts: Iterator[Text]) -> Tensor:
-        """x [B, C, h, w]."""
+        """x [B, C, h, w], a picture for each text, or fewer for all texts -> a picture for each text."""
         rows = self._enter(_norm(self._norm, x).flatten(2).transpose(1, 2))
         for block in self.blocks:
             rows = block(rows, next(texts))
-        return self._leave(rows).transpose(1, 2).view(x.shape).add_(x)
+        return self._leave(rows).transpose(1, 2).view(-1, *x.shape[1:]).add_(_as_many(x, len(rows)))
 
 
 class _Block:
@@ -173,10 +188,10 @@ class _Block:
         return keys, values
 
     def __call__(self, rows: Tensor, text: Text) -> Tensor:
-        """rows [B, P, W]."""
+        """rows [B, P, W], as many as texts or fewer -> [B, P, W], as many as texts."""
         first, second, third = self._norms
         q, k, v = self._split(self._own(first(rows)), 3)
-        rows = rows + self._own_out(self._mix(q, k, v))
+        rows = _as_many(rows + self._own_out(self._mix(q, k, v)), len(text[0]))
         (q,) = self._split(self._asked(second(rows)), 1)
         rows += self._out(self._mix(q, *text))
         value, gate = self._up(third(rows)).chunk(2, -1)
@@ -190,6 +205,11 @@ class _Block:
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return full_attention(q, k, v, self._scale).transpose(1, 2).flatten(2)
+
+
+def _as_many(x: Tensor, pictures: int) -> Tensor:
+    """x over and over, until there are so many."""
+    return x if len(x) >= pictures else torch.cat([x] * (pictures // len(x)))
 
 
 def _norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
