@@ -11,6 +11,9 @@ from lorakit.adapters.delta import Delta
 from lorakit.adapters.source import Source
 from lorakit.errors import ModelError
 
+WORK = 128 << 10
+"""Elements that are summed at a time: few enough to stay in a core's cache."""
+
 
 class Whole(NamedTuple):
     """A tensor that takes a base's place: a module trained whole, or a trained bias."""
@@ -104,6 +107,14 @@ class Change:
             norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
             rows.mul_((self.magnitude[first:last] / norm)[:, None])
 
+    def added(self, weight: Tensor) -> Tensor:
+        """A whole weight with the change, float32 in its shape: block for block the sums that a merge makes."""
+        total = weight.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        rows = total.view(len(total), -1)
+        for first in range(0, len(rows), step := rows_at_once(rows.shape[1])):
+            self.add_(rows[first : first + step], first)
+        return total
+
     def bound(self, weight: Tensor, total: Tensor, first: int) -> Tensor:
         """How many units of float32's rounding the sum ``total`` that ``add_`` made may be off: [n, columns].
 
@@ -125,3 +136,8 @@ class Change:
         bound *= (self.magnitude[first:last].abs() / norm)[:, None]
         spread: Tensor = total.abs() * (weight.shape[1] ** 0.5 + 4)
         return bound + spread
+
+
+def rows_at_once(columns: int) -> int:
+    """Rows that are summed at a time."""
+    return max(1, WORK // max(1, columns))

@@ -66,17 +66,3 @@ def product(delta: Delta) -> Tensor:
     """scale * B A, float32, in the weight's shape."""
     flat = delta.B.float().flatten(1) @ delta.A.float().flatten(1)
     return (flat * delta.scale).reshape(delta.shape)
-
-
-def merged(weight: Tensor, delta: Delta, strength: float = 1.0) -> Tensor:
-    """``weight`` with the change added ``strength`` times, float32, ``weight`` itself untouched.
-
-    LoRA: W + strength * scale * B A. DoRA: V = that same sum, then each row of V scaled to the norm ``magnitude``.
-    """
-    total = weight.float() + strength * product(delta).to(weight.device)
-    if delta.magnitude is None:
-        return total
-    rows = (-1, *[1] * (total.dim() - 1))
-    norm: Tensor = torch.linalg.vector_norm(total.flatten(1), dim=1)
-    ratio = delta.magnitude.float().to(weight.device) / norm
-    return total * ratio.view(rows)

@@ -9,17 +9,14 @@ A token at a time, the time goes into reading weights and starting kernels: here
 blocked layout where that helps, and a layer takes two matmuls whatever its adapters.
 """
 
-import platform
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
-from torch.nn import functional
 
-ROWS = 16
-"""Tokens at once that the blocked layout is chosen for; any number is computed right."""
+from lorakit.numerics.packed import linear
 
 
 def stackable(layer: nn.Module) -> bool:
@@ -47,11 +44,11 @@ class Stacked:
         self.out = sum(weight.shape[0] for weight in weights)
         with torch.no_grad():
             downs, self._up = _low_rank(layers, weights)
-            self._multiply = _matmul(torch.cat([*weights, *downs]))
+            self._multiply = linear(torch.cat([*weights, *downs]))
             self._bias = _biases(bases) if any(base.bias is not None for base in bases) else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        both: Tensor = self._multiply(x)
+        both = self._multiply(x)
         y = both[..., : self.out]
         if self._up is not None:
             y += both[..., self.out :].to(self._up.dtype) @ self._up
@@ -77,22 +74,3 @@ def _low_rank(layers: Sequence[nn.Module], weights: Sequence[Tensor]) -> tuple[l
 
 def _biases(bases: Sequence[Any]) -> Tensor:
     return torch.cat([b.weight.new_zeros(len(b.weight)) if b.bias is None else b.bias.detach() for b in bases])
-
-
-def _matmul(weight: Tensor) -> Any:
-    """x -> x W^T. torch's linear leaves W as it is, which oneDNN reads at half the speed of its own layout."""
-    if not _blocked(weight):
-        return lambda x: functional.linear(x, weight)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-
-
-def _blocked(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    onednn: Any = torch.backends.mkldnn
-    if not (onednn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
-        return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )

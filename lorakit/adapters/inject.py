@@ -15,7 +15,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lorakit.adapters.delta import Delta, merged
+from lorakit.adapters.change import Change
+from lorakit.adapters.delta import Delta
 from lorakit.adapters.linear import LoraLinear
 from lorakit.adapters.outline import Outline
 from lorakit.adapters.targets import Injection, fit, injection
@@ -209,8 +210,9 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def fold(model: nn.Module) -> None:
-    """Add every adapter into its weight and remove the wrapping: float32 sums, one rounding to the weight's dtype.
+def fold(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+    """Add every adapter into its weight and remove the wrapping: a merge's float32 sums, one rounding to the weight's
+    dtype, or to the one that ``dtypes`` has under its name.
 
     Raises ModelError, and leaves the model as it was, when a base is quantized or a sum is not finite in its dtype.
     """
@@ -220,15 +222,14 @@ def fold(model: nn.Module) -> None:
         weight = _base_weight(layer)
         if _quantized(weight):
             raise ModelError("the base is quantized: its weights cannot take the adapter in", where=path)
-        total = weight.detach()
-        for name in layer.active_adapters:
-            if name in layer.lora_A:
-                total = merged(total, _delta(layer, name))
-        sums[path] = total.to(weight.dtype)
+        terms = [(_delta(layer, name), 1.0) for name in layer.active_adapters if name in layer.lora_A]
+        dtype = (dtypes or {}).get(f"{path}.weight", weight.dtype)
+        sums[path] = Change(terms).added(weight).to(dtype)
         if not torch.isfinite(sums[path]).all():
-            raise ModelError(f"the sum overflows {weight.dtype}", where=path)
+            raise ModelError(f"the sum overflows {dtype}", where=path)
     for path, layer in layers.items():
-        _base_weight(layer).data = sums[path]
+        weight = _base_weight(layer)
+        weight.data = sums[path].to(weight.dtype)
         parent, _, last = path.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.get_base_layer())
     if layers:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.behind import Behind
-from lorakit.adapters.change import Change
+from lorakit.adapters.change import WORK, Change, rows_at_once
 from lorakit.adapters.source import SPELLING, Slot, Source
 from lorakit.errors import ModelError
 from lorakit.storage.direct import ALIGN, Bytes, DirectWriter, Rooms
@@ -26,8 +26,6 @@ from lorakit.storage.direct import ALIGN, Bytes, DirectWriter, Rooms
 READ = 2 << 20
 """Bytes of a tensor that are in memory at a time, for each file in work: few enough to be there in the cache when they
 are hashed, changed and written, and for the allocator to keep the pages."""
-WORK = 128 << 10
-"""Elements that are summed at a time: few enough to stay in a core's cache."""
 
 
 class Span(NamedTuple):
@@ -40,8 +38,10 @@ class Span(NamedTuple):
     change: Change | None = None
 
     def blocks(self, elements: int) -> Iterator[tuple[int, int]]:
-        """The rows cut into spans of at most ``elements``, a whole row at least."""
-        step = max(1, elements // max(1, self.source.slots[self.name].columns))
+        """The rows cut into spans of at most ``elements``, of as many as are summed at a time at least."""
+        columns = max(1, self.source.slots[self.name].columns)
+        step = rows_at_once(columns)
+        step *= max(1, elements // (step * columns))
         for first in range(self.first, self.last, step):
             yield first, min(first + step, self.last)
 

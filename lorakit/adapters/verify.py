@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorakit.adapters.change import Change
+from lorakit.adapters.change import WORK, Change
 from lorakit.adapters.source import FileSource
-from lorakit.adapters.stream import READ, WORK, OutFile, Span, worked
+from lorakit.adapters.stream import READ, OutFile, Span, worked
 from lorakit.errors import ModelError
 from lorakit.storage.atomic import sha256
 from lorakit.storage.bases import file_digest

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,6 @@ def _draw(
     signals: StopSignals,
 ) -> None:
     """Numbered PNG files after those that are there already, and a grid when there are several pictures."""
-    import torch
 
     from lorakit.families.sd.generate import DrawSettings, grid, open_painter, save_picture
     from lorakit.families.sd.pictures import read_settings
@@ -110,9 +109,6 @@ def _draw(
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConflictError("is not a folder", where=str(out), hint="give a folder for the pictures with --out")
     place = _place(request.device)
-    if place.device.type == "cpu":
-        # Denoising makes much of small differences: in bf16 a merged model draws other pictures than base + adapter.
-        place = replace(place, dtype=torch.float32)
     painter = open_painter(location, adapters, place.device, place.dtype)
     settings = DrawSettings(seed=request.seed, **options)
     settings.check(painter.parts)

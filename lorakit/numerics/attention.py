@@ -4,8 +4,9 @@ Shapes: ``T`` queries, ``S`` tokens attended to, ``D`` head dim.
 
     O = softmax(scale * Q K^T) V
 
-Two kernels: PyTorch's fused one wherever it is the fast one, and ``numerics.blocked_attention`` on a CPU in bfloat16,
-where the fused kernel is slower than plain matmuls. ``numerics.packing`` has packed documents under a causal mask.
+Two kernels: PyTorch's fused one wherever it is the fast one, and ``numerics.blocked_attention`` on a CPU in bfloat16
+where a gradient is taken: forward and backward together, the fused kernel is slower than plain matmuls there.
+``numerics.packing`` has packed documents under a causal mask.
 """
 
 import torch
@@ -17,7 +18,7 @@ from lorakit.numerics.blocked_attention import blocked_attention
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention without a mask: q [..., T, D], k and v [..., S, D] of the same leading dimensions -> [..., T, D]."""
-    if not matmuls_are_faster(q):
+    if not (torch.is_grad_enabled() and matmuls_are_faster(q)):
         return functional.scaled_dot_product_attention(q, k, v, scale=scale)
     rows, keys, values = (x.flatten(0, -3) for x in (q, k, v))
     return blocked_attention(rows, keys, values, scale).view_as(q)

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.draw WORK OUT lorakit|fp32|bf16
 
 OUT: {"one": pictures/s, "together": pictures/s} as JSON; fp32 and bf16 are the diffusers pipeline with the adapter
-loaded. Loading and a first picture are not timed. lorakit draws in float32 on a CPU, as its command does.
+loaded. Loading and a first picture are not timed. lorakit draws in what its command takes on this machine.
 """
 
 import json

@@ -78,7 +78,7 @@ def test_pictures_equal_the_pipelines(painter: Painter, name: str | None) -> Non
         guidance_scale=6.0,
         latents=noise([7, 7, 7]),
     )
-    torch.testing.assert_close(painter._denoise(PROMPTS, [7, 7, 7], settings), latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(painter._denoise(PROMPTS, [7, 7, 7], settings), latents, rtol=1e-4, atol=2e-4)
     ours = [picture for picture, _ in painter.draw(PROMPTS, settings)]
     assert max(difference(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1
 

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lorakit.adapters.files import read_adapter
-from lorakit.adapters.inject import adapter_state, apply, fold, inject, load_adapter_state
+from lorakit.adapters.inject import adapter_state, inject, load_adapter_state
 from lorakit.adapters.merge import merge
 from lorakit.adapters.merge_base import OpenBase, open_base
 from lorakit.adapters.merge_plan import plan_merge
@@ -24,6 +23,7 @@ from lorakit.families.place import Place
 from lorakit.families.sd.base import Parts, load_parts
 from lorakit.families.sd.original import open_original
 from lorakit.families.sd.pack import packed_names
+from lorakit.families.sd.stored import load_with
 from lorakit.families.sd.targets import TEXT_GROUPS, UNET_GROUPS
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import BaseLocation, resolve
@@ -94,13 +94,8 @@ def write_disturbed(parts: Parts, component: str, section: Adapter, folder: Path
 
 
 def expected(base: BaseLocation, adapter: Path) -> Parts:
-    """Base + adapter, folded by the code that `generate` uses."""
-    parts = load_parts(base, PLACE)
-    modules = parts.adaptable
-    for component, deltas in read_adapter(adapter, modules).components.items():
-        apply(modules[component], deltas, weight=1.0, name="a")
-        fold(modules[component])
-    return parts
+    """Base + adapter, as `generate` has them."""
+    return load_with(base, [(adapter, 1.0)], PLACE)
 
 
 def pieces(parts: Parts) -> dict[str, nn.Module]:
@@ -111,7 +106,7 @@ def equal(found: nn.Module, wanted: nn.Module) -> None:
     state = wanted.state_dict()
     assert state.keys() == found.state_dict().keys()
     for name, tensor in found.state_dict().items():
-        torch.testing.assert_close(tensor.float(), state[name].float(), rtol=2**-10, atol=1e-6, msg=name)
+        assert torch.equal(tensor.float(), state[name].float()), name
 
 
 def test_single_file_to_single_file(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:

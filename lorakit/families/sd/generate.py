@@ -5,9 +5,10 @@ Legend: B prompts at once, C latent channels, H and W latent height and width.
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,14 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lorakit.adapters.files import read_adapter
-from lorakit.adapters.inject import apply, fold
 from lorakit.errors import NonFiniteError, RecipeError
 from lorakit.families.place import Place
 from lorakit.families.sd.attention import text_once
-from lorakit.families.sd.base import Parts, from_latents, load_parts
+from lorakit.families.sd.base import Parts, from_latents
 from lorakit.families.sd.conditioning import ids_of
 from lorakit.families.sd.pictures import grid, save_picture
+from lorakit.families.sd.stored import load_with
+from lorakit.families.sd.walk import Walk, can_walk
 from lorakit.numerics.diffusion import guide
 from lorakit.recipe.schema import SDSample
 from lorakit.storage.bases import BaseLocation
@@ -111,24 +112,16 @@ def open_painter(
     device: torch.device,
     dtype: torch.dtype,
 ) -> "Painter":
-    """Load a base and add adapters to its weights, each with its own weight: float32 sums, rounded once to ``dtype``.
+    """Load a base with adapters in its weights, each with its own weight, as the merged model has them.
 
     Raises: ModelError when the base does not load, or an adapter does not fit it.
     """
-    parts = load_parts(location, Place(device, dtype))
-    modules = parts.adaptable
-    saved = [(read_adapter(path, modules), weight) for path, weight in adapters]
-    for number, (adapter, weight) in enumerate(saved):
-        for component, deltas in adapter.components.items():
-            apply(modules[component], deltas, weight=weight, name=f"adapter{number}")
-            modules[component].to(device)
-    for module in modules.values():
-        fold(module)
+    parts = load_with(location, adapters, Place(device, dtype))
     return Painter(parts, location.name, [(path.name, weight) for path, weight in adapters])
 
 
 class Painter:
-    """Draws with the modules it is given, adapters and all, as they are when it draws."""
+    """Draws with the modules it is given, adapters and all, as they are when it first draws."""
 
     def __init__(self, parts: Parts, base: str, adapters: Sequence[tuple[str, float]]) -> None:
         self.parts = parts
@@ -192,15 +185,33 @@ class Painter:
         step = scheduler.step
         if "generator" in inspect.signature(step).parameters:
             step = partial(step, generator=generators)
-        with text_once(self.parts.unet):
-            for t in scheduler.timesteps:
-                doubled = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-                predicted = self.parts.unet(doubled.to(self.dtype), t, **told, return_dict=False)[0].float()
+        with self._predictor(scheduler.timesteps, told) as predict:
+            for number, t in enumerate(scheduler.timesteps):
+                predicted = predict(scheduler.scale_model_input(latents, t).to(self.dtype), number).float()
                 if guided:
                     unconditional, conditional = predicted.chunk(2)
                     predicted = guide(unconditional, conditional, settings.guidance_scale)
                 latents = step(predicted, t, latents, return_dict=False)[0]
         return latents
+
+    @contextmanager
+    def _predictor(self, timesteps: Tensor, told: dict[str, Any]) -> Iterator[Callable[[Tensor, int], Tensor]]:
+        """What predicts from latents [B, C, H, W] at a step's number, for B texts or several times B in every step."""
+        if self._walk is not None:
+            yield self._walk.start(timesteps, **told)
+            return
+        unet, texts = self.parts.unet, len(told["encoder_hidden_states"])
+
+        def predict(latents: Tensor, number: int) -> Tensor:
+            repeated = torch.cat([latents] * (texts // len(latents)))
+            return cast(Tensor, unet(repeated, timesteps[number], **told, return_dict=False)[0])
+
+        with text_once(unet):
+            yield predict
+
+    @cached_property
+    def _walk(self) -> Walk | None:
+        return Walk(self.parts.unet) if can_walk(self.parts.unet) else None
 
     @torch.no_grad()
     def _decode(self, latents: Tensor, seeds: Sequence[int]) -> list[Image.Image]:
