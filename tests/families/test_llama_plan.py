@@ -87,7 +87,7 @@ def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def told(planned: LlamaPlan) -> tuple[object, ...]:
     figures = planned.modules, planned.total_parameters, planned.trainable_parameters, planned.memory
-    return (*figures, planned.steps_per_epoch, planned.examples, planned.notes, planned.chats.digest())
+    return (*figures, planned.steps_per_epoch, planned.examples, planned.notes, planned.chats.fingerprint().digest)
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -104,7 +104,7 @@ def test_the_plan_is_what_load_makes(
         assert planned.trainable_parameters == sum(tensor.numel() for tensor in state.values())
         assert planned.total_parameters == sum(p.numel() for p in lm.parameters() if not p.requires_grad)
         assert planned.memory["base weights"] == 4 * planned.total_parameters
-        assert planned.chats.digest() == task.data_hash
+        assert planned.chats.fingerprint() == task.fingerprint
         assert planned.steps_per_epoch == task.steps_per_epoch
         expected.append(told(planned))
     no_libraries(monkeypatch)
