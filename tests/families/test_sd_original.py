@@ -106,7 +106,8 @@ def equal(found: nn.Module, wanted: nn.Module) -> None:
     state = wanted.state_dict()
     assert state.keys() == found.state_dict().keys()
     for name, tensor in found.state_dict().items():
-        assert torch.equal(tensor.float(), state[name].float()), name
+        turned = name == "text_projection.weight"  # its transpose is in a single file, where the sums are made
+        torch.testing.assert_close(tensor.float(), state[name].float(), rtol=0, atol=1e-6 if turned else 0, msg=name)
 
 
 def test_single_file_to_single_file(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:

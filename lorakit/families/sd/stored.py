@@ -18,7 +18,8 @@ from lorakit.storage.bases import BaseLocation
 
 def load_with(location: BaseLocation, adapters: Sequence[tuple[Path, float]], place: Place) -> Parts:
     """Load a base on ``place`` with each adapter added to its weights, ``weight`` times: float32 sums, rounded once to
-    the dtype that the base's file has them in, as ``lorakit merge`` does.
+    the dtype that the base's file has them in, as ``lorakit merge`` does. (A single file has the transpose of SDXL's
+    ``text_projection``, where a merge's sums may be rounded otherwise.)
 
     Raises: ModelError when the base does not load, or an adapter does not fit it.
     """
