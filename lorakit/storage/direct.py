@@ -19,7 +19,7 @@ WRITE = 4 << 20
 LARGE = 1 << 20
 """From so many bytes on, a piece that is aligned is written as it is."""
 KEPT = 12
-"""Pieces of memory that are taken again, for each reader or writer."""
+"""Pieces of memory of at most WRITE bytes that are taken again, for each reader or writer."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _CACHED = getattr(os, "RWF_NOWAIT", 0)
 
@@ -148,7 +148,8 @@ class Rooms:
                 if len(owner) == size + ALIGN and sys.getrefcount(owner) == _UNUSED:
                     return _aligned(owner)
             owner = np.empty(size + ALIGN, np.uint8)
-            self._owners = [*self._owners[-KEPT:], owner]
+            if size <= WRITE:
+                self._owners = [*self._owners[-KEPT:], owner]
             return _aligned(owner)
 
 

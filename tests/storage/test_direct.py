@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import weakref
 from contextlib import closing
 from pathlib import Path
 
@@ -94,3 +95,9 @@ def test_memory_is_taken_again_when_nobody_sees_it() -> None:
     assert address not in [other.ctypes.data for other in others]
     del seen
     assert rooms.take(ALIGN).ctypes.data == address
+
+
+def test_much_memory_is_not_kept() -> None:
+    rooms = Rooms()
+    owner = weakref.ref(rooms.take(WRITE + 1).base)
+    assert owner() is None
