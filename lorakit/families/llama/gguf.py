@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
 
 from lorakit.errors import ConflictError
-from lorakit.families.llama.library import readable
+from lorakit.families.llama.readable import readable
 from lorakit.storage.atomic import new_folder
 from lorakit.storage.bases import BaseLocation
 from lorakit.storage.foreign import check_complete

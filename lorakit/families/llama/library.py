@@ -1,21 +1,19 @@
 """LLaMA-type bases by transformers, which takes seconds to import: tokenizer, config and weights of a folder."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils import logging as transformers_logging
 
 from lorakit.data.chat_set import ChatSet
 from lorakit.data.encoder import check_loads
 from lorakit.errors import ModelError
 from lorakit.families.llama import packed
 from lorakit.families.llama.base import read_chats
+from lorakit.families.llama.readable import readable
 from lorakit.families.place import Place
 from lorakit.recipe.schema import ChatData
 from lorakit.storage.bases import BaseLocation
-from lorakit.storage.foreign import check_complete, model_errors
+from lorakit.storage.foreign import check_complete
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 Quantization = Literal["none", "nf4", "int8"]
@@ -97,17 +95,3 @@ def _keep_trainable(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-@contextmanager
-def readable(location: BaseLocation) -> Iterator[None]:
-    """transformers' errors as ModelError, its progress bars hidden."""
-    bars: Any = transformers_logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        with model_errors(location.name):
-            yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
