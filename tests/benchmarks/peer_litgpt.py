@@ -15,8 +15,8 @@ from litgpt.utils import chunked_cross_entropy
 from safetensors.torch import load_file
 
 from tests.benchmarks import peer_common
-from tests.benchmarks.peer_peft import MASKED, padded
-from tests.benchmarks.plan import Plan, steps
+from tests.benchmarks.peer_peft import MASKED, train
+from tests.benchmarks.plan import Plan
 
 MODEL = "SmolLM2-135M-Instruct"
 
@@ -58,19 +58,14 @@ def main() -> None:
     model.max_seq_length = plan.max_tokens
     mark_only_lora_as_trainable(model)
     parameters = start_adapter(model, plan, given.work)
-    optimizer = peer_common.optimizer(parameters, plan)
-    log = peer_common.StepLog(given.out)
-    for rows in steps(given.work):
-        batch = padded(rows)
+
+    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         logits = model(batch["input_ids"], lm_head_chunk_size=128)
         logits[-1] = logits[-1][..., :-1, :]
-        loss = chunked_cross_entropy(logits, batch["labels"][:, 1:], ignore_index=MASKED)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, plan.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        labelled = int((batch["labels"][:, 1:] != MASKED).sum())
-        log.end(float(loss.detach()), int(batch["attention_mask"].sum()), labelled)
+        found: torch.Tensor = chunked_cross_entropy(logits, batch["labels"][:, 1:], ignore_index=MASKED)
+        return found
+
+    train(given.work, given.out, plan, parameters, loss)
 
 
 if __name__ == "__main__":

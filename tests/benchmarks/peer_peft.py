@@ -3,6 +3,10 @@
 python -m tests.benchmarks.peer_peft WORK OUT
 """
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -28,6 +32,27 @@ def padded(rows: list[list[list[int]]]) -> dict[str, torch.Tensor]:
     return batch
 
 
+def train(
+    work: Path,
+    out: Path,
+    plan: Plan,
+    parameters: list[torch.nn.Parameter],
+    loss_of: Callable[[dict[str, torch.Tensor]], Any],
+) -> None:
+    """The comparison's steps in a plain loop; ``loss_of`` gives the mean over a padded batch's labels."""
+    optimizer = peer_common.optimizer(parameters, plan)
+    log = peer_common.StepLog(out)
+    for rows in steps(work):
+        batch = padded(rows)
+        loss = loss_of(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, plan.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        labelled = int((batch["labels"][:, 1:] != MASKED).sum())
+        log.end(float(loss.detach()), int(batch["attention_mask"].sum()), labelled)
+
+
 def main() -> None:
     given = peer_common.arguments()
     plan = Plan.load(given.work)
@@ -38,18 +63,13 @@ def main() -> None:
     config = LoraConfig(r=plan.rank, lora_alpha=plan.rank, target_modules=names, task_type="CAUSAL_LM")
     model = get_peft_model(base, config).train()
     parameters = peer_common.start_adapter(model, plan, given.work)
-    optimizer = peer_common.optimizer(parameters, plan)
-    log = peer_common.StepLog(given.out)
-    for rows in steps(given.work):
-        batch = padded(rows)
+
+    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with peer_common.autocast(plan):
-            loss = model(**batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, plan.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        labelled = int((batch["labels"][:, 1:] != MASKED).sum())
-        log.end(float(loss.detach()), int(batch["attention_mask"].sum()), labelled)
+            found: torch.Tensor = model(**batch, use_cache=False).loss
+        return found
+
+    train(given.work, given.out, plan, parameters, loss)
 
 
 if __name__ == "__main__":
