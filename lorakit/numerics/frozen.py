@@ -1,7 +1,7 @@
 """Layers of a UNet that are not trained: their input's gradient alone, little kept, and on a CPU no slow detours.
 
 Shapes: ``B`` pictures, ``C`` channels in, ``O`` out, ``P`` places (height x width) out, ``T`` rows of features, ``F``
-features in, ``n`` features of a gate. No weight gets a gradient.
+features in, ``n`` features of a gate. No weight gets a gradient: each function raises ValueError where one asks for it.
 """
 
 from typing import Any
@@ -21,6 +21,7 @@ MANY_PLACES = 1024
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """A convolution without groups or dilation: x [B, C, h, w], weight [O, C, kh, kw] -> [B, O, h', w']."""
+    _check_frozen(weight, bias)
     if not (torch.is_grad_enabled() or is_fast_place(x)):
         return functional.conv2d(x, weight, bias, stride, padding)
     out: Tensor = _Convolution.apply(x, weight, bias, stride, padding)
@@ -72,6 +73,11 @@ def _each(rows: Tensor, pictures: Tensor) -> Tensor:
     return out
 
 
+def _check_frozen(*weights: Tensor | None) -> None:
+    if any(weight is not None and weight.requires_grad for weight in weights):
+        raise ValueError("a frozen layer gives no gradient to its weights")
+
+
 def is_fast_place(x: Tensor) -> bool:
     """Where the shapes of this file were measured: a CPU in bfloat16."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
@@ -83,6 +89,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Shazeer 2020, arXiv:2002.05202. Both halves are products of their own: what follows then reads whole rows, and the
     backward pass has no halves to put together.
     """
+    _check_frozen(weight, bias)
     out: Tensor = _Geglu.apply(x, weight, bias)
     return out
 
@@ -108,6 +115,7 @@ class _Geglu(torch.autograd.Function):
 
 def norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """silu(groupnorm(x)), x [B, C, ...]; the normed tensor is made again in the backward pass instead of being kept."""
+    _check_frozen(weight, bias)
     if not torch.is_grad_enabled():
         return functional.silu(functional.group_norm(x, groups, weight, bias, eps), inplace=True)
     out: Tensor = _NormSilu.apply(x, groups, weight, bias, eps)

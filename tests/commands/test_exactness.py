@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from lorakit.adapters import linear
 from lorakit.commands import exactness
@@ -23,6 +24,15 @@ def test_the_fast_path_is_as_exact_as_plain_means(
     out = capsys.readouterr().out
     assert "fast path" in out
     assert "plain means" in out
+
+
+def test_the_demo_s_recipe_trains_all_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    for i in range(8):
+        Image.new("RGB", (64, 64), (i * 30, 90, 250 - i * 30)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"colour {i}")
+    recipe = Path(__file__).parents[2] / "recipes/openmoji-style.yaml"
+    exactness.run(recipe, [f"data.path={tmp_path}", "data.held_out=0", "train.batch_size=4"])
 
 
 @pytest.mark.parametrize("family", ["llama", "sd"])

@@ -18,9 +18,14 @@ _resnet: Any = ResnetBlock2D
 
 
 class Convolution(nn.Conv2d):
-    """Without groups, dilation or a padding by name."""
+    """Without groups, dilation or a padding by name.
+
+    PEFT makes a convolution's A and B of the class of what it wraps: where the weight is trained, this is torch's own.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.weight.requires_grad:
+            return super().forward(input)
         return convolve(input, self.weight, self.bias, self.stride[0], int(self.padding[0]))
 
 
