@@ -17,8 +17,7 @@ from lorakit.adapters.out import check_out, check_space
 from lorakit.adapters.parallel import Crew
 from lorakit.adapters.receipt import other_base, receipt, receipt_path
 from lorakit.adapters.stream import OutFile, Tally, write_file
-from lorakit.adapters.verify import Checked, verify_file
-from lorakit.errors import ModelError
+from lorakit.adapters.verify import Checked, Proof, verify_file
 from lorakit.storage.atomic import new_file, new_folder, sweep_killed, write_text
 from lorakit.storage.bases import resolve
 
@@ -59,7 +58,7 @@ def merge(
 ) -> MergeReport:
     """Write what ``plan`` says, with a receipt; its ``out`` is absent or complete whatever happens.
 
-    ``verify`` reads it back and recomputes every changed tensor; ``compare`` compares what the model computes.
+    ``verify`` recomputes every changed tensor and reads all back; ``compare`` compares what the model computes.
 
     Raises ConflictError when ``out`` exists (unless ``overwrite``), or is the base or an adapter; ResourceError when
     the space does not suffice or the disk refuses; ModelError when a sum is not finite in its dtype, or the result does
@@ -108,14 +107,16 @@ def _place(plan: MergePlan, overwrite: bool) -> Iterator[Path]:
 def _write(
     plan: MergePlan, place: Path, verify: bool, progress: Progress | None
 ) -> tuple[Tally, dict[str, str], Checked | None]:
-    """Write the weight files, and read each back while the base's is in the page cache; their SHA-256."""
+    """Write the weight files, proved and read back; their SHA-256."""
     crew = Crew(plan.size * (1 + verify), progress)
 
     def write(path: Path, file: OutFile) -> tuple[Tally, str, Checked]:
         path.parent.mkdir(exist_ok=True)
-        tally = Tally()
-        digest = write_file(path, file, tally, crew.go_on)
-        return tally, digest, _verify(path, file, digest, crew) if verify else Checked(0, 0.0)
+        tally, proof = Tally(), Proof()
+        digest = write_file(path, file, tally, crew.go_on, proof if verify else None)
+        if verify:
+            verify_file(path, file, digest, crew.go_on)
+        return tally, digest, proof.checked
 
     paths = {name: place / name if name else place for name in plan.files}
     results = crew.run([partial(write, paths[name], file) for name, file in plan.files.items()])
@@ -126,14 +127,6 @@ def _write(
     checked = Checked(sum(one.changed for one in found), max((one.worst for one in found), default=0.0))
     written = {name: digest for name, (_, digest, _) in zip(plan.files, results, strict=True)}
     return total, written, checked if verify else None
-
-
-def _verify(path: Path, file: OutFile, digest: str, crew: Crew) -> Checked:
-    try:
-        return verify_file(path, file, digest, crew.go_on)
-    except ModelError as error:
-        hint = "the merged model was removed; check the disk and the memory, then merge again"
-        raise ModelError(f"does not verify: {error.reason}", where=error.where, hint=hint) from error
 
 
 def _outcome(plan: MergePlan, report: MergeReport) -> dict[str, Any]:

@@ -124,38 +124,68 @@ def worked(rows: Tensor, dtype: torch.dtype) -> Tensor:
 _scratch = threading.local()
 
 
+class Summed(NamedTuple):
+    """Rows of a changed tensor, ready to be written."""
+
+    name: str
+    change: Change
+    first: int
+    """The first row, counted as ``change`` does."""
+    before: Tensor
+    """[n, columns], the base's."""
+    after: Tensor
+    """[n, columns], in the dtype of the file."""
+
+
+Prove = Callable[[Summed], None]
+"""Raises ModelError for rows that should not be written."""
+
+
 @torch.no_grad()
-def write_file(path: Path, out: OutFile, tally: Tally, written: Callable[[int], None]) -> str:
+def write_file(
+    path: Path, out: OutFile, tally: Tally, written: Callable[[int], None], prove: Prove | None = None
+) -> str:
     """Write a safetensors file and give its SHA-256; ``written`` is told the bytes of each block.
 
-    Raises ModelError when a sum is not finite in its dtype.
+    ``prove`` is given all that was summed, and the SHA-256 is of just what it was given, as it was then.
+
+    Raises ModelError when a sum is not finite in its dtype, and what ``prove`` raises.
     """
     digest = hashlib.sha256()
-    with closing(DirectWriter(path)) as file, Behind(digest.update) as hashing, Behind(file.write) as writing:
 
-        def put(content: Bytes) -> None:
-            hashing.put(content)
+    def settle(block: tuple[Bytes, Summed | None]) -> None:
+        content, summed = block
+        if prove is not None and summed is not None:
+            prove(summed)
+        digest.update(content.data)
+
+    with closing(DirectWriter(path)) as file, Behind(settle) as settling, Behind(file.write) as writing:
+
+        def put(content: Bytes, summed: Summed | None = None) -> None:
+            settling.put((content, summed))
             writing.put(content)
 
         rooms = Rooms()
         put(np.frombuffer(out.header(), np.uint8))
-        for slot, spans in out.tensors.values():
+        for name, (slot, spans) in out.tensors.items():
             for span in spans:
                 tally.change += (span.change and span.change.square) or 0.0
                 size = span.source.slots[span.name].dtype.itemsize
                 for first, last in span.blocks(READ // size):
-                    after = _after(span, first, last, slot.dtype, tally, rooms)
-                    put(after.contiguous().flatten().view(torch.uint8).numpy())
+                    before = span.source.rows(span.name, first, last)
+                    after = _after(span, first, before, slot.dtype, tally, rooms)
+                    summed = Summed(name, span.change, first - span.first, before, after) if span.change else None
+                    put(after.contiguous().flatten().view(torch.uint8).numpy(), summed)
                     written(after.nbytes)
-        hashing.wait()
+        settling.wait()
         writing.wait()
         file.finish()
     return digest.hexdigest()
 
 
-def _after(span: Span, first: int, last: int, dtype: torch.dtype, tally: Tally, rooms: Rooms) -> Tensor:
-    """Rows as they are written: [last - first, columns] in ``dtype``."""
-    before = span.source.rows(span.name, first, last)
+def _after(span: Span, first: int, before: Tensor, dtype: torch.dtype, tally: Tally, rooms: Rooms) -> Tensor:
+    """The span's rows ``before``, from ``first`` on, as they are written: [n, columns] in ``dtype``."""
+    last = first + len(before)
     if span.change is None:
         after = before.to(dtype)
         finite = dtype == before.dtype or bool(torch.isfinite(after).all())
