@@ -5,6 +5,7 @@ the adapter does not touch keep their bytes, shards and index keep their layout,
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -110,10 +111,10 @@ def _write(
     """Write the weight files, proved and read back; their SHA-256."""
     crew = Crew(plan.size * (1 + verify), progress)
 
-    def write(path: Path, file: OutFile) -> tuple[Tally, str, Checked]:
+    def write(path: Path, file: OutFile, cores: Executor) -> tuple[Tally, str, Checked]:
         path.parent.mkdir(exist_ok=True)
         tally, proof = Tally(), Proof()
-        digest = write_file(path, file, tally, crew.go_on, proof if verify else None)
+        digest = write_file(path, file, tally, crew.go_on, cores, proof if verify else None)
         if verify:
             verify_file(path, file, digest, crew.go_on)
         return tally, digest, proof.checked

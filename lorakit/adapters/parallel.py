@@ -2,14 +2,14 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 WORKERS = 4
-"""Jobs at a time, each of which takes a core or waits for the disk: what they read and write counts in memory."""
+"""Jobs at a time: one waits for the disk while others go on, and what they read and write counts in memory."""
 
 
 class Stopped(Exception):
@@ -32,12 +32,12 @@ class Crew:
             if self._progress is not None:
                 self._progress(self._done, self._total)
 
-    def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
-        """The jobs' results in order; what the first one to fail raised."""
-        workers = max(1, min(WORKERS, len(jobs)))
+    def run(self, jobs: Sequence[Callable[[Executor], T]]) -> list[T]:
+        """The jobs' results in order; what the first one to fail raised. Each job is given threads, one a core, that
+        it shares with the others for its arithmetic."""
         threads = torch.get_num_threads()
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(job) for job in jobs]
+        with _threads(max(1, threads)) as cores, _threads(max(1, min(WORKERS, len(jobs)))) as pool:
+            futures = [pool.submit(job, cores) for job in jobs]
             try:
                 done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
                 failed = [error for future in done if (error := future.exception()) is not None]
@@ -50,3 +50,8 @@ class Crew:
                 for future in futures:
                     future.cancel()
                 torch.set_num_threads(threads)
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Threads whose torch operations take one core each."""
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))

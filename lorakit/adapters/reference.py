@@ -1,99 +1,218 @@
-"""Adapters put on a model in memory without merging: what a merged model is compared with."""
+"""Base + adapters computed from their files, without merging: what a merged model is compared with.
 
-from collections.abc import Callable, Mapping, Sequence
+A weight is read in float32, a few rows at a time, for the moment in which its layer needs them, so that a model of any
+size runs in little memory. LoRA stands beside its layer as it was trained: y = W x + scale * B (A x).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional
 
-from lorakit.adapters.delta import Delta, SavedAdapter, product
+from lorakit.adapters.delta import Delta, product
 from lorakit.adapters.files import assemble
-from lorakit.adapters.inject import apply
-from lorakit.adapters.pieces import Piece, open_pieces
-from lorakit.adapters.source import FileSource
+from lorakit.adapters.merge_base import Home, OpenBase
+from lorakit.adapters.pieces import open_pieces
+from lorakit.adapters.source import FileSource, Source
 from lorakit.adapters.tied import tied_names
+from lorakit.adapters.turned import Turned
 from lorakit.adapters.whole import Tokens, added_biases
+from lorakit.errors import ModelError
+
+BLOCK = 4 << 20
+"""Numbers of a weight that are in memory at a time."""
 
 
-def put_on(models: Mapping[str, nn.Module], adapters: Sequence[tuple[Path, float]]) -> None:
-    """Put all of each adapter into a base's components, ``weight`` times: LoRA beside layers and embeddings as it was
-    trained, and whole modules, single tokens and biases in place of the base's. ModelError when one does not fit.
+class Weight:
+    """A model's tensor in a file, and what adapters make of it, each ``share`` times."""
+
+    def __init__(self, source: Source, home: Home, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self.lora: list[tuple[Delta, float]] = []
+        """LoRA, which ``rows`` leaves out."""
+        self.whole: list[tuple[Source, str, float]] = []
+        """Tensors in its place."""
+        self.tokens: list[tuple[Tokens, float]] = []
+        """Single rows in the place of its own."""
+        self._source, self._name = source, home.name
+        self._first = 0 if home.turned else home.first
+
+    @property
+    def height(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """float32 [last - first, ...], not to be written to."""
+        before = self._source.rows(self._name, self._first + first, self._first + last).float()
+        after = before.clone() if self.whole or self.tokens else before
+        for source, key, share in self.whole:
+            after += share * (source.rows(key, first, last).float() - before)
+        for tokens, share in self.tokens:
+            inside = (tokens.indices >= first) & (tokens.indices < last)
+            at = tokens.indices[inside] - first
+            after[at] += share * (tokens.values[inside].float() - before[at])
+        return after.view(last - first, *self.shape[1:])
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """All rows, in spans of about ``BLOCK`` numbers."""
+        step = max(1, BLOCK * self.height // max(1, torch.Size(self.shape).numel()))
+        for first in range(0, self.height, step):
+            yield first, min(first + step, self.height)
+
+    def tensor(self) -> Tensor:
+        """All of it with all changes, in its shape."""
+        total = self.rows(0, self.height).clone().view(self.shape)
+        for delta, share in self.lora:
+            total += share * product(delta).view(self.shape)
+        return total
+
+
+Weights = dict[str, dict[str, Weight]]
+"""By component and tensor name."""
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made in this block have parameters without memory, and buffers with their values."""
+    plain = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        bare = None if parameter is None else nn.Parameter(parameter.to("meta"), requires_grad=False)
+        plain(module, name, bare)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = plain  # type: ignore[method-assign]
+
+
+def run_from_files(base: OpenBase, adapters: Sequence[tuple[Path, float]] = ()) -> None:
+    """Let the components of a base, made in ``parameters_on_meta``, compute from its files in float32, with all of each
+    adapter ``weight`` times. ModelError when a tensor is missing, or an adapter does not fit.
     """
-    originals: dict[tuple[str, str], Tensor] = {}
-    for number, (path, weight) in enumerate(adapters):
-        pieces = open_pieces(path)
-        saved = assemble(path, pieces, models, whole=True)
-        for piece in pieces:
-            _replace(models, piece, saved, weight, originals)
-        for component, deltas in saved.components.items():
-            embeddings = {name: module for name, module in models[component].named_modules() if name in deltas}
-            embeddings = {name: module for name, module in embeddings.items() if isinstance(module, nn.Embedding)}
-            for name, module in embeddings.items():
-                module.register_forward_hook(_looked_up(deltas[name], weight))
-            layers = {name: delta for name, delta in deltas.items() if name not in embeddings}
-            if layers:
-                apply(models[component], layers, weight=weight, name=f"adapter{number}")
+    models = {component: model.float().eval() for component, model in base.models.items()}
+    weights = {component: _weights(base, component, model) for component, model in models.items()}
+    for path, share in adapters:
+        _put_on(weights, models, path, share)
+    for component, model in models.items():
+        for path, module in model.named_modules():
+            _read_in(module, {name: weights[component].get(f"{path}.{name}".lstrip(".")) for name in _own(module)})
 
 
-def _replace(
-    models: Mapping[str, nn.Module],
-    piece: Piece,
-    saved: SavedAdapter,
-    weight: float,
-    originals: dict[tuple[str, str], Tensor],
-) -> None:
-    """W + weight (S - W), with the same W for every adapter; a weight that two modules shared is shared no longer."""
+def _weights(base: OpenBase, component: str, model: nn.Module) -> dict[str, Weight]:
+    head, embedding = tied_names({component: model}) or ("", "")
+    found = {}
+    for name, tensor in model.state_dict().items():
+        home = base.home(component, name) or (base.home(component, embedding) if name == head else None)
+        if home is None:
+            raise ModelError(f"{component} lacks a tensor", where=name)
+        source = base.sources[home.file]
+        found[name] = Weight(Turned(source) if home.turned else source, home, tuple(tensor.shape))
+    return found
 
-    def add(name: str, difference: Callable[[Tensor], Tensor]) -> None:
-        path, _, kind = name.rpartition(".")
-        module: Any = models[piece.component].get_submodule(path)
-        owner = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        before = getattr(owner, kind).detach()
-        original = originals.setdefault((piece.component, name), before)
-        after = before + weight * difference(original).to(before.dtype)
-        setattr(owner, kind, nn.Parameter(after, requires_grad=False))
 
-    source = FileSource(piece.path) if piece.whole else None
-    for name, key in piece.whole.items():
-        assert source is not None
-        add(name, partial(_whole, source, key))
+def _put_on(weights: Weights, models: Mapping[str, nn.Module], path: Path, share: float) -> None:
+    """Tokens of a tied embedding are the head's too; all else parts them."""
+    pieces = open_pieces(path)
+    saved = assemble(path, pieces, models, whole=True)
+    for (component, module), delta in saved.all_deltas().items():
+        weights[component][f"{module}.weight"].lora.append((delta, share))
     tied = tied_names(models)
-    for module, tokens in piece.tokens.items():
-        for name in {f"{module}.weight", *(tied if tied and f"{module}.weight" == tied[1] else ())}:
-            add(name, partial(_rows, tokens))
-    for name, added in added_biases(piece.biases, saved.components.get(piece.component, {})).items():
-        add(name, partial(_bias, added))
+    for piece in pieces:
+        own = weights[piece.component]
+        source = FileSource(piece.path) if piece.whole else None
+        for name, key in piece.whole.items():
+            assert source is not None
+            own[name].whole.append((source, key, share))
+        for module, tokens in piece.tokens.items():
+            for name in {f"{module}.weight", *(tied if tied and f"{module}.weight" == tied[1] else ())}:
+                own[name].tokens.append((tokens, share))
+        for name, added in added_biases(piece.biases, saved.components.get(piece.component, {})).items():
+            own[name].lora.append((added, share))
 
 
-def _whole(source: FileSource, key: str, original: Tensor) -> Tensor:
-    """The difference that a module trained whole makes."""
-    whole = source.rows(key, 0, source.slots[key].rows)
-    return whole.view(original.shape).to(original.dtype) - original
+def _own(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters and of the buffers that are saved."""
+    return list(module.state_dict(keep_vars=True).keys() & {*module._parameters, *module._buffers})
 
 
-def _rows(tokens: Tokens, original: Tensor) -> Tensor:
-    """The difference that single rows make."""
-    rows = tokens.values.to(original.dtype) - original[tokens.indices]
-    return torch.zeros_like(original).index_copy(0, tokens.indices, rows)
+def _read_in(module: Any, own: Mapping[str, Weight | None]) -> None:
+    """Large weights stay in their files, the others are read."""
+    for name, weight in own.items():
+        forward = _STREAMED.get(type(module)) if name == "weight" else None
+        if weight is None:
+            continue
+        if forward is not None:
+            module.forward = partial(forward, module, weight)
+        elif name in module._parameters:
+            module._parameters[name] = nn.Parameter(weight.tensor(), requires_grad=False)
+        else:
+            module._buffers[name] = weight.tensor().to(module._buffers[name].dtype)
 
 
-def _bias(added: Delta, original: Tensor) -> Tensor:
-    """The difference that a bias of B makes."""
-    return product(added).view(original.shape)
+def _linear(module: Any, weight: Weight, x: Tensor) -> Tensor:
+    """[..., in] -> [..., out]"""
+    out = torch.cat(list(_outputs(weight, partial(functional.linear, x), functional.linear, (-1,))), -1)
+    return out if module.bias is None else out + module.bias
 
 
-def _looked_up(delta: Delta, weight: float) -> Any:
-    """A hook that adds an embedding's LoRA to what it looks up: rows of B times A."""
+def _convolution(module: Any, weight: Weight, x: Tensor) -> Tensor:
+    """[B, in, h, w] -> [B, out, h', w']"""
+    window = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
 
-    def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        rows = nn.functional.embedding(inputs[0], delta.B.float())
-        added: Tensor = rows @ delta.A.float() * (weight * delta.scale)
-        return output + added.to(output.dtype)
+    def convolve(w: Tensor) -> Tensor:
+        return functional.conv2d(x, w, **window)
 
-    return hook
+    def up(low: Tensor, b: Tensor) -> Tensor:
+        return functional.conv2d(low, b[:, :, None, None])
+
+    out = torch.cat(list(_outputs(weight, convolve, up, (-1, 1, 1))), 1)
+    return out if module.bias is None else out + module.bias[:, None, None]
+
+
+def _outputs(
+    weight: Weight,
+    times: Callable[[Tensor], Tensor],
+    up: Callable[[Tensor, Tensor], Tensor],
+    along: tuple[int, ...],
+) -> Iterator[Tensor]:
+    """A layer's outputs, a few channels at a time: W x + scale * B (A x), with DoRA each row m / norm(W + scale * B A)
+    times as much. ``times`` gives a matrix' product with x, ``up`` that of rows of B with A x; ``along`` is the shape
+    that lays one number a channel beside its outputs.
+    """
+    lora = [(delta, times(delta.A.float()), share * delta.scale) for delta, share in weight.lora]
+    for first, last in weight.blocks():
+        rows = weight.rows(first, last)
+        out = times(rows)
+        for delta, low, scale in lora:
+            b = delta.B.float().flatten(1)[first:last]
+            out = out + scale * up(low, b)
+            if delta.magnitude is not None:
+                total = rows.flatten(1) + scale * (b @ delta.A.float().flatten(1))
+                out = out * (delta.magnitude[first:last].float() / total.norm(dim=1)).view(along)
+        yield out
+
+
+def _embedding(_module: Any, weight: Weight, ids: Tensor) -> Tensor:
+    """[...] -> [..., D]"""
+    tokens, places = torch.unique(ids, return_inverse=True)
+    rows = torch.cat([weight.rows(token, token + 1) for token in tokens.tolist()])
+    for delta, share in weight.lora:
+        rows = rows + share * delta.scale * (delta.B.float()[tokens] @ delta.A.float())
+    return rows[places]
+
+
+_STREAMED: dict[type, Callable[..., Tensor]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _convolution,
+    nn.Embedding: _embedding,
+}
 
 
 def difference(reference: Sequence[Tensor], found: Sequence[Tensor]) -> float:

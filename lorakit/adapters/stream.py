@@ -7,7 +7,9 @@ import hashlib
 import json
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,9 @@ from lorakit.storage.direct import ALIGN, Bytes, DirectWriter, Rooms
 READ = 2 << 20
 """Bytes of a tensor that are in memory at a time, for each file in work: few enough to be there in the cache when they
 are hashed, changed and written, and for the allocator to keep the pages."""
+
+AT_ONCE = 4
+"""Blocks of a file that are computed side by side."""
 
 
 class Span(NamedTuple):
@@ -89,7 +94,7 @@ class Tally:
 
     def weights(self, total: Tensor, after: Tensor) -> float:
         """Count some rows; the span of their rounding, not finite when ``after`` is not. ``total`` is given up."""
-        error = total.sub_(after)
+        error = total.sub_(worked(after, torch.float32, 1))  # quicker than a difference of two dtypes
         self.error += _square(error)
         self.dtypes.add(after.dtype)
         least, most = (float(end) for end in torch.aminmax(error))  # twenty times as fast as the maximum norm
@@ -113,12 +118,14 @@ def _square(numbers: Tensor) -> float:
     return float(torch.dot(flat, flat))
 
 
-def worked(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows in another dtype, in memory that the thread's next call uses again: new pages cost more than the sums."""
-    kept: Tensor | None = getattr(_scratch, "kept", None)
-    if kept is None or kept.nbytes < rows.numel() * dtype.itemsize:
-        kept = _scratch.kept = torch.empty(rows.numel() * dtype.itemsize, dtype=torch.uint8)
-    return kept[: rows.numel() * dtype.itemsize].view(dtype).view(rows.shape).copy_(rows)
+def worked(rows: Tensor, dtype: torch.dtype, which: int = 0) -> Tensor:
+    """Rows in another dtype, in memory that the thread's next call with the same ``which`` uses again: new pages cost
+    more than the sums."""
+    kept: dict[int, Tensor] = _scratch.__dict__.setdefault("kept", {})
+    size = rows.numel() * dtype.itemsize
+    if which not in kept or kept[which].nbytes < size:
+        kept[which] = torch.empty(size, dtype=torch.uint8)
+    return kept[which][:size].view(dtype).view(rows.shape).copy_(rows)
 
 
 _scratch = threading.local()
@@ -141,13 +148,18 @@ Prove = Callable[[Summed], None]
 """Raises ModelError for rows that should not be written."""
 
 
-@torch.no_grad()
 def write_file(
-    path: Path, out: OutFile, tally: Tally, written: Callable[[int], None], prove: Prove | None = None
+    path: Path,
+    out: OutFile,
+    tally: Tally,
+    written: Callable[[int], None],
+    sums: Executor,
+    prove: Prove | None = None,
 ) -> str:
     """Write a safetensors file and give its SHA-256; ``written`` is told the bytes of each block.
 
-    ``prove`` is given all that was summed, and the SHA-256 is of just what it was given, as it was then.
+    ``sums`` computes blocks, which are written in their order. ``prove`` is given all that was summed, and the SHA-256
+    is of just what it was given, as it was then.
 
     Raises ModelError when a sum is not finite in its dtype, and what ``prove`` raises.
     """
@@ -165,27 +177,38 @@ def write_file(
             settling.put((content, summed))
             writing.put(content)
 
-        rooms = Rooms()
+        def put_next() -> None:
+            name, change, first, before, computed = late.popleft()
+            after, part = computed.result()
+            tally.add(part)
+            summed = Summed(name, change, first, before, after) if change else None
+            put(after.contiguous().flatten().view(torch.uint8).numpy(), summed)
+            written(after.nbytes)
+
+        rooms, late = Rooms(), deque[tuple[str, Change | None, int, Tensor, Future[tuple[Tensor, Tally]]]]()
         put(np.frombuffer(out.header(), np.uint8))
         for name, (slot, spans) in out.tensors.items():
             for span in spans:
                 tally.change += (span.change and span.change.square) or 0.0
                 size = span.source.slots[span.name].dtype.itemsize
                 for first, last in span.blocks(READ // size):
+                    if len(late) == AT_ONCE:
+                        put_next()
                     before = span.source.rows(span.name, first, last)
-                    after = _after(span, first, before, slot.dtype, tally, rooms)
-                    summed = Summed(name, span.change, first - span.first, before, after) if span.change else None
-                    put(after.contiguous().flatten().view(torch.uint8).numpy(), summed)
-                    written(after.nbytes)
+                    computed = sums.submit(_after, span, first, before, slot.dtype, rooms)
+                    late.append((name, span.change, first - span.first, before, computed))
+        while late:
+            put_next()
         settling.wait()
         writing.wait()
         file.finish()
     return digest.hexdigest()
 
 
-def _after(span: Span, first: int, before: Tensor, dtype: torch.dtype, tally: Tally, rooms: Rooms) -> Tensor:
-    """The span's rows ``before``, from ``first`` on, as they are written: [n, columns] in ``dtype``."""
-    last = first + len(before)
+@torch.no_grad()
+def _after(span: Span, first: int, before: Tensor, dtype: torch.dtype, rooms: Rooms) -> tuple[Tensor, Tally]:
+    """The span's rows ``before``, from ``first`` on, as they are written: [n, columns] in ``dtype``; what happened."""
+    tally, last = Tally(), first + len(before)
     if span.change is None:
         after = before.to(dtype)
         finite = dtype == before.dtype or bool(torch.isfinite(after).all())
@@ -202,4 +225,4 @@ def _after(span: Span, first: int, before: Tensor, dtype: torch.dtype, tally: Ta
             finite &= math.isfinite(tally.weights(total, after[rows]))
     if not finite:
         raise ModelError(f"not finite in {dtype}: it overflows, or was not finite before", where=span.name)
-    return after
+    return after, tally

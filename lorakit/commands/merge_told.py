@@ -12,19 +12,10 @@ if TYPE_CHECKING:
 TOLERANCE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.25}
 """How far the merged model's outputs may be from base + adapter's, as a share of their spread: several times what
 rounding the weights to the dtype does."""
-ROOM = 0.7
-"""Share of the free memory that a model may take to be compared."""
 
 
-def compare_with(plan: "MergePlan") -> "Compare | None":
-    """What compares the outputs; None, and a line that says why, where a model does not fit into memory."""
-    import psutil
-
-    needed = 4 * plan.elements
-    free = psutil.virtual_memory().available
-    if needed > ROOM * free:
-        print(f"too large to compare outputs: {needed / 1e9:.1f} GB in float32, {free / 1e9:.1f} GB free; tensors only")
-        return None
+def compare_with(plan: "MergePlan") -> "Compare":
+    """What compares the outputs."""
     adapters = [(adapter.path, adapter.weight) for adapter in plan.adapters]
 
     def compare(place: Path) -> dict[str, Any]:
@@ -35,8 +26,7 @@ def compare_with(plan: "MergePlan") -> "Compare | None":
         else:
             from lorakit.families.llama.compare import compare as compare_llama
 
-            quantized = plan.settings.quant_base == "as-trained"
-            share, told = compare_llama(plan.base, adapters, place, "nf4" if quantized else "none")
+            share, told = compare_llama(plan.base, adapters, place, plan.settings.quant_base)
         allowed = max(TOLERANCE[dtype] for dtype in plan.dtypes)
         if not share <= allowed:
             hint = "the merged model was removed; --dtype float32 rounds less"

@@ -2,7 +2,9 @@
 cache costs more than the disk's own transfer. Where it cannot (no Linux, a file system without O_DIRECT), the cache is
 used, and nothing else changes."""
 
+import ctypes
 import errno
+import mmap
 import os
 import sys
 import threading
@@ -21,7 +23,6 @@ LARGE = 1 << 20
 KEPT = 12
 """Pieces of memory of at most WRITE bytes that are taken again, for each reader or writer."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_CACHED = getattr(os, "RWF_NOWAIT", 0)
 
 
 class DirectReader:
@@ -30,8 +31,9 @@ class DirectReader:
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         """``fresh``: from the disk even where the page cache has them."""
         self.size = path.stat().st_size
-        self._fresh, self._handle = fresh, os.open(path, os.O_RDONLY)
+        self._handle = os.open(path, os.O_RDONLY)
         self._direct = _open_direct(path, os.O_RDONLY)
+        self._cache = None if fresh or self._direct is None else _PageCache(self._handle, self.size)
         self._rooms = Rooms()
 
     def read(self, begin: int, end: int) -> Bytes:
@@ -45,8 +47,8 @@ class DirectReader:
         exact = room[:size].data
         if self._direct is None:
             return os.preadv(self._handle, [exact], start)
-        if _CACHED and not self._fresh and _is_read(self._handle, exact, start):
-            return size
+        if self._cache is not None and self._cache.has(start, start + size):
+            return os.preadv(self._handle, [exact], start)
         try:
             return min(os.preadv(self._direct, [room.data], start), size)
         except OSError as error:
@@ -60,14 +62,24 @@ class DirectReader:
                 os.close(handle)
 
 
-def _is_read(handle: int, content: memoryview, place: int) -> bool:
-    """Read what the page cache has; whether that is all."""
-    try:
-        return os.preadv(handle, [content], place, _CACHED) == len(content)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-            raise
-        return False
+class _PageCache:
+    """Which bytes of a file are in the page cache. (A read that may not wait would say it too, but it makes the kernel
+    fetch pages ahead, and each of them costs more than a direct transfer.)"""
+
+    def __init__(self, handle: int, size: int) -> None:
+        self._start = 0
+        self._mincore = getattr(ctypes.CDLL(None), "mincore", None)
+        if size and self._mincore is not None:
+            self._map = mmap.mmap(handle, size, prot=mmap.PROT_READ)  # never read through: a file may become shorter
+            self._start = np.frombuffer(self._map, np.uint8).ctypes.data
+
+    def has(self, begin: int, end: int) -> bool:
+        if not self._start or begin >= end or self._mincore is None:
+            return False
+        first = begin - begin % mmap.PAGESIZE
+        pages = ctypes.create_string_buffer(-(-(end - first) // mmap.PAGESIZE))
+        place, count = ctypes.c_void_p(self._start + first), ctypes.c_size_t(end - first)
+        return self._mincore(place, count, pages) == 0 and all(page & 1 for page in pages.raw)
 
 
 class DirectWriter:

@@ -67,10 +67,9 @@ def merged(base: Path, adapters: list[tuple[Path, float]], out: Path, settings: 
     """Merged, its tensors and its logits verified."""
     location = resolve(str(base))
     plan = plan_merge(location, open_base(location), adapters, out, settings)
-    quantization = "nf4" if settings.quant_base == "as-trained" else "none"
 
     def compare(place: Path) -> dict[str, Any]:
-        share, _ = llama_compare.compare(location, adapters, place, quantization)
+        share, _ = llama_compare.compare(location, adapters, place, settings.quant_base)
         assert share < 1e-4
         return {"difference": share}
 

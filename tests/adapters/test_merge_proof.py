@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +51,18 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.fixture
+def cores() -> Iterator[Executor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
 @pytest.mark.fault(62)
-def test_every_kind_of_damage_is_found(models: Path, tmp_path: Path) -> None:
+def test_every_kind_of_damage_is_found(models: Path, tmp_path: Path, cores: Executor) -> None:
     plan = planned(models / "base", [(models / "a", 1.0)], tmp_path / "out")
     out = next(f for f in plan.files.values() if any(s.change for t in f.tensors.values() for s in t.spans))
     path, proof = tmp_path / "model.safetensors", Proof()
-    digest = write_file(path, out, Tally(), lambda _: None, proof)
+    digest = write_file(path, out, Tally(), lambda _: None, cores, proof)
     assert digest == sha256(path)
     changed = sum(span.change is not None for target in out.tensors.values() for span in target.spans)
     assert proof.checked.changed == changed > 0
@@ -73,11 +81,11 @@ def test_every_kind_of_damage_is_found(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         verify_file(path, out, digest, lambda _: None)
     other = OutFile(dict(reversed(out.tensors.items())), out.metadata)
-    write_file(path, other, Tally(), lambda _: None)
+    write_file(path, other, Tally(), lambda _: None, cores)
     with pytest.raises(ModelError, match="read back"):
         verify_file(path, out, digest, lambda _: None)
     smaller = OutFile(dict(list(out.tensors.items())[1:]), out.metadata)
-    digest = write_file(path, smaller, Tally(), lambda _: None)
+    digest = write_file(path, smaller, Tally(), lambda _: None, cores)
     with pytest.raises(ModelError, match="planned"):
         verify_file(path, out, digest, lambda _: None)
 

@@ -48,6 +48,28 @@ def test_any_bytes_are_read(tmp_path: Path, fresh: bool, cached: bool) -> None:
         assert len(reader.read(2 * ALIGN, 3 * ALIGN)) == 0
 
 
+@pytest.mark.skipif(not direct._DIRECT, reason="no transfers past the page cache here")
+def test_it_takes_what_the_page_cache_has_and_brings_nothing_in(tmp_path: Path) -> None:
+    path, size = tmp_path / "file", 64 * ALIGN
+    path.write_bytes(content(size).tobytes())
+    with closing(DirectReader(path)) as reader:
+        assert reader._cache is not None
+        if reader._direct is None or not reader._cache.has(0, size):
+            pytest.skip("no such transfers, or no such cache, in this folder")
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        reader.read(0, 2 * ALIGN)
+        reader.read(2 * ALIGN, 3 * ALIGN)
+        assert not any(reader._cache.has(at, at + 1) for at in range(0, size, ALIGN))
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            file.seek(7 * ALIGN)
+            file.read(1)
+        assert reader._cache.has(7 * ALIGN, 8 * ALIGN)
+        assert not reader._cache.has(6 * ALIGN, 8 * ALIGN)
+
+
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "sizes",

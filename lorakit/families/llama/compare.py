@@ -1,18 +1,20 @@
 """What a merged language model says beside base + adapter: the logits of a few prompts."""
 
-import gc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorakit.adapters.reference import difference, put_on
+from lorakit.adapters.merge_base import OpenBase, open_base
+from lorakit.adapters.merge_plan import QuantBase
+from lorakit.adapters.reference import difference, parameters_on_meta, run_from_files
+from lorakit.adapters.skeleton import skeleton
 from lorakit.data.encoder import Encoder
 from lorakit.families.llama.base import as_folder
-from lorakit.families.llama.library import Quantization, load_model, load_tokenizer
-from lorakit.families.place import Place
+from lorakit.families.llama.library import load_tokenizer
 from lorakit.storage.bases import BaseLocation, resolve
 
 PROMPTS = (
@@ -21,31 +23,41 @@ PROMPTS = (
     "Once upon a time there was a fox who",
     "1, 2, 3, 4, 5,",
 )
-PLACE = Place(torch.device("cpu"), torch.float32)
 
 
 def compare(
-    base: BaseLocation, adapters: Sequence[tuple[Path, float]], out: Path, quantization: Quantization = "none"
+    base: BaseLocation, adapters: Sequence[tuple[Path, float]], out: Path, quant_base: QuantBase = "original"
 ) -> tuple[float, str]:
     """How far the merged model's logits are from base + adapter's, as a share of their spread; and in words.
 
-    In float32, one model in memory at a time. ``quantization`` is what training saw the base through.
+    In float32, a few rows of a weight in memory at a time. ``quant_base``: see ``merge_plan.Settings``.
     """
-    folder = as_folder(base, PLACE.dtype)
+    folder = as_folder(base, torch.float32)
     encoder = Encoder(load_tokenizer(folder))
-    ids = [torch.tensor([encoder.encode(prompt)[0].tolist()]) for prompt in PROMPTS]
-    model = load_model(folder, PLACE, quantization, attention="sdpa")
-    put_on({"model": model}, adapters)
-    expected = _logits(model, ids)
-    del model
-    gc.collect()
-    found = _logits(load_model(resolve(str(out)), PLACE, "none", attention="sdpa"), ids)
+    ids = [encoder.encode(prompt)[0].tolist() for prompt in PROMPTS]
+    opened = open_base(folder)
+    if quant_base == "as-trained":
+        from lorakit.adapters.nf4 import as_trained  # bitsandbytes takes seconds to import
+
+        opened = replace(opened, sources=as_trained(opened))
+    expected = _logits(folder, opened, adapters, ids)
+    merged = resolve(str(out))
+    found = _logits(merged, open_base(merged), (), ids)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, found, strict=True))
     count = sum(logits.shape[0] for logits in expected)
     share = difference(expected, found)
     return share, f"logits of {len(ids)} prompts differ by {share:.2%}, {same} of {count} likeliest tokens are the same"
 
 
-def _logits(model: Any, ids: Sequence[Tensor]) -> list[Tensor]:
+def _logits(
+    location: BaseLocation, opened: OpenBase, adapters: Sequence[tuple[Path, float]], ids: Sequence[list[int]]
+) -> list[Tensor]:
+    """[tokens, V] for each prompt. They run together, so that a weight is read once: what fills the shorter ones up
+    comes behind, where no token before it attends to it."""
+    opened = replace(opened, models=skeleton(location, parameters_on_meta()))
+    run_from_files(opened, adapters)
+    model: Any = opened.models["model"]
+    longest = max(map(len, ids))
     with torch.inference_mode():
-        return [model(input_ids=prompt, use_cache=False).logits[0].float() for prompt in ids]
+        logits = model(input_ids=torch.tensor([x + [0] * (longest - len(x)) for x in ids]), use_cache=False).logits
+    return [row[: len(x)].float() for row, x in zip(logits, ids, strict=True)]

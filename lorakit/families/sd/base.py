@@ -1,7 +1,7 @@
 """A Stable Diffusion base in memory: text encoders, UNet, VAE, and the noise schedule it was trained with."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from lorakit.families.place import Place
 from lorakit.families.sd.attention import use_own_attention
 from lorakit.families.sd.conditioning import Conditioning, check_widths, conditioning_of
 from lorakit.families.sd.layers import use_own_layers
-from lorakit.families.sd.single_file import load_single_file
+from lorakit.families.sd.single_file import load_single_file, load_tokenizers
 from lorakit.numerics.diffusion import PredictionType, has_zero_terminal_snr
 from lorakit.storage.bases import BaseLocation
 from lorakit.storage.checks import WEIGHTS, read_json, shapes, shard_files
@@ -70,17 +70,16 @@ def native_size(unet: Any, vae: Any) -> tuple[int, int]:
     return width * vae_factor(vae), height * vae_factor(vae)
 
 
-def load_parts(location: BaseLocation, place: Place, tokenizers: Sequence[CLIPTokenizer] | None = None) -> Parts:
-    """Load a base on ``place``, frozen; a single file with ``tokenizers`` where they are given.
+def load_parts(location: BaseLocation, place: Place) -> Parts:
+    """Load a base on ``place``, frozen.
 
     Raises: ModelError when a part does not load or does not fit the others.
     """
     if location.layout == "single-file":
-        loaded = load_single_file(location.path, place.dtype, tokenizers)
-        text = conditioning_of(loaded.tokenizers, loaded.encoders, zeros=True)
-        parts = Parts(text, loaded.unet, loaded.vae, loaded.schedule)
+        loaded = load_single_file(location.path, place.dtype)
+        parts = Parts(load_conditioning(location, loaded.encoders), loaded.unet, loaded.vae, loaded.schedule)
     else:
-        parts = _load_folder(location.path, place.dtype)
+        parts = _load_folder(location, place.dtype)
     check_widths(parts.conditioning, parts.unet, location.name)
     for module in (*parts.adaptable.values(), parts.vae):
         module.requires_grad_(False).eval().to(place.device)
@@ -89,14 +88,24 @@ def load_parts(location: BaseLocation, place: Place, tokenizers: Sequence[CLIPTo
     return parts
 
 
-def _load_folder(path: Path, dtype: torch.dtype) -> Parts:
-    zeros = bool(read_json(path / "model_index.json").get("force_zeros_for_empty_prompt", True))
-    there = [name for name in _text if (path / name).is_dir()]
-    tokenizers = [_load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in there]
-    encoders = {name: _load_encoder(_text[name], path / name, dtype) for name in there}
+def load_conditioning(location: BaseLocation, encoders: Mapping[str, nn.Module]) -> Conditioning:
+    """A base's tokenizers around its text encoders.
+
+    Raises: ModelError when a tokenizer does not load, or is not on this machine.
+    """
+    if location.layout == "single-file":
+        return conditioning_of(list(load_tokenizers(location.path).values()), encoders, zeros=True)
+    zeros = bool(read_json(location.path / "model_index.json").get("force_zeros_for_empty_prompt", True))
+    folders = [location.path / name.replace("text_encoder", "tokenizer") for name in encoders]
+    return conditioning_of([_load_tokenizer(folder) for folder in folders], encoders, zeros=zeros)
+
+
+def _load_folder(location: BaseLocation, dtype: torch.dtype) -> Parts:
+    path = location.path
+    encoders = {name: _load_encoder(_text[name], path / name, dtype) for name in _text if (path / name).is_dir()}
     unet = _load_part(_unet, path / "unet", dtype)
     vae = _load_part(_vae, path / "vae", torch.float32)
-    return Parts(conditioning_of(tokenizers, encoders, zeros=zeros), unet, vae, read_schedule(path))
+    return Parts(load_conditioning(location, encoders), unet, vae, read_schedule(path))
 
 
 def _load_tokenizer(path: Path) -> CLIPTokenizer:

@@ -5,7 +5,7 @@ taken from a folder ``tokenizer`` beside the file, or from the hub's cache on th
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +31,8 @@ _rename_vae: Any = convert_ldm_vae_checkpoint
 
 
 class SingleFile(NamedTuple):
-    tokenizers: list[CLIPTokenizer]
     encoders: dict[str, nn.Module]
-    """By component, in the order of the tokenizers."""
+    """By component."""
     unet: nn.Module
     vae: Any
     schedule: dict[str, Any]
@@ -77,19 +76,18 @@ def configs_of_shapes(kind: Kind, shapes: Shapes, prediction: str) -> Configs:
     return Configs(unet, vae, texts, schedule)
 
 
-def load_single_file(path: Path, dtype: torch.dtype, tokenizers: Sequence[CLIPTokenizer] | None = None) -> SingleFile:
-    """Load all parts, UNet and text encoders in ``dtype``, the VAE in float32; CLIP's tokenizers where none are given.
+def load_single_file(path: Path, dtype: torch.dtype) -> SingleFile:
+    """Load all parts, UNet and text encoders in ``dtype``, the VAE in float32.
 
-    Raises: ModelError when a tensor is missing, left over or misshapen, or CLIP's vocabulary is not on this machine.
+    Raises: ModelError when a tensor is missing, left over or misshapen.
     """
     kind, configs = kind_of(path), read_configs(path)
-    found = list(load_tokenizers(path).values() if tokenizers is None else tokenizers)
     encoders = make_encoders(configs.texts)
     modules = {"unet": _unet(**configs.unet), "vae": _vae(**configs.vae), **encoders}
     for component, module in modules.items():
         _fill(module, rename(kind, component, _tensors(path, kind.prefixes[component]), module), path)
     texts = {name: encoder.to(dtype) for name, encoder in encoders.items()}
-    return SingleFile(found, texts, modules["unet"].to(dtype), modules["vae"].float(), configs.schedule)
+    return SingleFile(texts, modules["unet"].to(dtype), modules["vae"].float(), configs.schedule)
 
 
 def make_encoders(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:

@@ -1,5 +1,6 @@
-"""A base's modules on the meta device: no weights are read."""
+"""A base's modules without weights."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from lorakit.storage.foreign import model_errors
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A base's modules on the meta device."""
+    """A base's modules without weights."""
 
     unet: nn.Module
     conditioning: Conditioning
@@ -35,8 +36,14 @@ class Skeleton:
         return {"unet": self.unet, **self.conditioning.encoders}
 
 
-def skeleton(location: BaseLocation, dtype: torch.dtype) -> Skeleton:
-    """Raises: ModelError when a config does not make a model."""
+def skeleton(
+    location: BaseLocation, dtype: torch.dtype, place: AbstractContextManager[object] | None = None
+) -> Skeleton:
+    """A base's modules made in ``place``: on the meta device where none is given.
+
+    Raises: ModelError when a config does not make a model.
+    """
+    place = torch.device("meta") if place is None else place
     with model_errors(location.name, "the config does not make a model"):
         if location.layout == "single-file":
             configs = read_configs(location.path)
@@ -47,7 +54,7 @@ def skeleton(location: BaseLocation, dtype: torch.dtype) -> Skeleton:
             configs_of = {part: read_json(location.path / part / "config.json") for part in parts}
             unet, vae, schedule = configs_of["unet"], configs_of["vae"], read_schedule(location.path)
             texts = {part: config for part, config in configs_of.items() if part.startswith("text_encoder")}
-        with torch.device("meta"):
+        with place:
             unet_class: Any = UNet2DConditionModel
             vae_class: Any = AutoencoderKL
             encoders = make_encoders(texts)
