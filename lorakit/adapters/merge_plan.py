@@ -72,12 +72,6 @@ class MergePlan:
         return sum(file.size for file in self.files.values())
 
     @property
-    def elements(self) -> int:
-        """Numbers in all weights."""
-        slots = [target.slot for file in self.files.values() for target in file.tensors.values()]
-        return sum(slot.rows * slot.columns for slot in slots)
-
-    @property
     def dtypes(self) -> list[str]:
         """Of the floats that are written, sorted."""
         found = {target.slot.dtype for file in self.files.values() for target in file.tensors.values()}

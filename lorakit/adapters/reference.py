@@ -4,6 +4,7 @@ A weight is read in float32, a few rows at a time, for the moment in which its l
 size runs in little memory. LoRA stands beside its layer as it was trained: y = W x + scale * B (A x).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +25,7 @@ from lorakit.adapters.turned import Turned
 from lorakit.adapters.whole import Tokens, added_biases
 from lorakit.errors import ModelError
 
-BLOCK = 4 << 20
+BLOCK = 1 << 20
 """Numbers of a weight that are in memory at a time."""
 
 
@@ -113,6 +114,10 @@ def _weights(base: OpenBase, component: str, model: nn.Module) -> dict[str, Weig
         if home is None:
             raise ModelError(f"{component} lacks a tensor", where=name)
         source = base.sources[home.file]
+        slot, height = source.slots[home.name], home.last - home.first
+        held = (slot.columns, slot.rows) if home.turned else (height, slot.columns)
+        if math.prod(held) != tensor.numel() or (tensor.dim() and held[0] != tensor.shape[0]):
+            raise ModelError(f"{held} rows and columns in the file, {tuple(tensor.shape)} in the model", where=name)
         found[name] = Weight(Turned(source) if home.turned else source, home, tuple(tensor.shape))
     return found
 
@@ -216,6 +221,11 @@ _STREAMED: dict[type, Callable[..., Tensor]] = {
 
 
 def difference(reference: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Root mean square of found - reference as a share of the reference's own spread around its mean."""
-    one, other = (torch.cat([tensor.flatten().double() for tensor in tensors]) for tensors in (reference, found))
-    return float((other - one).square().mean().sqrt() / one.std().clamp_min(1e-300))
+    """Of tensors [rows, ...]: root mean square of found - reference as a share of the
+    reference's own spread around its mean."""
+    pairs = [pair for one, other in zip(reference, found, strict=True) for pair in zip(one, other, strict=True)]
+    count = sum(one.numel() for one, _ in pairs)
+    mean = sum(float(one.double().sum()) for one, _ in pairs) / count
+    spread = sum(float((one.double() - mean).square().sum()) for one, _ in pairs)
+    error = sum(float((other.double() - one).square().sum()) for one, other in pairs)
+    return math.sqrt(error / max(spread, 1e-300))

@@ -1,5 +1,6 @@
 """What a merged language model says beside base + adapter: the logits of a few prompts."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,4 +61,6 @@ def _logits(
     longest = max(map(len, ids))
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([x + [0] * (longest - len(x)) for x in ids]), use_cache=False).logits
+    del model, opened
+    gc.collect()  # what was read stays in its layers' circles else
     return [row[: len(x)].float() for row, x in zip(logits, ids, strict=True)]
