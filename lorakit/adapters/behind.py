@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-DEPTH = 4
+DEPTH = 2
 """Calls that may wait: blocks of memory that stay."""
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-WORKERS = 4
+WORKERS = 2
 """Jobs at a time: one waits for the disk while others go on, and what they read and write counts in memory."""
 
 

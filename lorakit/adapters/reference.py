@@ -20,12 +20,13 @@ from lorakit.adapters.files import assemble
 from lorakit.adapters.merge_base import Home, OpenBase
 from lorakit.adapters.pieces import open_pieces
 from lorakit.adapters.source import FileSource, Source
+from lorakit.adapters.stream import worked
 from lorakit.adapters.tied import tied_names
 from lorakit.adapters.turned import Turned
 from lorakit.adapters.whole import Tokens, added_biases
 from lorakit.errors import ModelError
 
-BLOCK = 1 << 20
+BLOCK = 4 << 20
 """Numbers of a weight that are in memory at a time."""
 
 
@@ -48,8 +49,8 @@ class Weight:
         return self.shape[0] if self.shape else 1
 
     def rows(self, first: int, last: int) -> Tensor:
-        """float32 [last - first, ...], not to be written to."""
-        before = self._source.rows(self._name, self._first + first, self._first + last).float()
+        """float32 [last - first, ...], not to be written to, and there until rows are asked for again."""
+        before = worked(self._source.rows(self._name, self._first + first, self._first + last), torch.float32)
         after = before.clone() if self.whole or self.tokens else before
         for source, key, share in self.whole:
             after += share * (source.rows(key, first, last).float() - before)
@@ -207,7 +208,7 @@ def _outputs(
 def _embedding(_module: Any, weight: Weight, ids: Tensor) -> Tensor:
     """[...] -> [..., D]"""
     tokens, places = torch.unique(ids, return_inverse=True)
-    rows = torch.cat([weight.rows(token, token + 1) for token in tokens.tolist()])
+    rows = torch.cat([weight.rows(token, token + 1).clone() for token in tokens.tolist()])
     for delta, share in weight.lora:
         rows = rows + share * delta.scale * (delta.B.float()[tokens] @ delta.A.float())
     return rows[places]

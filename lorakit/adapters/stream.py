@@ -23,13 +23,12 @@ from lorakit.adapters.behind import Behind
 from lorakit.adapters.change import WORK, Change, rows_at_once
 from lorakit.adapters.source import SPELLING, Slot, Source
 from lorakit.errors import ModelError
-from lorakit.storage.direct import ALIGN, Bytes, DirectWriter, Rooms
+from lorakit.storage.direct import ALIGN, ROOMS, Bytes, DirectWriter
 
-READ = 2 << 20
-"""Bytes of a tensor that are in memory at a time, for each file in work: few enough to be there in the cache when they
-are hashed, changed and written, and for the allocator to keep the pages."""
+READ = 8 << 20
+"""Bytes of a tensor that are read, and written, at a time."""
 
-AT_ONCE = 4
+AT_ONCE = 3
 """Blocks of a file that are computed side by side."""
 
 
@@ -185,7 +184,7 @@ def write_file(
             put(after.contiguous().flatten().view(torch.uint8).numpy(), summed)
             written(after.nbytes)
 
-        rooms, late = Rooms(), deque[tuple[str, Change | None, int, Tensor, Future[tuple[Tensor, Tally]]]]()
+        late = deque[tuple[str, Change | None, int, Tensor, Future[tuple[Tensor, Tally]]]]()
         put(np.frombuffer(out.header(), np.uint8))
         for name, (slot, spans) in out.tensors.items():
             for span in spans:
@@ -195,7 +194,7 @@ def write_file(
                     if len(late) == AT_ONCE:
                         put_next()
                     before = span.source.rows(span.name, first, last)
-                    computed = sums.submit(_after, span, first, before, slot.dtype, rooms)
+                    computed = sums.submit(_after, span, first, before, slot.dtype)
                     late.append((name, span.change, first - span.first, before, computed))
         while late:
             put_next()
@@ -206,14 +205,14 @@ def write_file(
 
 
 @torch.no_grad()
-def _after(span: Span, first: int, before: Tensor, dtype: torch.dtype, rooms: Rooms) -> tuple[Tensor, Tally]:
+def _after(span: Span, first: int, before: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tally]:
     """The span's rows ``before``, from ``first`` on, as they are written: [n, columns] in ``dtype``; what happened."""
     tally, last = Tally(), first + len(before)
     if span.change is None:
         after = before.to(dtype)
         finite = dtype == before.dtype or bool(torch.isfinite(after).all())
     else:
-        room = rooms.take(before.numel() * dtype.itemsize)
+        room = ROOMS.take(before.numel() * dtype.itemsize)
         after, finite = torch.from_numpy(room).view(dtype).view(before.shape), True
         for a, b in Span(span.source, span.name, first, last).blocks(WORK):
             rows = slice(a - first, b - first)

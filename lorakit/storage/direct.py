@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 ALIGN = 4096
 """Place, length and memory of a direct transfer are multiples of it: the largest block that disks ask for."""
-WRITE = 4 << 20
-"""Bytes that are gathered before they are written."""
+WRITE = 8 << 20
+"""Bytes that are gathered before they are written: disks behind a virtual machine take more at a time in less."""
 LARGE = 1 << 20
 """From so many bytes on, a piece that is aligned is written as it is."""
-KEPT = 12
-"""Pieces of memory of at most WRITE bytes that are taken again, for each reader or writer."""
+KEPT = 24
+"""Pieces of memory of at most WRITE bytes, and a little, that are kept to be taken again."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -34,12 +34,11 @@ class DirectReader:
         self._handle = os.open(path, os.O_RDONLY)
         self._direct = _open_direct(path, os.O_RDONLY)
         self._cache = None if fresh or self._direct is None else _PageCache(self._handle, self.size)
-        self._rooms = Rooms()
 
     def read(self, begin: int, end: int) -> Bytes:
         """uint8 [end - begin], in memory of its own; fewer where the file has become shorter."""
         start = begin - begin % ALIGN
-        room = self._rooms.take(-(-(end - start) // ALIGN) * ALIGN)
+        room = ROOMS.take(-(-(end - start) // ALIGN) * ALIGN)
         return room[begin - start : self._read(room, start, end - start)]
 
     def _read(self, room: Bytes, start: int, size: int) -> int:
@@ -88,7 +87,7 @@ class DirectWriter:
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._direct = _open_direct(path, os.O_WRONLY)
-        self._room, self._filled, self._place = Rooms().take(WRITE), 0, 0
+        self._room, self._filled, self._place = ROOMS.take(WRITE), 0, 0
 
     def write(self, content: Bytes) -> None:
         """Raises OSError when the disk refuses this or what came before."""
@@ -155,21 +154,27 @@ class Rooms:
 
     def take(self, size: int) -> Bytes:
         """uint8 [size], aligned."""
+        whole = (1 << max(size - _AROUND - 1, 0).bit_length()) + _AROUND + ALIGN
         with self._lock:
             for owner in self._owners:
-                if len(owner) == size + ALIGN and sys.getrefcount(owner) == _UNUSED:
-                    return _aligned(owner)
-            owner = np.empty(size + ALIGN, np.uint8)
-            if size <= WRITE:
-                self._owners = [*self._owners[-KEPT:], owner]
-            return _aligned(owner)
+                if len(owner) == whole and sys.getrefcount(owner) == _UNUSED:
+                    return _aligned(owner, size)
+            owner = np.empty(whole, np.uint8)
+            if size <= WRITE + _AROUND:
+                self._owners = [*self._owners[1 - KEPT :], owner]
+            return _aligned(owner, size)
 
 
+ROOMS = Rooms()
+"""For all readers and writers together."""
+
+_AROUND = 2 * ALIGN
+"""What a transfer in whole blocks may have before and behind what was asked for."""
 _UNUSED = 3
 """References to memory that is not in use: the list's, the loop's, the call's."""
 
 
-def _aligned(owner: Bytes) -> Bytes:
-    """What of it begins at a multiple of ALIGN; ALIGN bytes less."""
+def _aligned(owner: Bytes, size: int) -> Bytes:
+    """``size`` bytes of it, beginning at a multiple of ALIGN."""
     start = -owner.ctypes.data % ALIGN
-    return owner[start : start + len(owner) - ALIGN]
+    return owner[start : start + size]

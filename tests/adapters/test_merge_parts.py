@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lorakit.adapters import stream
+from lorakit.adapters import reference, stream
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.merge import merge
 from lorakit.adapters.merge_base import open_base
 from lorakit.adapters.merge_plan import MergePlan, Settings, plan_merge
 from lorakit.adapters.nf4 import NF4Source
+from lorakit.adapters.reference import parameters_on_meta, run_from_files
+from lorakit.adapters.skeleton import skeleton
 from lorakit.adapters.source import FileSource
 from lorakit.errors import ModelError
 from lorakit.families.llama import compare as llama_compare
 from lorakit.families.llama.library import load_model
 from lorakit.families.place import Place
-from lorakit.storage.bases import resolve
+from lorakit.storage.bases import BaseLocation, resolve
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 pytestmark = [
@@ -80,6 +83,14 @@ def merged(base: Path, adapters: list[tuple[Path, float]], out: Path, settings: 
     return out
 
 
+def from_files(base: Path, adapters: list[tuple[Path, float]]) -> torch.Tensor:
+    """The logits of base + adapters, computed from their files."""
+    location = resolve(str(base))
+    opened = replace(open_base(location), models=skeleton(location, parameters_on_meta()))
+    run_from_files(opened, adapters)
+    return logits(opened.models["model"])
+
+
 PARTS = {
     "head whole": (True, {"target_modules": [Q], "modules_to_save": [HEAD]}),
     "embedding whole": (True, {"target_modules": [Q], "modules_to_save": [EMBED]}),
@@ -101,10 +112,14 @@ PARTS = {
 
 
 @pytest.mark.parametrize("case", PARTS)
-def test_computes_what_peft_computes(tmp_path: Path, case: str) -> None:
+def test_computes_what_peft_computes(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "BLOCK", 300)
     tied, options = PARTS[case]
     base = tiny_llama(tmp_path / "base", tied=tied, max_shard_size="40KB")
     expected = adapter(base, tmp_path / "adapter", **options)
+    found = from_files(base, [(tmp_path / "adapter", 1.0)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (from_files(base, []) - expected).abs().max() > 0.01, "the adapter says something"
     out = merged(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
     model = LlamaForCausalLM.from_pretrained(out)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
@@ -147,6 +162,7 @@ BIASES |= {"of B, rslora": {"lora_bias": True, "use_rslora": True}}
 @pytest.mark.parametrize("kind", BIASES)
 def test_biases(qwen: Path, tmp_path: Path, kind: str) -> None:
     expected = adapter(qwen, tmp_path / "adapter", target_modules=[Q], **BIASES[kind])
+    torch.testing.assert_close(from_files(qwen, [(tmp_path / "adapter", 1.0)]), expected, rtol=1e-4, atol=1e-5)
     out = merged(qwen, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
     torch.testing.assert_close(logits(Qwen2ForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
     name = "model.layers.0.self_attn.q_proj.bias"
@@ -222,6 +238,20 @@ def test_dora_does_not_add_up(tmp_path: Path) -> None:
     adapter(base, tmp_path / "b", target_modules=[Q])
     with pytest.raises(ModelError, match="does not add up"):
         planned(base, [(tmp_path / "a", 1.0), (tmp_path / "b", 1.0)], tmp_path / "out")
+
+
+def test_a_base_that_lacks_a_tensor_or_has_another_shape_does_not_run(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for changed, message in ((None, "lacks a tensor"), (torch.zeros(60, 32), "rows and columns in the file")):
+        left = {key: tensor for key, tensor in tensors.items() if key != name}
+        save_file(left if changed is None else left | {name: changed}, base / "model.safetensors", {"format": "pt"})
+        location = BaseLocation("base", base, "llama", "transformers")
+        opened = replace(open_base(location), models=skeleton(location, parameters_on_meta()))
+        with pytest.raises(ModelError, match=message) as caught:
+            run_from_files(opened)
+        assert caught.value.where == name
 
 
 @pytest.mark.parametrize("columns", [48, 64, 200])

@@ -1,6 +1,7 @@
 """A single-file checkpoint merged into a single file in its own names, and into a diffusers folder."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lorakit.adapters import reference
 from lorakit.adapters.inject import adapter_state, inject, load_adapter_state
+from lorakit.adapters.linear import plain_layers
 from lorakit.adapters.merge import merge
 from lorakit.adapters.merge_base import OpenBase, open_base
 from lorakit.adapters.merge_plan import plan_merge
 from lorakit.adapters.write import write_peft
 from lorakit.errors import ConflictError, ModelError
 from lorakit.families.place import Place
+from lorakit.families.sd import compare
 from lorakit.families.sd.base import Parts, load_parts
+from lorakit.families.sd.compare import PROMPTS
+from lorakit.families.sd.conditioning import ids_of
 from lorakit.families.sd.original import open_original
 from lorakit.families.sd.pack import packed_names
 from lorakit.families.sd.stored import load_with
@@ -96,6 +102,25 @@ def write_disturbed(parts: Parts, component: str, section: Adapter, folder: Path
 def expected(base: BaseLocation, adapter: Path) -> Parts:
     """Base + adapter, as `generate` has them."""
     return load_with(base, [(adapter, 1.0)], PLACE)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_it_runs_from_its_file(base: BaseLocation, tmp_path: Path, dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base + adapter, with LoRA on convolutions and in the text encoder, predict what PEFT's layers do."""
+    monkeypatch.setattr(reference, "BLOCK", 5000)
+    parts, adapter = load_parts(base, PLACE), tmp_path / "adapter"
+    for component, section in SECTIONS.items():
+        write_disturbed(parts, component, section.model_copy(update={"dora": dora}), adapter / component)
+    ids = ids_of(parts.conditioning, PROMPTS)
+    (found,) = compare._predictions(compare._running(base, [(adapter, 1.0)]), parts.conditioning, ids)
+    bones = compare.Skeleton(parts.unet, parts.conditioning, parts.vae, parts.factor, parts.size, {})
+    with ExitStack() as plain:
+        for module in parts.adaptable.values():
+            plain.enter_context(plain_layers(module))
+        (wanted,) = compare._predictions(bones, parts.conditioning, ids)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    (bare,) = compare._predictions(compare._running(base, []), parts.conditioning, ids)
+    assert (bare - wanted).abs().max() > 0.01, "the adapter says something"
 
 
 def pieces(parts: Parts) -> dict[str, nn.Module]:

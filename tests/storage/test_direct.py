@@ -121,5 +121,5 @@ def test_memory_is_taken_again_when_nobody_sees_it() -> None:
 
 def test_much_memory_is_not_kept() -> None:
     rooms = Rooms()
-    owner = weakref.ref(rooms.take(WRITE + 1).base)
+    owner = weakref.ref(rooms.take(2 * WRITE).base)
     assert owner() is None
