@@ -56,6 +56,11 @@ def stopped(*, by_sigterm: bool, step: int, resume_command: str) -> Stopped:
     return Stopped(f"{name}: stopped after step {step} and saved", exit_code=code, hint=f"go on with: {resume_command}")
 
 
+class _Interrupted(KeyboardInterrupt):
+    """No Exception, since libraries try imports and go on after any; no plain KeyboardInterrupt either, after which
+    ``python -m`` ends by SIGINT, whatever the exit code, if it passed through an ``exec``, as many imports do."""
+
+
 @contextmanager
 def stopping_at_once(resume_command: str) -> Iterator[None]:
     """Around loading and training: a signal that comes before the first step has nothing to wait for.
@@ -64,7 +69,7 @@ def stopping_at_once(resume_command: str) -> Iterator[None]:
     """
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)  # no Exception, since libraries try imports and go on after any
+        raise _Interrupted(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield

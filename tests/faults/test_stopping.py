@@ -32,6 +32,22 @@ def test_44_a_signal_while_loading_is_one_line_with_the_way_on(sd: Path, number:
     assert lorakit("train-sd", sd / "recipe.yaml", "--resume").code == 0
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_within_exec_has_the_same_exit_code(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    program = f"""
+import sys
+from lorakit.commands.report import guarded
+from lorakit.training.stop import stopping_at_once
+def command():
+    with stopping_at_once("again"):
+        exec("import os\\nos.kill(os.getpid(), {int(number)})\\nwhile True: pass")
+sys.exit(guarded(command))
+"""
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run([sys.executable, "-m", "program"], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+
+
 def test_allow_is_for_a_run_that_is_resumed(sd: Path) -> None:
     lorakit("train-sd", sd / "recipe.yaml", "--allow").refused(2, "--allow: is for a run that is resumed")
     assert not (sd / "runs").exists()
