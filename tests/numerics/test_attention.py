@@ -19,7 +19,7 @@ def test_full_attention_equals_eager_float64(tokens, seen, dtype, tolerance):
     expected.backward(pull.double())
     assert (out.dtype, out.shape) == (dtype, expected.shape)
     for got, want in [(out, expected), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]:
-        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max().clamp_min(1)  # of one key: 0
 
 
 @pytest.mark.parametrize(("tokens", "seen"), [(1, 1), (13, 1), (40, 77), (33, 33)])
