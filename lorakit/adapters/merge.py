@@ -21,6 +21,7 @@ from lorakit.adapters.stream import OutFile, Tally, write_file
 from lorakit.adapters.verify import Checked, Proof, verify_file
 from lorakit.storage.atomic import new_file, new_folder, sweep_killed, write_text
 from lorakit.storage.bases import resolve
+from lorakit.storage.direct import ROOMS
 
 Compare = Callable[[Path], dict[str, Any]]
 """Compares what a merged model at a path computes with base + adapter; ModelError when it is too far off."""
@@ -70,6 +71,7 @@ def merge(
     check_space(plan)
     with _place(plan, overwrite) as place:
         tally, written, checked = _write(plan, place, verify, progress)
+        ROOMS.release()
         resolve(str(place))
         compared = None if compare is None else compare(place)
         report = MergeReport(

@@ -41,6 +41,8 @@ class PlannedAdapter(NamedTuple):
 
     path: Path
     weight: float
+    pieces: tuple[Piece, ...]
+    """Its weight files, opened."""
     files: tuple[Path, ...]
     format: str
     ranks: tuple[int, ...]
@@ -128,7 +130,7 @@ def plan_merge(
 
 def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str], list[Term]]) -> PlannedAdapter:
     """Add an adapter's terms to ``found``, by component and tensor name."""
-    pieces = open_pieces(path)
+    pieces = tuple(open_pieces(path))
     saved = assemble(path, pieces, base.models, whole=True)
     for (component, module), delta in saved.all_deltas().items():
         found.setdefault((component, f"{module}.weight"), []).append((delta, weight))
@@ -143,7 +145,8 @@ def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str]
     if not path.is_dir():
         files = [path]
     ranks = tuple(sorted({delta.rank for delta in saved.all_deltas().values()}))
-    return PlannedAdapter(path, weight, tuple(files), saved.format, ranks, saved.metadata.get("lorakit_base", ""))
+    trained_on = saved.metadata.get("lorakit_base", "")
+    return PlannedAdapter(path, weight, pieces, tuple(files), saved.format, ranks, trained_on)
 
 
 def _beside(piece: Piece, saved: SavedAdapter, base: OpenBase) -> dict[str, Delta | Rows]:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional
 from lorakit.adapters.delta import Delta, product
 from lorakit.adapters.files import assemble
 from lorakit.adapters.merge_base import Home, OpenBase
-from lorakit.adapters.pieces import open_pieces
+from lorakit.adapters.merge_plan import PlannedAdapter
 from lorakit.adapters.source import FileSource, Source
 from lorakit.adapters.stream import worked
 from lorakit.adapters.tied import tied_names
@@ -94,14 +93,14 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = plain  # type: ignore[method-assign]
 
 
-def run_from_files(base: OpenBase, adapters: Sequence[tuple[Path, float]] = ()) -> None:
+def run_from_files(base: OpenBase, adapters: Sequence[PlannedAdapter] = ()) -> None:
     """Let the components of a base, made in ``parameters_on_meta``, compute from its files in float32, with all of each
-    adapter ``weight`` times. ModelError when a tensor is missing, or an adapter does not fit.
+    adapter as many times as its weight says. ModelError when a tensor is missing, or an adapter does not fit.
     """
     models = {component: model.float().eval() for component, model in base.models.items()}
     weights = {component: _weights(base, component, model) for component, model in models.items()}
-    for path, share in adapters:
-        _put_on(weights, models, path, share)
+    for adapter in adapters:
+        _put_on(weights, models, adapter)
     for component, model in models.items():
         for path, module in model.named_modules():
             _read_in(module, {name: weights[component].get(f"{path}.{name}".lstrip(".")) for name in _own(module)})
@@ -123,14 +122,13 @@ def _weights(base: OpenBase, component: str, model: nn.Module) -> dict[str, Weig
     return found
 
 
-def _put_on(weights: Weights, models: Mapping[str, nn.Module], path: Path, share: float) -> None:
+def _put_on(weights: Weights, models: Mapping[str, nn.Module], adapter: PlannedAdapter) -> None:
     """Tokens of a tied embedding are the head's too; all else parts them."""
-    pieces = open_pieces(path)
-    saved = assemble(path, pieces, models, whole=True)
+    saved, share = assemble(adapter.path, adapter.pieces, models, whole=True), adapter.weight
     for (component, module), delta in saved.all_deltas().items():
         weights[component][f"{module}.weight"].lora.append((delta, share))
     tied = tied_names(models)
-    for piece in pieces:
+    for piece in adapter.pieces:
         own = weights[piece.component]
         source = FileSource(piece.path) if piece.whole else None
         for name, key in piece.whole.items():

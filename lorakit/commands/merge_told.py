@@ -16,17 +16,16 @@ rounding the weights to the dtype does."""
 
 def compare_with(plan: "MergePlan") -> "Compare":
     """What compares the outputs."""
-    adapters = [(adapter.path, adapter.weight) for adapter in plan.adapters]
 
     def compare(place: Path) -> dict[str, Any]:
         if plan.base.family == "sd":
             from lorakit.families.sd.compare import compare as compare_sd
 
-            share, told = compare_sd(plan.base, adapters, place)
+            share, told = compare_sd(plan.base, plan.adapters, place)
         else:
             from lorakit.families.llama.compare import compare as compare_llama
 
-            share, told = compare_llama(plan.base, adapters, place, plan.settings.quant_base)
+            share, told = compare_llama(plan.base, plan.adapters, place, plan.settings.quant_base)
         allowed = max(TOLERANCE[dtype] for dtype in plan.dtypes)
         if not share <= allowed:
             hint = "the merged model was removed; --dtype float32 rounds less"

@@ -154,15 +154,22 @@ class Rooms:
 
     def take(self, size: int) -> Bytes:
         """uint8 [size], aligned."""
-        whole = (1 << max(size - _AROUND - 1, 0).bit_length()) + _AROUND + ALIGN
+        whole = (1 << max(size - _AROUND - 1, 0).bit_length()) + _AROUND
         with self._lock:
             for owner in self._owners:
                 if len(owner) == whole and sys.getrefcount(owner) == _UNUSED:
-                    return _aligned(owner, size)
-            owner = np.empty(whole, np.uint8)
+                    return owner[:size]
+            # Pages of its own: malloc would keep them when nobody needs them any more.
+            pages = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            owner = np.frombuffer(pages, np.uint8)
             if size <= WRITE + _AROUND:
                 self._owners = [*self._owners[1 - KEPT :], owner]
-            return _aligned(owner, size)
+            return owner[:size]
+
+    def release(self) -> None:
+        """Give back to the system what nobody has a view of, and the rest as soon as that is so."""
+        with self._lock:
+            self._owners = []
 
 
 ROOMS = Rooms()
@@ -172,9 +179,3 @@ _AROUND = 2 * ALIGN
 """What a transfer in whole blocks may have before and behind what was asked for."""
 _UNUSED = 3
 """References to memory that is not in use: the list's, the loop's, the call's."""
-
-
-def _aligned(owner: Bytes, size: int) -> Bytes:
-    """``size`` bytes of it, beginning at a multiple of ALIGN."""
-    start = -owner.ctypes.data % ALIGN
-    return owner[start : start + size]

@@ -72,7 +72,7 @@ def merged(base: Path, adapters: list[tuple[Path, float]], out: Path, settings: 
     plan = plan_merge(location, open_base(location), adapters, out, settings)
 
     def compare(place: Path) -> dict[str, Any]:
-        share, _ = llama_compare.compare(location, adapters, place, settings.quant_base)
+        share, _ = llama_compare.compare(location, plan.adapters, place, settings.quant_base)
         assert share < 1e-4
         return {"difference": share}
 
@@ -87,7 +87,8 @@ def from_files(base: Path, adapters: list[tuple[Path, float]]) -> torch.Tensor:
     """The logits of base + adapters, computed from their files."""
     location = resolve(str(base))
     opened = replace(open_base(location), models=skeleton(location, parameters_on_meta()))
-    run_from_files(opened, adapters)
+    planned_adapters = plan_merge(location, opened, adapters, base / "out", Settings()).adapters
+    run_from_files(opened, planned_adapters)
     return logits(opened.models["model"])
 
 

@@ -134,7 +134,7 @@ def test_single_file_to_single_file(file: BaseLocation, folder: BaseLocation, ad
     for component, module in pieces(wanted).items():
         equal(pieces(parts)[component], module)
         equal(getattr(pipe, component), module)
-    assert compare(file, [(adapter, 1.0)], out)[0] < 1e-4
+    assert compare(file, plan.adapters, out)[0] < 1e-4
 
 
 def test_single_file_to_folder(file: BaseLocation, folder: BaseLocation, adapter: Path, tmp_path: Path) -> None:

@@ -119,6 +119,16 @@ def test_memory_is_taken_again_when_nobody_sees_it() -> None:
     assert rooms.take(ALIGN).ctypes.data == address
 
 
+def test_memory_is_given_back() -> None:
+    rooms = Rooms()
+    owners = [weakref.ref(room.base) for room in (rooms.take(ALIGN), rooms.take(WRITE))]
+    seen = rooms.take(LARGE)
+    seen[:] = 7
+    rooms.release()
+    assert [owner() for owner in owners] == [None, None]
+    assert (seen == 7).all()
+
+
 def test_much_memory_is_not_kept() -> None:
     rooms = Rooms()
     owner = weakref.ref(rooms.take(2 * WRITE).base)

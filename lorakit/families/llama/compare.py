@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.merge_base import OpenBase, open_base
-from lorakit.adapters.merge_plan import QuantBase
+from lorakit.adapters.merge_plan import PlannedAdapter, QuantBase
 from lorakit.adapters.reference import difference, parameters_on_meta, run_from_files
 from lorakit.adapters.skeleton import skeleton
 from lorakit.data.encoder import Encoder
@@ -27,7 +27,7 @@ PROMPTS = (
 
 
 def compare(
-    base: BaseLocation, adapters: Sequence[tuple[Path, float]], out: Path, quant_base: QuantBase = "original"
+    base: BaseLocation, adapters: Sequence[PlannedAdapter], out: Path, quant_base: QuantBase = "original"
 ) -> tuple[float, str]:
     """How far the merged model's logits are from base + adapter's, as a share of their spread; and in words.
 
@@ -51,7 +51,7 @@ def compare(
 
 
 def _logits(
-    location: BaseLocation, opened: OpenBase, adapters: Sequence[tuple[Path, float]], ids: Sequence[list[int]]
+    location: BaseLocation, opened: OpenBase, adapters: Sequence[PlannedAdapter], ids: Sequence[list[int]]
 ) -> list[Tensor]:
     """[tokens, V] for each prompt. They run together, so that a weight is read once: what fills the shorter ones up
     comes behind, where no token before it attends to it."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.merge_base import open_base
+from lorakit.adapters.merge_plan import PlannedAdapter
 from lorakit.adapters.reference import difference, parameters_on_meta, run_from_files
 from lorakit.families.sd.base import load_conditioning
 from lorakit.families.sd.conditioning import ids_of
@@ -20,7 +21,7 @@ PROMPTS = ("a photo of a red fox in the snow", "a castle by the sea, oil on canv
 TIMESTEPS = (20, 500, 980)
 
 
-def compare(base: BaseLocation, adapters: Sequence[tuple[Path, float]], out: Path) -> tuple[float, str]:
+def compare(base: BaseLocation, adapters: Sequence[PlannedAdapter], out: Path) -> tuple[float, str]:
     """How far the merged model's prediction is from base + adapter's, in float32, as a share of its spread; and in
     words. A few rows of a weight are in memory at a time.
     """
@@ -32,7 +33,7 @@ def compare(base: BaseLocation, adapters: Sequence[tuple[Path, float]], out: Pat
     return share, f"predictions for {len(PROMPTS)} prompts differ by {share:.2%}"
 
 
-def _running(location: BaseLocation, adapters: Sequence[tuple[Path, float]]) -> Skeleton:
+def _running(location: BaseLocation, adapters: Sequence[PlannedAdapter]) -> Skeleton:
     opened = open_base(location, open_original(location) if location.layout == "single-file" else None)
     bones = skeleton(location, torch.float32, parameters_on_meta())
     run_from_files(replace(opened, models=bones.adaptable), adapters)
