@@ -42,24 +42,29 @@ Term = tuple[Delta | Whole | Rows, float]
 """What one adapter does, and how often it is taken."""
 
 
+def not_alone() -> ModelError:
+    """For DoRA beside what it does not add up with."""
+    return ModelError("an adapter with DoRA does not add up with another", hint="merge one of them first")
+
+
 class Change:
     """The sum of what adapters do to one tensor, each taken ``weight`` times, in ``dtype``.
 
-    LoRA: W + sum_i weight_i scale_i B_i A_i. A whole tensor S, or some rows of one, adds weight (S - W). DoRA, alone on
-    its weight: V = the sum above, then each row of V scaled to the norm ``magnitude``, whatever the weight, as in
-    ``inject.set_scale``.
-    ModelError when DoRA meets another change.
+    LoRA: W + sum_i weight_i scale_i B_i A_i. A whole tensor S, or some rows of one, adds weight (S - W). DoRA, of one
+    adapter that may bring S too: V = the sum above, then each row of V scaled to the norm ``magnitude``, whatever the
+    weight, as in ``inject.set_scale``.
+    ModelError when DoRA meets other LoRA, or single rows.
     """
 
     def __init__(self, terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> None:
         self.terms, self.dtype = tuple(terms), dtype
         deltas = [(what, weight) for what, weight in terms if isinstance(what, Delta)]
         magnitudes = [delta.magnitude for delta, _ in deltas if delta.magnitude is not None]
-        if magnitudes and len(terms) > 1:
-            raise ModelError("an adapter with DoRA does not add up with another", hint="merge one of them first")
-        self.magnitude = magnitudes[0].to(dtype) if magnitudes else None
         self.whole = [(what, weight) for what, weight in terms if isinstance(what, Whole)]
         self.parts = [(what, weight) for what, weight in terms if isinstance(what, Rows)]
+        if magnitudes and (len(deltas) > 1 or self.parts):
+            raise not_alone()
+        self.magnitude = magnitudes[0].to(dtype) if magnitudes else None
         self.products = [
             (delta.B.flatten(1).to(dtype), delta.A.flatten(1).to(dtype), weight * delta.scale)
             for delta, weight in deltas
@@ -91,6 +96,13 @@ class Change:
 
     def add_(self, rows: Tensor, first: int) -> None:
         """Change rows [n, columns] of the base's tensor, in ``dtype``, from ``first`` on, where they are."""
+        self._sum_(rows, first)
+        if self.magnitude is not None:
+            norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
+            rows.mul_((self.magnitude[first : first + len(rows)] / norm)[:, None])
+
+    def _sum_(self, rows: Tensor, first: int) -> None:
+        """``add_`` without DoRA's magnitude."""
         last = first + rows.shape[0]
         places = [(*part.inside(first, last), share) for part, share in self.parts]
         parts = [(at, rows[at], values.to(self.dtype), share) for at, values, share in places]
@@ -103,9 +115,6 @@ class Change:
             rows.addmm_(b[first:last], a, alpha=scale)
         for at, before, after, share in parts:
             rows.index_copy_(0, at, rows[at] - share * before + share * after)
-        if self.magnitude is not None:
-            norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
-            rows.mul_((self.magnitude[first:last] / norm)[:, None])
 
     def added(self, weight: Tensor) -> Tensor:
         """A whole weight with the change, float32 in its shape: block for block the sums that a merge makes."""
@@ -131,9 +140,9 @@ class Change:
         bound *= rank + 4
         if self.magnitude is None:
             return bound
-        b, a, scale = self.products[0]
-        norm = torch.linalg.vector_norm(torch.addmm(weight, b[first:last], a, alpha=scale), dim=1)
-        bound *= (self.magnitude[first:last].abs() / norm)[:, None]
+        directions = weight.clone()
+        self._sum_(directions, first)
+        bound *= (self.magnitude[first:last].abs() / torch.linalg.vector_norm(directions, dim=1))[:, None]
         spread: Tensor = total.abs() * (weight.shape[1] ** 0.5 + 4)
         return bound + spread
 

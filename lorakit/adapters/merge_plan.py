@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from lorakit.adapters.change import Change, Rows, Term, Whole
+from lorakit.adapters.change import Change, Rows, Term, Whole, not_alone
 from lorakit.adapters.delta import Delta, SavedAdapter
 from lorakit.adapters.files import assemble
 from lorakit.adapters.merge_base import Home, OpenBase, Packed
@@ -129,18 +129,24 @@ def plan_merge(
 
 
 def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str], list[Term]]) -> PlannedAdapter:
-    """Add an adapter's terms to ``found``, by component and tensor name."""
+    """Add an adapter's terms to ``found``, by component and tensor name; ModelError where DoRA meets another's."""
     pieces = tuple(open_pieces(path))
     saved = assemble(path, pieces, base.models, whole=True)
+    own: dict[tuple[str, str], list[Term]] = {}
     for (component, module), delta in saved.all_deltas().items():
-        found.setdefault((component, f"{module}.weight"), []).append((delta, weight))
+        own[component, f"{module}.weight"] = [(delta, weight)]
     for piece in pieces:
         source = FileSource(piece.path) if piece.whole else None
         for name, key in piece.whole.items():
             assert source is not None
-            found.setdefault((piece.component, name), []).append((Whole(source, key), weight))
+            own.setdefault((piece.component, name), []).append((Whole(source, key), weight))
         for name, what in _beside(piece, saved, base).items():
-            found.setdefault((piece.component, name), []).append((what, weight))
+            own.setdefault((piece.component, name), []).append((what, weight))
+    for place, terms in own.items():
+        together = found.setdefault(place, [])
+        if together and any(isinstance(what, Delta) and what.magnitude is not None for what, _ in (*together, *terms)):
+            raise not_alone()
+        together += terms
     files = [file for piece in pieces for file in (piece.path, piece.path.parent / CONFIG) if file.is_file()]
     if not path.is_dir():
         files = [path]

@@ -95,6 +95,8 @@ def _by_pattern(field: str, table: Mapping[str, float], names: Sequence[str]) ->
 def injection(outline: Outline, adapter: Adapter, groups: Mapping[str, Sequence[str]]) -> Injection:
     """The recipe's section worked out against a model. RecipeError as ``inject`` says."""
     names = _select(outline, adapter, groups)
+    if not names:
+        raise RecipeError("no layer of the model is left to train", where="adapter.targets")
     ranks = _by_pattern("adapter.rank_pattern", adapter.rank_pattern, names)
     alphas = _by_pattern("adapter.alpha_pattern", adapter.alpha_pattern, names)
     targets = []

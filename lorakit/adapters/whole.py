@@ -18,11 +18,12 @@ _LORA = {".lora_embedding_A": ".lora_B.weight", ".lora_embedding_B": ".lora_A.we
 
 
 def whole_tensors(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The base's tensors that PEFT's file replaces, by name, and their keys in the file.
+    """The base's tensors that PEFT's file replaces, by name, and their keys in the file. A name in ``modules_to_save``
+    means, as to PEFT, every module whose path it ends: ``norm`` is every ``input_layernorm`` too.
 
     Raises ModelError when the configuration promises a module that is not there.
     """
-    modules = tuple(config.get("modules_to_save") or ())
+    modules = _names(config.get("modules_to_save") or [])
     biases = config.get("bias", "none") != "none"
     found = {}
     for key in keys:
@@ -31,14 +32,20 @@ def whole_tensors(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, s
             continue
         name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         module, _, kind = name.rpartition(".")
-        if _ends(module, (*modules, *_EMBEDDINGS)) or (biases and kind == "bias"):
+        if module.endswith(modules) or _ends(module, _EMBEDDINGS) or (biases and kind == "bias"):
             found[name] = key
     for module in modules:
-        if not any(_ends(name.rpartition(".")[0], (module,)) for name in found):
+        if not any(name.rpartition(".")[0].endswith(module) for name in found):
             raise ModelError(
                 f"modules_to_save names {module!r}, the weights do not have it", where="adapter_config.json"
             )
     return found
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise ModelError("modules_to_save is no list of modules", where="adapter_config.json")
+    return tuple(value)
 
 
 def _ends(path: str, names: tuple[str, ...]) -> bool:

@@ -22,7 +22,8 @@ MOST_TIMESTEPS = 100_000
 
 def check_sizes(config: Mapping[str, Any], path: Path, tensors: int) -> None:
     """Sizes are whole numbers from 1 to 2^31, no number is larger, and counts of layers and lists of blocks are no
-    longer than the ``tensors`` that the weights have."""
+    longer than the ``tensors`` that the weights have. (From ``max_window_layers`` on Qwen's would attend to windows: a
+    small model keeps a large one's.)"""
     for key in SIZES:
         value = config.get(key)
         if value is not None and (type(value) is not int or not 0 < value < 2**31):
@@ -30,7 +31,7 @@ def check_sizes(config: Mapping[str, Any], path: Path, tensors: int) -> None:
     for key, value in _numbers(config):
         if not -(2**31) <= value < 2**31:
             raise ModelError(f"{key} is {str(value)[:40]}, too large a number", where=str(path))
-        if "layers" in key and value > tensors:
+        if "layers" in key and key != "max_window_layers" and value > tensors:
             raise ModelError(f"{key} is {value}, but the weights are only {tensors} tensors", where=str(path))
     for key, value in config.items():
         if isinstance(value, list) and key != "architectures" and len(value) > max(tensors, 64):

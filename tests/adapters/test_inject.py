@@ -182,6 +182,7 @@ def test_an_outline_on_meta_is_enough_for_an_injection(sd: Path) -> None:
         (Adapter(rank=17), "rank 17 is more than model.layers.0.self_attn.k_proj has", ""),
         (Adapter(rank=4, layers=[2]), "layer 2: the model has 2", "counted from 0"),
         (Adapter(rank=4, targets=["lm_head"]), "shares its weight", ""),
+        (Adapter(rank=4, targets=[]), "no layer of the model is left", ""),
     ],
 )
 def test_refused(model: LlamaForCausalLM, adapter: Adapter, message: str, hint: str) -> None:

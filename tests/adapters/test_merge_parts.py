@@ -103,7 +103,10 @@ PARTS = {
     "tied LoRA": (True, {"target_modules": [Q, EMBED, HEAD], "ensure_weight_tying": True}),
     "untied head whole": (False, {"target_modules": [Q], "modules_to_save": [HEAD]}),
     "untied embedding": (False, {"target_modules": [Q, EMBED]}),
+    "norms whole": (True, {"target_modules": [Q], "modules_to_save": ["norm"]}),
     "dora": (False, {"target_modules": [Q, "down_proj"], "use_dora": True}),
+    "dora of the head": (False, {"target_modules": [Q, HEAD], "use_dora": True}),
+    "dora of a tied head": (True, {"target_modules": [Q, HEAD], "use_dora": True}),
     "tokens": (False, {"target_modules": [Q], "trainable_token_indices": [3, 1, 250]}),
     "tokens of a tied embedding": (True, {"target_modules": [Q], "trainable_token_indices": {EMBED: [3, 1, 250]}}),
     "tokens and the head's": (False, {"target_modules": [Q], "trainable_token_indices": {EMBED: [3], HEAD: [4, 2]}}),
@@ -237,8 +240,14 @@ def test_dora_does_not_add_up(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base")
     adapter(base, tmp_path / "a", target_modules=[Q], use_dora=True)
     adapter(base, tmp_path / "b", target_modules=[Q])
-    with pytest.raises(ModelError, match="does not add up"):
-        planned(base, [(tmp_path / "a", 1.0), (tmp_path / "b", 1.0)], tmp_path / "out")
+    adapter(base, tmp_path / "c", target_modules=["o_proj"], modules_to_save=[Q])
+    for others in ("bc", "ac", "ca", "ab", "ba"):
+        adapters = [(tmp_path / name, 1.0) for name in others]
+        if "a" not in others:
+            planned(base, adapters, tmp_path / "out")
+            continue
+        with pytest.raises(ModelError, match="does not add up"):
+            planned(base, adapters, tmp_path / "out")
 
 
 def test_a_base_that_lacks_a_tensor_or_has_another_shape_does_not_run(tmp_path: Path) -> None:

@@ -13,14 +13,20 @@ from tests.torture import runs
 
 
 @pytest.mark.parametrize("family", ["llama", "sd"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "false"), ("bf16", "true")])
 def test_the_fast_path_is_as_exact_as_plain_means(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, precision: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    family: str,
+    precision: str,
+    checkpointing: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     recipe = runs.make(family, tmp_path / family)
-    exactness.run(Path(recipe), [f"compute.precision={precision}"])
+    settings = [f"compute.precision={precision}", f"compute.gradient_checkpointing={checkpointing}"]
+    exactness.run(Path(recipe), settings)
     out = capsys.readouterr().out
     assert "fast path" in out
     assert "plain means" in out

@@ -49,8 +49,8 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "llama": tiny_llama,
     "llama, untied, in shards": lambda folder: tiny_llama(folder, tied=False, max_shard_size="40KB"),
     "mistral": another("mistral", sliding_window=128),
-    "qwen2": another("qwen2", max_window_layers=2),
-    "qwen3": another("qwen3", head_dim=16, max_window_layers=2),
+    "qwen2": another("qwen2"),
+    "qwen3": another("qwen3", head_dim=16),
     "gguf": gguf,
 }
 ADAPTERS = (

@@ -383,6 +383,9 @@ def test_samples_are_the_same_each_time_and_leave_no_trace(make: Callable[..., S
         ({"buckets": False, "resolution": 63}, "data.resolution"),
         ({"resolution": 32, "bucket_step": 64}, "data.resolution"),
         ({"sample": {"prompts": ["x"], "width": 30}}, "width"),
+        ({"adapter": {"targets": ["to_q"], "text_encoder": True}}, "adapter.text_encoder"),
+        ({"adapter": {"targets": ["q_proj"], "text_encoder": True}}, "adapter.targets"),
+        ({"adapter": {"targets": []}}, "adapter.targets"),
     ],
 )
 def test_settings_that_do_not_fit_the_base(make: Callable[..., SDTask], options: dict[str, Any], field: str) -> None:

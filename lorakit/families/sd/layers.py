@@ -81,6 +81,19 @@ def diffusers_layers(unet: nn.Module) -> Iterator[None]:
             module.__class__ = _KINDS[type(module)]
 
 
+@contextmanager
+def without_checkpointing(unet: nn.Module) -> Iterator[None]:
+    """No activations are recomputed of what runs in the block."""
+    own: list[Any] = [module for module in unet.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in own:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in own:
+            module.gradient_checkpointing = True
+
+
 def _fits(module: Any) -> bool:
     if isinstance(module, nn.Conv2d):
         square = len({*module.stride}) == 1 and not isinstance(module.padding, str) and len({*module.padding}) == 1

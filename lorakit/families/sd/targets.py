@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from lorakit.adapters.targets import matches
+from lorakit.errors import RecipeError
 from lorakit.recipe.schema import Adapter, SDAdapter
 
 Groups = Mapping[str, Sequence[str]]
@@ -21,7 +22,9 @@ def split_adapter(adapter: SDAdapter, layers: Mapping[str, Collection[str]]) -> 
     paths of each component's that can have LoRA.
 
     With all trained, a pattern goes to every component that has such a layer; one that fits none stays with the UNet,
-    where it is refused.
+    where it is refused. A text encoder that no target fits is left out.
+
+    Raises RecipeError when the targets leave the UNet, or all text encoders that are to be trained, without any.
     """
     if not adapter.text_encoder:
         return {"unet": (adapter, UNET_GROUPS)}
@@ -43,4 +46,13 @@ def split_adapter(adapter: SDAdapter, layers: Mapping[str, Collection[str]]) -> 
             }
         )
 
-    return {name: (section(name), UNET_GROUPS if name == "unet" else TEXT_GROUPS) for name in layers}
+    found = {name: (section(name), UNET_GROUPS if name == "unet" else TEXT_GROUPS) for name in layers}
+    found = {name: (own, groups) for name, (own, groups) in found.items() if own.targets}
+    if "unet" not in found:
+        raise RecipeError("none of them is a layer of the UNet", where="adapter.targets")
+    if len(found) == 1:
+        hint = "add q_proj, k_proj, v_proj and out_proj to adapter.targets, or leave text_encoder out"
+        raise RecipeError(
+            "none of adapter.targets is a layer of a text encoder", where="adapter.text_encoder", hint=hint
+        )
+    return found

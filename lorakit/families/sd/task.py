@@ -22,7 +22,7 @@ from lorakit.families.sd.batches import BatchMaker, SDBatch
 from lorakit.families.sd.conditioning import Text, ids_of
 from lorakit.families.sd.find import find_base
 from lorakit.families.sd.generate import DrawSettings, Painter
-from lorakit.families.sd.layers import diffusers_layers
+from lorakit.families.sd.layers import diffusers_layers, without_checkpointing
 from lorakit.families.sd.pictures import grid, save_picture
 from lorakit.families.sd.prepare import Examples, TextStates, prepare_examples
 from lorakit.families.sd.targets import split_adapter
@@ -108,11 +108,12 @@ class SDTask:
         return torch.stack(sums).sum()
 
     def plain_loss(self, batch: Batch, dtype: torch.dtype) -> Tensor:
-        """diffusers' UNet with PEFT's layers and diffusers' own attention."""
-        denoiser = cast(Denoiser, self.model)
+        """diffusers' UNet with PEFT's layers and diffusers' own attention, its activations kept: the backward pass
+        comes when all of them have gone."""
+        denoiser, unet = cast(Denoiser, self.model), self.parts.unet
         if denoiser.dtype != dtype:
             denoiser.to(dtype).dtype = dtype
-        with plain_layers(denoiser), diffusers_attention(self.parts.unet), diffusers_layers(self.parts.unet):
+        with plain_layers(denoiser), diffusers_attention(unet), diffusers_layers(unet), without_checkpointing(unet):
             return self.loss(denoiser, batch)
 
     def metrics(self, held_out_loss: float) -> Mapping[str, float]:  # noqa: ARG002 (the loss says it all)
