@@ -58,3 +58,15 @@ def test_a_wrong_fast_path_is_found(tmp_path: Path, family: str, monkeypatch: py
 def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="widened"):
         exactness.run(Path(runs.make("llama", tmp_path / "llama")), ["base.quantization=nf4"])
+
+
+def test_a_gradient_that_is_all_rounding_is_held_against_all_gradients() -> None:
+    """Keys' biases have none, as softmax takes no notice of them: what is found of it is the rounding of others."""
+    wanted = {"loss": torch.tensor(2.0), "0": torch.ones(100), "1": torch.full((4,), 1e-12)}
+    found = {"loss": torch.tensor(2.0), "0": torch.ones(100), "1": torch.full((4,), 2e-7)}
+    told = exactness._differences(found, wanted, torch.float32)
+    assert told["loss"] == 0
+    assert told["gradient"] == pytest.approx(4e-8, rel=1e-3)
+    assert told["worst tensor"] == pytest.approx(4e-7 / (10 * 2**-23), rel=1e-3)
+    found["1"] = torch.full((4,), 2e-3)
+    assert exactness._differences(found, wanted, torch.float32)["worst tensor"] > 1000
