@@ -111,15 +111,16 @@ def test_it_runs_from_its_file(base: BaseLocation, tmp_path: Path, dora: bool, m
     parts, adapter = load_parts(base, PLACE), tmp_path / "adapter"
     for component, section in SECTIONS.items():
         write_disturbed(parts, component, section.model_copy(update={"dora": dora}), adapter / component)
-    ids = ids_of(parts.conditioning, PROMPTS)
-    (found,) = compare._predictions(compare._running(base, [(adapter, 1.0)]), parts.conditioning, ids)
+    ids, opened = ids_of(parts.conditioning, PROMPTS), open_base(base, open_original(base))
+    adapters = plan_merge(base, opened, [(adapter, 1.0)], tmp_path / "out").adapters
+    (found,) = compare._predictions(compare._running(base, adapters), parts.conditioning, ids, 16)
     bones = compare.Skeleton(parts.unet, parts.conditioning, parts.vae, parts.factor, parts.size, {})
     with ExitStack() as plain:
         for module in parts.adaptable.values():
             plain.enter_context(plain_layers(module))
-        (wanted,) = compare._predictions(bones, parts.conditioning, ids)
+        (wanted,) = compare._predictions(bones, parts.conditioning, ids, 16)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
-    (bare,) = compare._predictions(compare._running(base, []), parts.conditioning, ids)
+    (bare,) = compare._predictions(compare._running(base, []), parts.conditioning, ids, 16)
     assert (bare - wanted).abs().max() > 0.01, "the adapter says something"
 
 

@@ -28,7 +28,8 @@ def compare(base: BaseLocation, adapters: Sequence[PlannedAdapter], out: Path) -
     text = load_conditioning(base, skeleton(base, torch.float32).conditioning.encoders)
     ids = ids_of(text, PROMPTS)
     one, other = _running(base, adapters), _running(resolve(str(out)), ())
-    expected, found = (_predictions(bones, text, ids) for bones in (one, other))
+    side = min(32, *_sides(one))
+    expected, found = (_predictions(bones, text, ids, side) for bones in (one, other))
     share = difference(expected, found)
     return share, f"predictions for {len(PROMPTS)} prompts differ by {share:.2%}"
 
@@ -40,12 +41,17 @@ def _running(location: BaseLocation, adapters: Sequence[PlannedAdapter]) -> Skel
     return bones
 
 
-def _predictions(bones: Skeleton, base: Any, ids: Tensor) -> list[Tensor]:
-    """``base`` is its Conditioning, whose tokenizers a single file does not have."""
+def _sides(bones: Skeleton) -> Sequence[int]:
+    """Of the latents that the UNet is made for. (Of a merged single file its readers assume them.)"""
+    unet: Any = bones.unet
+    size = unet.config.sample_size
+    return [size] if isinstance(size, int) else size
+
+
+def _predictions(bones: Skeleton, base: Any, ids: Tensor, side: int) -> list[Tensor]:
+    """``base`` is its Conditioning, whose tokenizers a single file does not have; ``side`` is of the latents."""
     unet: Any = bones.unet
     text = replace(base, encoders=bones.conditioning.encoders)
-    size = unet.config.sample_size if isinstance(unet.config.sample_size, int) else min(unet.config.sample_size)
-    side = min(size, 32)
     generator = torch.Generator().manual_seed(0)
     noisy = torch.randn(len(ids), unet.config.in_channels, side, side, generator=generator)
     pixels = float(side * bones.factor)
