@@ -164,5 +164,7 @@ def flat_path(name: str, table: Mapping[str, tuple[str, str]]) -> str:
 
 
 def diffusers_name(component: str, path: str) -> str:
-    """A module's or tensor's name in a diffusers file; CLIP's with the ``text_model.`` that all readers know."""
-    return f"{component}.{_long(component, path)}"
+    """A tensor's name in a diffusers file; CLIP's with the ``text_model.`` that all readers know, and its magnitudes as
+    transformers' ``load_adapter`` finds them, which a text encoder goes through and a UNet does not."""
+    end = ".weight" if path.endswith(".lora_magnitude_vector") and component.startswith("text_encoder") else ""
+    return f"{component}.{_long(component, path)}{end}"

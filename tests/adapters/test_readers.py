@@ -113,16 +113,18 @@ def test_diffusers_predicts_with_kohyas_file_what_added_weights_predict(bases: d
 def test_diffusers_reads_dora(bases: dict[str, Path], tmp_path: Path) -> None:
     """From its own format; from kohya's, diffusers 0.42 leaves the magnitudes out."""
     theirs, ours = pipeline(bases, "sdxl"), pipeline(bases, "sdxl")
-    saved = random_adapter({"unet": ours.unet}, LAYERS["attention"], mixed=False, dora=True)
+    saved = random_adapter(components(ours), LAYERS["attention"], mixed=False, dora=True)
     convert(saved, tmp_path / "a.safetensors", "diffusers", models=components(ours), base_name="tiny")
     theirs.load_lora_weights(tmp_path / "a.safetensors")
-    theirs.unet.fuse_lora()
-    for path, delta in saved.components["unet"].items():
-        assert delta.magnitude is not None
-        total = ours.unet.get_submodule(path).weight + product(delta)
-        expected = total * (delta.magnitude / torch.linalg.vector_norm(total, dim=1))[:, None]
-        found = theirs.unet.get_submodule(path).base_layer.weight
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    theirs.fuse_lora(components=list(components(theirs)))
+    assert saved.components.keys() == {"unet", "text_encoder", "text_encoder_2"}
+    for component, changes in saved.components.items():
+        for path, delta in changes.items():
+            assert delta.magnitude is not None
+            total = components(ours)[component].get_submodule(path).weight + product(delta)
+            expected = total * (delta.magnitude / torch.linalg.vector_norm(total, dim=1))[:, None]
+            found = components(theirs)[component].get_submodule(path).base_layer.weight
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=f"{component} {path}")
 
 
 def test_peft_opens_every_component(bases: dict[str, Path], tmp_path: Path) -> None:
