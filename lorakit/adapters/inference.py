@@ -50,7 +50,9 @@ class Stacked:
     def __call__(self, x: Tensor) -> Tensor:
         both = self._multiply(x)
         y = both[..., : self.out]
-        if self._up is not None:
+        if self._up is not None and self._up.dtype == both.dtype and both.dim() == 2:
+            y.addmm_(both[:, self.out :], self._up)
+        elif self._up is not None:
             y += both[..., self.out :].to(self._up.dtype) @ self._up
         if self._bias is not None:
             y += self._bias

@@ -158,7 +158,9 @@ def test_a_folder_becomes_a_single_file(
     opened = replace(open_base(folder), packed=packed_names(folder))
     plan = plan_merge(folder, opened, [(adapter, 1.0)], out)
     merge(plan)
-    assert compare(folder, plan.adapters, out)[0] < 1e-4, "the folder's latents are smaller than the file's readers assume"
+    assert compare(folder, plan.adapters, out)[0] < 1e-4, (
+        "the folder's latents are smaller than the file's readers assume"
+    )
     found, there = load_file(out), load_file(file.path)
     only_there = {f"{ONE}embeddings.position_ids", f"{TWO}logit_scale"}
     assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in there.items() if k not in only_there}

@@ -110,7 +110,7 @@ class PlainLlama:
     def __init__(self, model: Any) -> None:
         self.limit, self.ends = int(model.config.max_position_embeddings), _ends(model)
         inner = model.model
-        self._embed, self._norm, self._rotary = inner.embed_tokens, inner.norm, inner.rotary_emb
+        self._embed, self._norm, self._rotary = inner.embed_tokens, _Norm(inner.norm), inner.rotary_emb
         self._head = Stacked([model.lm_head])
         self._blocks = []
         for number, layer in enumerate(inner.layers):
@@ -126,8 +126,8 @@ class PlainLlama:
         self._reserve(count)
         self._lengths[row] = count
         here = (slice(row, row + 1), slice(None), slice(count))
-        place = _Place(here, here, self._cos[:count], self._sin[:count])
-        return self._forward(torch.tensor([prompt], device=self._device), place)[0]
+        place = _Place(1, here, here, self._cos[:count], self._sin[:count])
+        return self._forward(prompt, place)[-1]
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -139,14 +139,14 @@ class PlainLlama:
         read = (slice(count), slice(None), slice(longest))
         if min(before) == max(before):
             new = slice(longest - 1, longest)
-            place = _Place((slice(count), slice(None), new), read, self._cos[new], self._sin[new])
+            place = _Place(count, (slice(count), slice(None), new), read, self._cos[new], self._sin[new])
         else:
             row, group, at = (torch.tensor(x, device=self._device) for x in (range(count), range(self._groups), before))
             mask = torch.zeros(count, longest, dtype=self._dtype, device=self._device)
             mask.masked_fill_(torch.arange(longest, device=self._device) > at[:, None], -torch.inf)
             write = (row[:, None, None], group[:, None], at[:, None, None])
-            place = _Place(write, read, self._cos[at, None], self._sin[at, None], mask[:, None, None])
-        return self._forward(torch.tensor(tokens, device=self._device)[:, None], place)
+            place = _Place(count, write, read, self._cos[at, None], self._sin[at, None], mask[:, None, None])
+        return self._forward(tokens, place)
 
     @torch.inference_mode()
     def move(self, row: int, to: int) -> None:
@@ -155,11 +155,12 @@ class PlainLlama:
             block.keys[to, :, :length] = block.keys[row, :, :length]
             block.values[to, :, :length] = block.values[row, :, :length]
 
-    def _forward(self, tokens: Tensor, place: "_Place") -> Tensor:
-        hidden = self._embed(tokens)
+    def _forward(self, tokens: Sequence[int], place: "_Place") -> Tensor:
+        """Logits [R, V] of each row's last token; ``tokens`` are the rows' one after the other, R * T of them."""
+        hidden = self._embed(torch.tensor(tokens, device=self._device))
         for block in self._blocks:
             hidden = block(hidden, place)
-        return self._head(self._norm(hidden[:, -1]))
+        return self._head(self._norm(hidden.view(place.rows, -1, hidden.shape[-1])[:, -1]))
 
     def _reserve(self, length: int) -> None:
         """Room for as many tokens in every row, and their rotary angles [T, 1, D]."""
@@ -176,11 +177,27 @@ class PlainLlama:
 
 
 class _Place:
-    """Where the tokens of a forward pass stand: ``write`` and ``read`` index the cache [R, K, T, D] for the new tokens
-    and for all that they attend to; their rotary angles; and a mask when rows are of different lengths."""
+    """Where the tokens of a forward pass stand: in how many rows, all with as many; ``write`` and ``read`` index the
+    cache [R, K, T, D] for the new tokens and for all that they attend to; their rotary angles; and a mask when rows are
+    of different lengths."""
 
-    def __init__(self, write: Any, read: Any, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> None:
-        self.write, self.read, self.cos, self.sin, self.mask = write, read, cos, sin, mask
+    def __init__(self, rows: int, write: Any, read: Any, cos: Tensor, sin: Tensor, mask: Tensor | None = None) -> None:
+        self.rows, self.write, self.read, self.cos, self.sin, self.mask = rows, write, read, cos, sin, mask
+
+
+class _Norm:
+    """RMSNorm [..., W] -> [..., W] in four kernels, six unless in float32: x w sqrt(W) / hypot(|x|, sqrt(W eps))."""
+
+    def __init__(self, norm: Any) -> None:
+        weight: Tensor = norm.weight
+        self._weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) * len(weight) ** 0.5
+        self._least = self._weight.new_tensor((len(weight) * norm.variance_epsilon) ** 0.5)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.to(self._weight.dtype)
+        length: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        out: Tensor = (wide * self._weight).div_(torch.hypot(length, self._least))
+        return out.to(x.dtype)
 
 
 class _Block:
@@ -191,7 +208,7 @@ class _Block:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.norm, self.second_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.norm, self.second_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self.qkv = Stacked([attention.q_proj, attention.k_proj, attention.v_proj])
         self.o, self.down = Stacked([attention.o_proj]), Stacked([mlp.down_proj])
         self.gate_up = Stacked([mlp.gate_proj, mlp.up_proj])
@@ -208,23 +225,23 @@ class _Block:
             setattr(self, name, new)
 
     def __call__(self, hidden: Tensor, place: _Place) -> Tensor:
-        hidden = hidden + self.o(self._attend(self.qkv(self.norm(hidden)), place))
+        hidden = self.o(self._attend(self.qkv(self.norm(hidden)), place)).add_(hidden)
         gate, up = self.gate_up(self.second_norm(hidden)).chunk(2, -1)
-        return hidden + self.down(functional.silu(gate) * up)
+        return self.down(functional.silu(gate).mul_(up)).add_(hidden)
 
     def _attend(self, qkv: Tensor, place: _Place) -> Tensor:
-        """Queries, keys and values side by side [R, T, (H + 2 K) D] -> [R, T, H D]; the cache takes in the new ones."""
-        rows, tokens, _ = qkv.shape
-        heads = qkv.view(rows, tokens, -1, self.width)
+        """Queries, keys and values side by side [R T, (H + 2 K) D] -> [R T, H D]; the cache takes in the new ones."""
+        tokens = len(qkv) // place.rows
+        heads = qkv.view(place.rows, tokens, -1, self.width)
         turned = heads[:, :, : -self.groups]
-        turned = turned * place.cos + turned.roll(self.width // 2, -1) * place.sin
+        turned = (turned * place.cos).addcmul_(turned.roll(self.width // 2, -1), place.sin)
         q, k, v = turned[:, :, : -self.groups], turned[:, :, -self.groups :], heads[:, :, -self.groups :]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         self.keys[place.write], self.values[place.write] = k, v
         k, v = self.keys[place.read], self.values[place.read]
         if tokens > 1:
             out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
-            return out.transpose(1, 2).flatten(2)
-        folded = q.reshape(rows, self.groups, -1, self.width)  # the queries of a group as rows of one matrix
+            return out.transpose(1, 2).flatten(2).flatten(0, 1)
+        folded = q.reshape(place.rows, self.groups, -1, self.width)  # the queries of a group as rows of one matrix
         out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=place.mask, scale=self.scale)
-        return out.view(rows, 1, -1)
+        return out.reshape(place.rows, -1)
