@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## Train, merge and generate with both families on what ships (15 minutes on two cores).
 	$(BIN)/python recipes/demo.py $(RUNS)/demo
 
-test: install ## Run the tests.
-	$(BIN)/python -m pytest
+test: install ## Run the tests, on up to four cores at once.
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 torture: install ## Kill, freeze and damage real runs, resume them, compare (goes on where it was stopped).
 	$(BIN)/python -m tests.torture $(RUNS)/torture

@@ -1,6 +1,12 @@
-"""What all tests have in common: none writes to the user's cache."""
+"""What all tests have in common: none writes to the user's cache, and those that run side by side share the cores."""
+
+import os
 
 import pytest
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # before torch is imported, and for the programs that the tests start
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // WORKERS)))
 
 
 @pytest.fixture(scope="session", autouse=True)

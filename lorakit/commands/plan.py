@@ -49,7 +49,7 @@ def _show(recipe: SDRecipe | LlamaRecipe, plan: "LlamaPlan | SDPlan", place: "Pl
     console.print(_memory(plan, recipe.optimizer, str(place.device), str(place.dtype).removeprefix("torch.")))
     console.print(_disk(recipe, trained))
     for note in plan.notes:
-        console.print(f"[yellow]{note}[/]")
+        console.print(note, style="yellow", markup=False)
 
 
 def _plan(recipe: SDRecipe | LlamaRecipe, place: "Place", processes: int) -> "LlamaPlan | SDPlan":

@@ -72,20 +72,21 @@ class Terminal:
         self._bar.update(self._task, completed=step, loss=f"{self._average:.4f}", rate=shown)
         if not self.console.is_terminal and (now - self._spoken > SECONDS_BETWEEN_LINES or step == self._total):
             left = (self._total - step) / max(rate, 1e-9)
-            self.console.print(
-                f"step {step}/{self._total}  loss {self._average:.4f}  {shown}  {left / 60:.1f} min left",
-                highlight=False,
-            )
+            self._line(f"step {step}/{self._total}  loss {self._average:.4f}  {shown}  {left / 60:.1f} min left")
             self._spoken = now
 
     def held_out(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
         """Print the held-out loss and what the family makes of it."""
         more = "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
-        self.console.print(f"held-out loss after {step} steps: {loss:.4f}{more}", highlight=False)
+        self._line(f"held-out loss after {step} steps: {loss:.4f}{more}")
 
     def stage(self, text: str) -> None:
         """Print what is done beside the steps."""
-        self.console.print(f"[dim]{text}[/dim]", highlight=False)
+        self._line(text, style="dim")
+
+    def _line(self, text: str, style: str = "") -> None:
+        """As it is, in one line however long."""
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

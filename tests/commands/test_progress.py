@@ -20,6 +20,13 @@ def test_plain_lines_with_step_loss_rate_and_time_left(capsys: pytest.CaptureFix
     assert terminal.trained
 
 
+def test_a_line_is_one_however_long_and_said_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/pictures/[red]/" + 100 * "long "
+    with Terminal() as terminal:
+        terminal.stage(f"loading {path}")
+    assert capsys.readouterr().err == f"loading {path}\n"
+
+
 def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Terminal(quiet=True) as terminal, warnings_to(terminal.console):
         terminal.start(total=1, done=0)
