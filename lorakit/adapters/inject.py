@@ -15,9 +15,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lorakit.adapters.change import Change
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.linear import LoraLinear
+from lorakit.adapters.merging.change import Change
 from lorakit.adapters.outline import Outline
 from lorakit.adapters.targets import Injection, fit, injection
 from lorakit.errors import ModelError

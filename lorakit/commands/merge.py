@@ -14,8 +14,8 @@ from lorakit.commands.merge_told import compare_with, tell, tell_plan
 from lorakit.commands.progress import warnings_to
 
 if TYPE_CHECKING:
-    from lorakit.adapters.merge_base import OpenBase
-    from lorakit.adapters.merge_plan import MergePlan, QuantBase
+    from lorakit.adapters.merging.base import OpenBase
+    from lorakit.adapters.merging.plan import MergePlan, QuantBase
     from lorakit.storage.bases import BaseLocation
 
 QUANT_BASE = {
@@ -65,7 +65,7 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
         if options.dry_run:
             tell_plan(plan, options.overwrite)
             return
-        from lorakit.adapters.merge import merge
+        from lorakit.adapters.merging.merge import merge
 
         with bar:
             task = bar.add_task("merging and verifying" if options.verify else "merging", total=None)
@@ -80,7 +80,7 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
 
 
 def _open(location: "BaseLocation", out: Path) -> "OpenBase":
-    from lorakit.adapters.merge_base import open_base
+    from lorakit.adapters.merging.base import open_base
 
     if location.layout == "single-file":
         from lorakit.families.sd.original import open_original
@@ -105,7 +105,7 @@ def _plan(
 ) -> "MergePlan":
     import torch
 
-    from lorakit.adapters.merge_plan import Settings, plan_merge
+    from lorakit.adapters.merging.plan import Settings, plan_merge
 
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     return plan_merge(location, opened, adapters, out, Settings(dtype, options.quant_base or "original"))

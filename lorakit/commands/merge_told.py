@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from lorakit.errors import ModelError
 
 if TYPE_CHECKING:
-    from lorakit.adapters.merge import Compare, MergeReport
-    from lorakit.adapters.merge_plan import MergePlan
+    from lorakit.adapters.merging.merge import Compare, MergeReport
+    from lorakit.adapters.merging.plan import MergePlan
 
 TOLERANCE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.25}
 """How far the merged model's outputs may be from base + adapter's, as a share of their spread: several times what
@@ -37,8 +37,8 @@ def compare_with(plan: "MergePlan") -> "Compare":
 
 def tell_plan(plan: "MergePlan", overwrite: bool) -> None:
     """Print what would be written. Raises what stands in the way; reads the base where an adapter records its own."""
-    from lorakit.adapters.out import check_out, check_space
-    from lorakit.adapters.receipt import other_base
+    from lorakit.adapters.merging.out import check_out, check_space
+    from lorakit.adapters.merging.receipt import other_base
 
     check_out(plan, overwrite)
     free = check_space(plan)

@@ -11,8 +11,8 @@ from lorakit.adapters.write import taken_apart, write_peft
 from lorakit.commands.adapter_base import meta_models
 from lorakit.storage.atomic import sha256
 from lorakit.storage.bases import resolve
+from tests.adapters.merging.test_merge_parts import adapter
 from tests.adapters.test_convert import random_delta
-from tests.adapters.test_merge_parts import adapter
 from tests.tiny import tiny_llama
 from tests.torture import trace
 from tests.torture.warm import Warm

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lorakit.adapters import reference
 from lorakit.adapters.inject import adapter_state, inject, load_adapter_state
 from lorakit.adapters.linear import plain_layers
-from lorakit.adapters.merge import merge
-from lorakit.adapters.merge_base import OpenBase, open_base
-from lorakit.adapters.merge_plan import plan_merge
+from lorakit.adapters.merging import reference
+from lorakit.adapters.merging.base import OpenBase, open_base
+from lorakit.adapters.merging.merge import merge
+from lorakit.adapters.merging.plan import plan_merge
 from lorakit.adapters.write import write_peft
 from lorakit.errors import ConflictError, ModelError
 from lorakit.families.place import Place

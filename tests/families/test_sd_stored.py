@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapters.inject import adapter_state, inject
-from lorakit.adapters.merge import merge
-from lorakit.adapters.merge_base import open_base
-from lorakit.adapters.merge_plan import plan_merge
+from lorakit.adapters.merging.base import open_base
+from lorakit.adapters.merging.merge import merge
+from lorakit.adapters.merging.plan import plan_merge
 from lorakit.adapters.write import write_peft
 from lorakit.families.place import Place
 from lorakit.families.sd.base import load_parts

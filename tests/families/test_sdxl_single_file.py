@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorakit.adapters.inject import adapter_state, inject
-from lorakit.adapters.merge import merge
-from lorakit.adapters.merge_base import open_base
-from lorakit.adapters.merge_plan import plan_merge
+from lorakit.adapters.merging.base import open_base
+from lorakit.adapters.merging.merge import merge
+from lorakit.adapters.merging.plan import plan_merge
 from lorakit.adapters.write import write_peft
 from lorakit.errors import ModelError
 from lorakit.families.place import Place

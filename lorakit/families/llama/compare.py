@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapters.merge_base import OpenBase, open_base
-from lorakit.adapters.merge_plan import PlannedAdapter, QuantBase
-from lorakit.adapters.reference import difference, parameters_on_meta, run_from_files
+from lorakit.adapters.merging.base import OpenBase, open_base
+from lorakit.adapters.merging.plan import PlannedAdapter, QuantBase
+from lorakit.adapters.merging.reference import difference, parameters_on_meta, run_from_files
 from lorakit.adapters.skeleton import skeleton
 from lorakit.data.encoder import Encoder
 from lorakit.families.llama.base import as_folder
@@ -31,14 +31,14 @@ def compare(
 ) -> tuple[float, str]:
     """How far the merged model's logits are from base + adapter's, as a share of their spread; and in words.
 
-    In float32, a few rows of a weight in memory at a time. ``quant_base``: see ``merge_plan.Settings``.
+    In float32, a few rows of a weight in memory at a time. ``quant_base``: see ``merging.plan.Settings``.
     """
     folder = as_folder(base, torch.float32)
     encoder = Encoder(load_tokenizer(folder))
     ids = [encoder.encode(prompt)[0].tolist() for prompt in PROMPTS]
     opened = open_base(folder)
     if quant_base == "as-trained":
-        from lorakit.adapters.nf4 import as_trained  # bitsandbytes takes seconds to import
+        from lorakit.adapters.merging.nf4 import as_trained  # bitsandbytes takes seconds to import
 
         opened = replace(opened, sources=as_trained(opened))
     expected = _logits(folder, opened, adapters, ids)

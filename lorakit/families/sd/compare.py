@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapters.merge_base import open_base
-from lorakit.adapters.merge_plan import PlannedAdapter
-from lorakit.adapters.reference import difference, parameters_on_meta, run_from_files
+from lorakit.adapters.merging.base import open_base
+from lorakit.adapters.merging.plan import PlannedAdapter
+from lorakit.adapters.merging.reference import difference, parameters_on_meta, run_from_files
 from lorakit.families.sd.base import load_conditioning
 from lorakit.families.sd.conditioning import ids_of
 from lorakit.families.sd.original import open_original

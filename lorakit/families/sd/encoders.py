@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from torch import Tensor, nn
 
-from lorakit.adapters.merge_base import Packed
+from lorakit.adapters.merging.base import Packed
 
 Shapes = Mapping[str, tuple[int, ...]]
 _rename: Any = convert_open_clip_checkpoint  # diffusers has no types

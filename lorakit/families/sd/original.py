@@ -12,7 +12,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from lorakit.adapters.merge_base import Original, Packed
+from lorakit.adapters.merging.base import Original, Packed
 from lorakit.errors import ModelError
 from lorakit.families.sd.kinds import Kind, kind_of
 from lorakit.families.sd.single_file import load_tokenizers, rename

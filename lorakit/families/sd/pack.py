@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.merge_base import Packed
+from lorakit.adapters.merging.base import Packed
 from lorakit.adapters.sgm import original_paths
 from lorakit.errors import ModelError
 from lorakit.families.sd.base import noise_schedule

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import apply, fold
-from lorakit.adapters.merge_base import open_base
+from lorakit.adapters.merging.base import open_base
 from lorakit.families.place import Place
 from lorakit.families.sd.base import Parts, load_parts
 from lorakit.families.sd.original import open_original

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.source import Source
+from lorakit.adapters.merging.source import Source
 from lorakit.errors import ModelError
 
 WORK = 128 << 10

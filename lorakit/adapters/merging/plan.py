@@ -8,15 +8,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from lorakit.adapters.change import Change, Rows, Term, Whole, not_alone
 from lorakit.adapters.delta import Delta, SavedAdapter
 from lorakit.adapters.files import assemble
-from lorakit.adapters.merge_base import Home, OpenBase, Packed
+from lorakit.adapters.merging.base import Home, OpenBase, Packed
+from lorakit.adapters.merging.change import Change, Rows, Term, Whole, not_alone
+from lorakit.adapters.merging.source import FLOATS, FileSource, Slot, Source
+from lorakit.adapters.merging.stream import OutFile, Span, Target
+from lorakit.adapters.merging.tied import equal_terms, tied_names, untied
+from lorakit.adapters.merging.turned import Turned, turned
 from lorakit.adapters.pieces import CONFIG, Piece, open_pieces
-from lorakit.adapters.source import FLOATS, FileSource, Slot, Source
-from lorakit.adapters.stream import OutFile, Span, Target
-from lorakit.adapters.tied import equal_terms, tied_names, untied
-from lorakit.adapters.turned import Turned, turned
 from lorakit.adapters.whole import added_biases
 from lorakit.errors import ConflictError, ModelError
 from lorakit.storage import checks
@@ -101,7 +101,7 @@ def plan_merge(
     found: dict[tuple[str, str], list[Term]] = {}
     planned = tuple(_read(path, weight, opened, found) for path, weight in adapters)
     if settings.quant_base == "as-trained":
-        from lorakit.adapters.nf4 import as_trained  # bitsandbytes takes seconds to import
+        from lorakit.adapters.merging.nf4 import as_trained  # bitsandbytes takes seconds to import
 
         opened = replace(opened, sources=as_trained(opened))
     tied = tied_names(opened.models)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorakit.adapters.change import Change, rows_at_once
-from lorakit.adapters.source import FileSource
-from lorakit.adapters.stream import READ, OutFile, Span, Summed, worked
+from lorakit.adapters.merging.change import Change, rows_at_once
+from lorakit.adapters.merging.source import FileSource
+from lorakit.adapters.merging.stream import READ, OutFile, Span, Summed, worked
 from lorakit.errors import ModelError
 from lorakit.storage.bases import file_digest
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakit.adapters.behind import Behind
-from lorakit.adapters.change import WORK, Change, rows_at_once
-from lorakit.adapters.source import SPELLING, Slot, Source
+from lorakit.adapters.merging.behind import Behind
+from lorakit.adapters.merging.change import WORK, Change, rows_at_once
+from lorakit.adapters.merging.source import SPELLING, Slot, Source
 from lorakit.errors import ModelError
 from lorakit.storage.direct import ALIGN, ROOMS, Bytes, DirectWriter
 

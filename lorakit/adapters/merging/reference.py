@@ -16,12 +16,12 @@ from torch.nn import functional
 
 from lorakit.adapters.delta import Delta, product
 from lorakit.adapters.files import assemble
-from lorakit.adapters.merge_base import Home, OpenBase
-from lorakit.adapters.merge_plan import PlannedAdapter
-from lorakit.adapters.source import FileSource, Source
-from lorakit.adapters.stream import worked
-from lorakit.adapters.tied import tied_names
-from lorakit.adapters.turned import Turned
+from lorakit.adapters.merging.base import Home, OpenBase
+from lorakit.adapters.merging.plan import PlannedAdapter
+from lorakit.adapters.merging.source import FileSource, Source
+from lorakit.adapters.merging.stream import worked
+from lorakit.adapters.merging.tied import tied_names
+from lorakit.adapters.merging.turned import Turned
 from lorakit.adapters.whole import Tokens, added_biases
 from lorakit.errors import ModelError
 

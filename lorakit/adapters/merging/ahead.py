@@ -6,7 +6,7 @@ import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from lorakit.adapters.behind import Behind
+from lorakit.adapters.merging.behind import Behind
 from lorakit.storage.bases import remember_digest
 from lorakit.storage.direct import Bytes, DirectReader
 

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lorakit.adapters.change import Change
-from lorakit.adapters.stream import OutFile, Summed, Tally, write_file
-from lorakit.adapters.verify import Proof, verify_file
+from lorakit.adapters.merging.change import Change
+from lorakit.adapters.merging.stream import OutFile, Summed, Tally, write_file
+from lorakit.adapters.merging.verify import Proof, verify_file
 from lorakit.cli import app
 from lorakit.errors import LorakitError, ModelError
 from lorakit.storage.atomic import new_folder, sha256, sweep_killed
 from lorakit.storage.bases import resolve
-from tests.adapters.test_merge_parts import adapter, planned
+from tests.adapters.merging.test_merge_parts import adapter, planned
 from tests.tiny import tiny_llama
 from tests.torture import trace
 from tests.torture.warm import Warm

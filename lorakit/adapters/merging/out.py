@@ -3,7 +3,7 @@
 import os
 import shutil
 
-from lorakit.adapters.merge_plan import MergePlan
+from lorakit.adapters.merging.plan import MergePlan
 from lorakit.errors import ConflictError, ResourceError
 
 SPARE = 50_000_000

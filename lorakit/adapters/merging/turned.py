@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lorakit.adapters.change import Change, Rows, Whole
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.source import Source
+from lorakit.adapters.merging.change import Change, Rows, Whole
+from lorakit.adapters.merging.source import Source
 from lorakit.errors import ModelError
 
 

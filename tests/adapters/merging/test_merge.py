@@ -14,10 +14,10 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, LlamaForCausalLM
 
 from lorakit.adapters.inject import adapter_state, fold, inject, load_adapter_state
-from lorakit.adapters.merge import MergeReport, Progress
-from lorakit.adapters.merge import merge as write_merge
-from lorakit.adapters.merge_base import open_base
-from lorakit.adapters.merge_plan import Settings, plan_merge
+from lorakit.adapters.merging.base import open_base
+from lorakit.adapters.merging.merge import MergeReport, Progress
+from lorakit.adapters.merging.merge import merge as write_merge
+from lorakit.adapters.merging.plan import Settings, plan_merge
 from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import deltas, write_kohya, write_peft
 from lorakit.errors import ConflictError, ModelError, ResourceError

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lorakit.adapters.ahead import Ahead
+from lorakit.adapters.merging.ahead import Ahead
 from lorakit.errors import ModelError
 from lorakit.storage.headers import read_header
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorakit.adapters.ahead import SMALL, Ahead
+from lorakit.adapters.merging.ahead import SMALL, Ahead
 from lorakit.storage import bases
 from lorakit.storage.bases import file_digest
 

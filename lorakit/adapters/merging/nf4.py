@@ -12,8 +12,8 @@ import torch
 from bitsandbytes import functional
 from torch import Tensor, nn
 
-from lorakit.adapters.merge_base import OpenBase
-from lorakit.adapters.source import Source
+from lorakit.adapters.merging.base import OpenBase
+from lorakit.adapters.merging.source import Source
 from lorakit.errors import RecipeError
 
 BLOCK = 64

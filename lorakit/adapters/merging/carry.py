@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.stream import OutFile
+from lorakit.adapters.merging.stream import OutFile
 from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
 

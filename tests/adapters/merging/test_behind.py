@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from lorakit.adapters.behind import DEPTH, Behind
+from lorakit.adapters.merging.behind import DEPTH, Behind
 
 
 def test_in_order_and_all() -> None:

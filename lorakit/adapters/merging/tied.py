@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakit.adapters.change import Change, Rows, Term, Whole
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.merge_base import OpenBase
-from lorakit.adapters.stream import OutFile, Span, Target
+from lorakit.adapters.merging.base import OpenBase
+from lorakit.adapters.merging.change import Change, Rows, Term, Whole
+from lorakit.adapters.merging.stream import OutFile, Span, Target
 
 ROWS = 1024
 """Rows of two whole tensors that are compared at a time."""

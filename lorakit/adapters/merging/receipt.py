@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import __version__
-from lorakit.adapters.merge_plan import MergePlan, PlannedAdapter
+from lorakit.adapters.merging.plan import MergePlan, PlannedAdapter
 from lorakit.storage.atomic import sha256
 from lorakit.storage.bases import BaseLocation, digest, file_digest, weight_files
 

@@ -13,15 +13,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lorakit.adapters import reference, stream
 from lorakit.adapters.files import read_adapter
-from lorakit.adapters.merge import merge
-from lorakit.adapters.merge_base import open_base
-from lorakit.adapters.merge_plan import MergePlan, Settings, plan_merge
-from lorakit.adapters.nf4 import NF4Source
-from lorakit.adapters.reference import parameters_on_meta, run_from_files
+from lorakit.adapters.merging import reference, stream
+from lorakit.adapters.merging.base import open_base
+from lorakit.adapters.merging.merge import merge
+from lorakit.adapters.merging.nf4 import NF4Source
+from lorakit.adapters.merging.plan import MergePlan, Settings, plan_merge
+from lorakit.adapters.merging.reference import parameters_on_meta, run_from_files
+from lorakit.adapters.merging.source import FileSource
 from lorakit.adapters.skeleton import skeleton
-from lorakit.adapters.source import FileSource
 from lorakit.errors import ModelError
 from lorakit.families.llama import compare as llama_compare
 from lorakit.families.llama.library import load_model
@@ -266,7 +266,7 @@ def test_a_base_that_lacks_a_tensor_or_has_another_shape_does_not_run(tmp_path: 
 
 @pytest.mark.parametrize("columns", [48, 64, 200])
 def test_nf4_by_rows_is_bitsandbytes_own(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakit.adapters.nf4.ROWS", 1000)
+    monkeypatch.setattr("lorakit.adapters.merging.nf4.ROWS", 1000)
     weight = torch.randn(160, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
     row = weight.float().reshape(1, -1)
     whole = bnb.dequantize_4bit(*bnb.quantize_4bit(row, compress_statistics=True, quant_type="nf4"))

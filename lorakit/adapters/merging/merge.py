@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.carry import write_indexes
-from lorakit.adapters.merge_plan import MergePlan
-from lorakit.adapters.out import check_out, check_space
-from lorakit.adapters.parallel import Crew
-from lorakit.adapters.receipt import other_base, receipt, receipt_path
-from lorakit.adapters.stream import OutFile, Tally, write_file
-from lorakit.adapters.verify import Checked, Proof, verify_file
+from lorakit.adapters.merging.carry import write_indexes
+from lorakit.adapters.merging.out import check_out, check_space
+from lorakit.adapters.merging.parallel import Crew
+from lorakit.adapters.merging.plan import MergePlan
+from lorakit.adapters.merging.receipt import other_base, receipt, receipt_path
+from lorakit.adapters.merging.stream import OutFile, Tally, write_file
+from lorakit.adapters.merging.verify import Checked, Proof, verify_file
 from lorakit.storage.atomic import new_file, new_folder, sweep_killed, write_text
 from lorakit.storage.bases import resolve
 from lorakit.storage.direct import ROOMS

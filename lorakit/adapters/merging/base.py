@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lorakit.adapters.carry import copy_rest
+from lorakit.adapters.merging.carry import copy_rest
+from lorakit.adapters.merging.source import FileSource, Source
 from lorakit.adapters.skeleton import skeleton
-from lorakit.adapters.source import FileSource, Source
 from lorakit.errors import ModelError
 from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
