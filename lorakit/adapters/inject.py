@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.linear import LoraLinear
-from lorakit.adapters.merging.change import Change
+from lorakit.adapters.merging.change import Change, not_alone
 from lorakit.adapters.outline import Outline
 from lorakit.adapters.targets import Injection, fit, injection
 from lorakit.errors import ModelError
@@ -170,7 +170,7 @@ def apply(model: nn.Module, deltas: Mapping[str, Delta], *, weight: float, name:
     if lora_layers(model) and (
         True in dora or any(layer.lora_magnitude_vector for layer in lora_layers(model).values())
     ):
-        raise ModelError("an adapter with DoRA does not add up with another", hint="merge one of them first")
+        raise not_alone()
     ranks = {paths[key]: delta.rank for key, delta in deltas.items()}
     alphas = {paths[key]: delta.scale * delta.rank for key, delta in deltas.items()}
     wrapped = _wrap(model, ranks, alphas, name, {"use_dora": dora.pop()})

@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, Qwe
 
 from lorakit.adapters.inference import Stacked, stackable
 from lorakit.families.llama.base import longest_document
+from lorakit.numerics.elementwise import signed
 
 PLAIN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 """RMSNorm, rotary positions, grouped queries, SwiGLU, each with or without biases; no scaling of states or logits."""
@@ -169,9 +170,7 @@ class PlainLlama:
         self._room = min(self.limit, max(length + GROWTH, 2 * self._room))
         at = torch.arange(self._room, device=self._device)[None]
         cos, sin = self._rotary(torch.empty(0, dtype=self._dtype, device=self._device), at)
-        half = cos.shape[-1] // 2
-        self._cos = cos[0, :, None]
-        self._sin = torch.cat((-sin[0, :, None, :half], sin[0, :, None, half:]), -1)
+        self._cos, self._sin = cos[0, :, None], signed(sin[0, :, None])
         for block in self._blocks:
             block.reserve(self.rows, self._room, self._dtype, self._device)
 
