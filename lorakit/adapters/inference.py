@@ -31,7 +31,7 @@ def stackable(layer: nn.Module) -> bool:
 
 
 class Stacked:
-    """The outputs of ``layers`` side by side: x [..., I] -> [..., O]. The weights are copied.
+    """The outputs of ``layers`` side by side: x [n, I] -> [n, O]. The weights are copied.
 
     Raises ValueError for a layer that is not ``stackable``.
     """
@@ -49,11 +49,11 @@ class Stacked:
 
     def __call__(self, x: Tensor) -> Tensor:
         both = self._multiply(x)
-        y = both[..., : self.out]
-        if self._up is not None and self._up.dtype == both.dtype and both.dim() == 2:
+        y = both[:, : self.out]
+        if self._up is not None and self._up.dtype == both.dtype:
             y.addmm_(both[:, self.out :], self._up)
         elif self._up is not None:
-            y += both[..., self.out :].to(self._up.dtype) @ self._up
+            y += both[:, self.out :].to(self._up.dtype) @ self._up
         if self._bias is not None:
             y += self._bias
         return y

@@ -36,7 +36,7 @@ def three(*adapters, dtype=torch.float64, **options):
 def test_outputs_are_those_of_peft(adapters, dtype, error, rows):
     model = three(*adapters, dtype=dtype)
     layers = [model.q, model.k, model.v]
-    x = torch.randn(rows, 1, 24, dtype=dtype)
+    x = torch.randn(rows, 24, dtype=dtype)
     with torch.inference_mode():
         expected = torch.cat([layer(x) for layer in layers], -1)
         torch.testing.assert_close(Stacked(layers)(x), expected, rtol=error / 4, atol=error)
