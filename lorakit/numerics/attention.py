@@ -27,3 +27,8 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def matmuls_are_faster(q: Tensor) -> bool:
     """Whether plain matmuls beat PyTorch's fused kernel: on a CPU in bfloat16."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16
+
+
+def shares_keys(q: Tensor) -> bool:
+    """Whether PyTorch's fused kernels take fewer key heads than query heads: on a GPU only those for 16 bits do."""
+    return q.device.type == "cpu" or q.dtype in (torch.float16, torch.bfloat16)

@@ -8,13 +8,15 @@ The head W is frozen under LoRA, so the gradient of h is all the backward pass n
 pass, chunk by chunk, while the logits are at hand: N x V numbers are never kept.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_NUMBERS = 1 << 23
-"""Logits at once: 32 MiB in float32, and as many in the model's dtype."""
+CHUNK_NUMBERS = 1 << 24
+"""Logits at once at most: 64 MiB in float32, and in another dtype as many in that. Few rows are slow: the whole head is
+read for each chunk."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -42,12 +44,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk = max(1, min(hidden.shape[0], CHUNK_NUMBERS // weight.shape[0]))
-        # Two buffers for all chunks: on a CPU new memory of this size costs as much as what is computed in it.
-        logits, exact = (torch.empty(chunk, len(weight), dtype=t, device=hidden.device) for t in (hidden.dtype, wide))
-        for start in range(0, hidden.shape[0], chunk):
+        most = max(1, CHUNK_NUMBERS // len(weight))
+        chunk = max(1, math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most))))
+        # The same memory for all chunks: on a CPU new memory of this size costs as much as what is computed in it.
+        logits = torch.empty(chunk, len(weight), dtype=hidden.dtype, device=hidden.device)
+        exact = logits if logits.dtype == wide else torch.empty_like(logits, dtype=wide)
+        for start in range(0, len(hidden), chunk):
             rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
-            narrow, p = logits[: len(rows)], exact[: len(rows)]
+            p = exact[: len(rows)]
+            narrow = p if logits is exact else logits[: len(rows)]
             torch.log_softmax(p.copy_(torch.mm(rows, weight.T, out=narrow)), -1, out=p)
             loss -= p.gather(1, labels).sum()
             if gradient is not None:

@@ -22,7 +22,7 @@ MANY_PLACES = 1024
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """A convolution without groups or dilation: x [B, C, h, w], weight [O, C, kh, kw] -> [B, O, h', w']."""
     _check_frozen(weight, bias)
-    if not (torch.is_grad_enabled() or is_fast_place(x)):
+    if not (torch.is_grad_enabled() or _is_fast_place(x)):
         return functional.conv2d(x, weight, bias, stride, padding)
     out: Tensor = _Convolution.apply(x, weight, bias, stride, padding)
     return out
@@ -36,8 +36,8 @@ class _Convolution(torch.autograd.Function):
         sides = [(n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[2:], weight.shape[2:], strict=True)]
         places = sides[0] * sides[1]
         pointwise = weight.shape[2:] == (1, 1) and stride == 1 and padding == 0
-        ctx.pointwise = is_fast_place(x) and pointwise and places >= MANY_PLACES
-        ctx.few = is_fast_place(x) and len(x) * places <= FEW_PLACES and weight.numel() >= MANY_WEIGHTS
+        ctx.pointwise = _is_fast_place(x) and pointwise and places >= MANY_PLACES
+        ctx.few = _is_fast_place(x) and len(x) * places <= FEW_PLACES and weight.numel() >= MANY_WEIGHTS
         ctx.save_for_backward(weight)
         ctx.size, ctx.window = x.shape, {"padding": padding, "stride": stride}
         if ctx.pointwise:
@@ -78,7 +78,7 @@ def _check_frozen(*weights: Tensor | None) -> None:
         raise ValueError("a frozen layer gives no gradient to its weights")
 
 
-def is_fast_place(x: Tensor) -> bool:
+def _is_fast_place(x: Tensor) -> bool:
     """Where the shapes of this file were measured: a CPU in bfloat16."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
 

@@ -12,7 +12,7 @@ dim, ``P`` shared tokens; for ``n`` documents of like length: ``L`` own tokens o
 
 Two kernels. PyTorch's fused one wherever it is the fast one; on a CPU in bfloat16 ``_PackedAttention``: documents of
 like length side by side, plain matmuls that keep the probabilities for the backward pass. Neither repeats keys for the
-query heads that share them, and no mask of [T, T] is ever built.
+query heads that share them where it need not, and no mask of [T, T] is ever built.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lorakit.numerics.attention import matmuls_are_faster
+from lorakit.numerics.attention import matmuls_are_faster, shares_keys
 
 BLOCK = 128
 """Queries of a document at once in ``_PackedAttention``: keys beyond a block's last one are not touched."""
@@ -161,18 +161,20 @@ def matmul_packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, s
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Iterator[Tensor]:
-    """PyTorch's kernel, a document at a time. It takes square causal masks only, so that zeros stand where the shared
-    tokens' queries would."""
-    group = q.shape[1] // k.shape[1]
-    begin, place = packing.shared, 0
-    for length, before in ([(begin, 0)] if begin else []) + [(length, begin) for length in packing.lengths]:
-        own = slice(place, place + length)
-        queries = functional.pad(q[own], (0, 0, 0, 0, before, 0))
-        keys, values = (torch.cat([x[:before], x[own]]).repeat_interleave(group, 1) for x in (k, v))
-        rows, keys, values = (x.transpose(0, 1) for x in (queries, keys, values))
-        out = functional.scaled_dot_product_attention(rows, keys, values, is_causal=True, scale=scale)
-        yield out.transpose(0, 1)[before:]
-        place += length
+    """PyTorch's kernel, a group at a time. It takes square causal masks only, so that zeros stand where the shared
+    tokens' queries would, and four dimensions: of three it makes the scores of all tokens, without a word."""
+    for group in packing.groups:
+        places, begin = ((q, group.queries), (k, group.keys), (v, group.keys)), group.shared
+        rows, keys, values = (x.index_select(0, at).unflatten(0, (group.count, -1)) for x, at in places)
+        rows = functional.pad(rows, (0, 0, 0, 0, begin, 0)).transpose(1, 2)
+        keys, values = (x[:, : begin + group.longest].transpose(1, 2) for x in (keys, values))
+        if not shares_keys(q):
+            share = q.shape[1] // k.shape[1]
+            keys, values = (x.repeat_interleave(share, 1) for x in (keys, values))
+        out = functional.scaled_dot_product_attention(
+            rows, keys, values, is_causal=True, scale=scale, enable_gqa=keys.shape[1] < rows.shape[1]
+        )
+        yield out[:, :, begin:].transpose(1, 2).flatten(0, 1).index_select(0, group.real)
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -31,7 +31,7 @@ DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12)
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (1, 2, 0)])
 @pytest.mark.parametrize("side", [3, 7, 19, 33])
 def test_convolution(batch, kernel, stride, padding, side, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(frozen, "is_fast_place", lambda _: True)
+    monkeypatch.setattr(frozen, "_is_fast_place", lambda _: True)
     monkeypatch.setattr(frozen, "MANY_WEIGHTS", 1)
     assert 3 * 7 * 8 < FEW_PLACES < 19 * 20 < MANY_PLACES < 33 * 34
     torch.manual_seed(side)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorakit.numerics import packing as module
 from lorakit.numerics.packing import BLOCK, Packing, matmul_packed_attention, packed_attention
@@ -62,6 +63,13 @@ def test_long_documents_take_the_fused_kernel(monkeypatch):
     monkeypatch.setattr(module, "LONGEST_KEPT", 8)
     monkeypatch.setattr(module, "matmul_packed_attention", None)
     check(packed_attention, 4, 2, Packing.of([3, 7], 2), 8, torch.bfloat16, 3e-2)
+
+
+@pytest.mark.parametrize(("shared", "key_heads"), [(0, 3), (4, 3), (4, 6)])
+def test_the_fused_kernel_is_a_fused_one(shared, key_heads):
+    """PyTorch silently falls back to a kernel that keeps T x T probabilities where its inputs suit no other."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        check(packed_attention, 6, key_heads, Packing.of([11, 10, 29], shared), 16, torch.float32, 2e-6)
 
 
 def test_documents_of_like_length_are_one_group():

@@ -64,7 +64,7 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
     rows = max(1, layout.micro_batch)
     tokens = sum(lengths[:rows]) if data.packing else lengths[0] * rows
     size = place.dtype.itemsize
-    logits = CHUNK_NUMBERS * (4 + size)
+    logits = min(CHUNK_NUMBERS, tokens * config.vocab_size) * (size if size >= 4 else 4 + size)
     return LlamaPlan(
         targets,
         outline.parameters,

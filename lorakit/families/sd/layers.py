@@ -11,7 +11,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from lorakit.numerics.frozen import convolve, geglu, is_fast_place, norm_silu
+from lorakit.numerics.frozen import convolve, geglu, norm_silu
 
 _geglu: Any = GEGLU  # diffusers has no types
 _resnet: Any = ResnetBlock2D
@@ -33,7 +33,7 @@ class Gate(_geglu):  # type: ignore[misc]
     """diffusers' GEGLU."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
-        if type(self.proj) is not nn.Linear or self.proj.bias is None or not is_fast_place(hidden_states):
+        if type(self.proj) is not nn.Linear or self.proj.bias is None:
             out: Tensor = super().forward(hidden_states, *args, **options)
             return out
         return geglu(hidden_states, self.proj.weight, self.proj.bias)
