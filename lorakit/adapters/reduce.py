@@ -83,7 +83,7 @@ def extract(
         square = _square(name, one, other)
         if square and name in layers:
             component, path = layers[name]
-            b, a, share = factor(other.double().sub_(one).flatten(1), rank)
+            b, a, share = factor(other.float().sub_(one).flatten(1), rank)
             parts.setdefault(component, {})[path] = _delta(b, a, one.shape[1:], torch.float32, None)
             squares.append((f"{component}.{path}", square, share))
         elif square:

@@ -13,6 +13,8 @@ LARGE = 1024
 SETTLED = 1e-7
 """Rise of the kept share in a round that no longer counts."""
 ROUNDS = 100
+BLOCK = 512
+"""Rows of a large matrix that are in float64 at a time."""
 
 
 def _halves(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -28,33 +30,34 @@ def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
     A large one by ``_leading``, which keeps less by a few millionths at most, for a small part of the work.
     """
-    matrix = matrix.double()
-    total = float(matrix.square().sum())
-    if min(matrix.shape) > LARGE >= 4 * rank and total and (found := _leading(matrix, rank)) is not None:
+    if min(matrix.shape) > LARGE >= 4 * rank and (found := _leading(matrix, rank)) is not None:
         u, s, vh = found
         b, a, _ = _halves(u, s, vh, rank)
-        return b, a, float(s[:rank].square().sum()) / total
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        total = sum(float(rows.double().square().sum()) for rows in matrix.split(BLOCK))
+        return b, a, float(s[:rank].square().sum()) / total if total else 1.0
+    u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     return _halves(u, s, vh, rank)
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """The largest singular values and their vectors by subspace iteration (Halko, Martinsson and Tropp 2011,
-    arXiv:0909.4061): U [out, k], s [k], V^T [k, in], k > rank. None when they do not settle in ``ROUNDS``.
+    arXiv:0909.4061): U [out, k], s [k], V^T [k, in], k > rank, float64. None when they do not settle in ``ROUNDS``.
 
     A subspace of the inputs is sent through M^T M until the squares that the rank keeps rise by no more than
-    ``SETTLED`` of them. The start is drawn with a fixed seed.
+    ``SETTLED`` of them: in float32, since what is kept falls short by the square of the subspace's error alone. The
+    last product is in float64. The start is drawn with a fixed seed.
     """
-    width = rank + max(16, rank)
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float64).to(matrix.device)
+    narrow, width = matrix.float(), rank + max(16, rank)
+    inputs = torch.randn(matrix.shape[1], width, generator=torch.Generator().manual_seed(0)).to(matrix.device)
     before = 0.0
     for _ in range(ROUNDS):
-        outputs = torch.linalg.qr(matrix @ torch.linalg.qr(inputs)[0])[0]
-        inputs = matrix.T @ outputs
-        kept = float(torch.linalg.eigvalsh(inputs.T @ inputs)[-rank:].sum())
+        outputs = torch.linalg.qr(narrow @ torch.linalg.qr(inputs)[0])[0]
+        inputs = narrow.T @ outputs
+        kept = float(torch.linalg.eigvalsh(inputs.T.double() @ inputs.double())[-rank:].sum())
         if kept - before <= SETTLED * kept:
-            u, s, vh = torch.linalg.svd(inputs.T, full_matrices=False)
+            outputs = torch.linalg.qr(outputs.double())[0]
+            pairs = zip(matrix.split(BLOCK), outputs.split(BLOCK), strict=True)
+            u, s, vh = torch.linalg.svd(torch.stack([o.T @ m.double() for m, o in pairs]).sum(0), full_matrices=False)
             return outputs @ u, s, vh
         before = kept
     return None
