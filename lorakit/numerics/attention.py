@@ -30,5 +30,8 @@ def matmuls_are_faster(q: Tensor) -> bool:
 
 
 def shares_keys(q: Tensor) -> bool:
-    """Whether PyTorch's fused kernels take fewer key heads than query heads: on a GPU only those for 16 bits do."""
-    return q.device.type == "cpu" or q.dtype in (torch.float16, torch.bfloat16)
+    """Whether PyTorch's fused kernels take fewer key heads than query heads: on a GPU flash attention alone does, which
+    is for 16 bits, from Ampere on."""
+    if q.device.type != "cuda":
+        return q.device.type == "cpu"
+    return q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device) >= (8, 0)

@@ -65,9 +65,11 @@ def test_long_documents_take_the_fused_kernel(monkeypatch):
     check(packed_attention, 4, 2, Packing.of([3, 7], 2), 8, torch.bfloat16, 3e-2)
 
 
+@pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize(("shared", "key_heads"), [(0, 3), (4, 3), (4, 6)])
-def test_the_fused_kernel_is_a_fused_one(shared, key_heads):
+def test_the_fused_kernel_is_a_fused_one(shared, key_heads, shares, monkeypatch):
     """PyTorch silently falls back to a kernel that keeps T x T probabilities where its inputs suit no other."""
+    monkeypatch.setattr(module, "shares_keys", lambda _: shares)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         check(packed_attention, 6, key_heads, Packing.of([11, 10, 29], shared), 16, torch.float32, 2e-6)
 
