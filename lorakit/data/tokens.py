@@ -8,6 +8,7 @@ that any template will do, marked for generation or not.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,21 +162,40 @@ class Renderer:
         turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
         spans, unlearned = [], 0
         for turn in (i for i in turns if messages[i].learned):
-            before = self.template.render(messages[:turn], answer_next=True) if turn else ""
+            before = self.template.render(messages[:turn], answer_next=True) if turn else None
+            begin = len(before) if before is not None and whole.startswith(before) else None
+            if begin is None:
+                begin = self._content_begins(messages, turn, whole)
             after = whole
             if turn + 1 < len(messages):
                 after = self.template.render(messages[: turn + 1], answer_next=False)
-            if whole.startswith(before) and whole.startswith(after):
-                spans.append(Span(len(before), len(after)))
+            # A template may end what it writes with a mark that gives way to the next message.
+            end = len(commonprefix([whole, after]))
+            if begin is not None and (end == len(after) or messages[turn].content.strip() in whole[begin:end]):
+                spans.append(Span(begin, end))
             elif turn == turns[-1]:
                 raise DataError("the chat template changes the text before the last answer once the answer is there")
             else:
                 unlearned += 1
         return spans, unlearned
 
+    def _content_begins(self, messages: Sequence[Message], turn: int, whole: str) -> int | None:
+        """Where a message's content is in ``whole``: at the first character that is another one when the content is.
+
+        For a chat that an assistant begins, whose opening nobody asks for, and for a template that opens an answer
+        with more than it writes before one. None when that is not the content's place.
+        """
+        content = messages[turn].content.strip()
+        other = replace(messages[turn], content="n" if content[:1] == "y" else "y")
+        changed = self.template.render([*messages[:turn], other, *messages[turn + 1 :]], answer_next=False)
+        begin = len(commonprefix([whole, changed]))
+        return begin if whole[begin:].lstrip().startswith(content) else None
+
     def _chat(self, chat: Chat) -> Encoded:
         """Too long: the oldest turns go, then the end of the last question, at last the end of the answer."""
         self._refuse_marks(chat.messages)
+        last = max(i for i, message in enumerate(chat.messages) if message.role == "assistant" and message.learned)
+        chat = replace(chat, messages=chat.messages[: last + 1])  # nothing learned sees what comes behind
         row = self._whole_chat(chat.messages, chat.where)
         full = len(row.tokens)
         if full <= self.max_tokens:
@@ -191,8 +211,7 @@ class Renderer:
         """The system message and the most turns, from a user's on, that fit; the last exchange at least."""
         system = [message for message in chat.messages[:1] if message.role == "system"]
         rest = list(chat.messages[len(system) :])
-        last = max(i for i, m in enumerate(rest) if m.role == "assistant" and m.learned)
-        starts = [i for i, message in enumerate(rest[: last + 1]) if message.role == "user"] or [0]
+        starts = [i for i, message in enumerate(rest) if message.role == "user"] or [0]
         fits = bisect_left(
             starts, True, key=lambda i: len(self._whole_chat(system + rest[i:], chat.where).tokens) <= self.max_tokens
         )

@@ -124,10 +124,46 @@ def test_a_template_that_rewrites_history_keeps_the_last_answer(tokenizer, tmp_p
 
 def test_a_template_whose_prompt_is_no_prefix_is_refused(tokenizer, tmp_path):
     path = tmp_path / "odd.jinja"
-    path.write_text("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    path.write_text("{{ messages | length }}{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
     with pytest.raises(DataError, match="changes the text") as caught:
         Renderer(tokenizer, str(path), 512).encode(chat(*TURNS))
     assert caught.value.where == "f:1"
+
+
+DEFAULT = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        DEFAULT + "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% endif %}",
+        "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+        "{% endif %}",
+        "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% else %}<|endoftext|>{% endif %}",
+    ],
+    ids=["a system message of its own", "an answer opened with more", "a mark behind all"],
+)
+@pytest.mark.parametrize("begin", [0, 1, 2], ids=["system first", "user first", "assistant first"])
+def test_answers_alone_are_learned_whatever_the_template_adds(tokenizer, tmp_path, template, begin):
+    path = tmp_path / "adds.jinja"
+    path.write_text(template)
+    (row,) = Renderer(tokenizer, str(path), 512).encode(chat(*TURNS[begin:]))
+    assert learned(row, tokenizer) == ["It returns a new list.<|im_end|>", "An iterator, 거꾸로 🙂<|im_end|>"]
+    assert row.unlearned_turns == 0
+
+
+@pytest.mark.parametrize(
+    "behind", [[Message("user", "Thank you very much, " * 9)], [TURNS[1], Message("assistant", "No. " * 40, False)]]
+)
+def test_what_stands_behind_the_last_learned_answer_takes_no_room(tokenizer, behind):
+    renderer = Renderer(tokenizer, None, 512)
+    (row,) = renderer.encode(chat(*TURNS))
+    renderer.max_tokens = len(row.tokens)
+    (longer,) = renderer.encode(chat(*TURNS, *behind))
+    assert (longer.tokens.tolist(), longer.labels.tolist()) == (row.tokens.tolist(), row.labels.tolist())
 
 
 def test_a_template_may_refuse_a_chat(tokenizer, tmp_path):
