@@ -131,7 +131,7 @@ def generate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="SD: a folder for the pictures. LLaMA: a .jsonl file.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same output.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same output.")] = 0,
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option()] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     fuse: Annotated[

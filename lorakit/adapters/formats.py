@@ -146,18 +146,28 @@ def _long(component: str, path: str) -> str:
 
 
 def kohya_table(layers: Mapping[str, Collection[str]]) -> dict[str, tuple[str, str]]:
-    """Flat name -> (component, path), for all layers of a base; for SDXL's UNet diffusers' names are known too."""
-    table = {name: place for place, name in kohya_names(layers).items()}
-    if is_xl(layers):
-        table |= {f"lora_unet_{path.replace('.', '_')}": ("unet", path) for path in layers.get("unet", ())}
-    return table
+    """Flat name -> (component, path), for all layers of a base, and the names that diffusers' own converter gives: of
+    SDXL's UNet diffusers' paths, of a single text encoder those of SDXL's first, of both without ``text_model.``."""
+    table: dict[str, tuple[str, str]] = {}
+    for component, spellings in _CONVERTED.items():
+        for path in layers.get(component, ()):
+            names = {path, path.removeprefix("text_model."), _long(component, path)}
+            table |= {f"{start}_{name.replace('.', '_')}": (component, path) for start in spellings for name in names}
+    return table | {name: place for place, name in kohya_names(layers).items()}
+
+
+_CONVERTED = {
+    "unet": ("lora_unet",),
+    "text_encoder": ("lora_te", "lora_te1"),
+    "text_encoder_2": ("lora_te2",),
+}
 
 
 def flat_path(name: str, table: Mapping[str, tuple[str, str]]) -> str:
     """The module path behind a flat name; ModelError for a name that the base's table has not."""
     if name not in table:
         original = any(part in name for part in ("input_blocks", "middle_block", "output_blocks"))
-        xl = original or name.startswith(("lora_te1_", "lora_te2_"))
+        xl = (original or name.startswith("lora_te2_")) and not any(c == "text_encoder_2" for c, _ in table.values())
         reason = "the base has no such module" + (": this adapter is for Stable Diffusion XL" if xl else "")
         raise ModelError(reason, where=name)
     return table[name][1]

@@ -23,6 +23,8 @@ CONFIG = "adapter_config.json"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_WHOLE = {"I64", "I32"}
+"""What diffusers' converter to kohya's format writes alphas in."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _tensors(path: Path, without: Collection[str] = ()) -> tuple[dict[str, Tenso
         for name, info in header.tensors.items():
             if name in without:
                 continue
-            if info.dtype not in _FLOATS:
+            if info.dtype not in (_FLOATS | _WHOLE if name.endswith(".alpha") else _FLOATS):
                 raise ModelError(f"dtype {info.dtype}, not a float", where=name)
             tensors[name] = file.get_tensor(name)
     return tensors, header.metadata

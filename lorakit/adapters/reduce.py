@@ -39,7 +39,8 @@ class Kept:
 def resize(
     saved: SavedAdapter, rank: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[SavedAdapter, Kept]:
-    """The best adapter of at most ``rank`` a module, with alpha = rank; a module that is no higher stays as it is.
+    """The best adapter of at most ``rank`` a module, with alpha = rank; a module that is no higher stays as it is. None
+    is higher than its layer has inputs or outputs.
 
     DoRA's magnitudes stay: the direction is what is approximated. ``progress`` is told modules done, and in all.
     """
@@ -49,8 +50,8 @@ def resize(
     for number, ((component, path), delta) in enumerate(everything.items(), 1):
         b, a = delta.B.flatten(1).double() * delta.scale, delta.A.flatten(1).double()
         share, smaller = 1.0, delta
-        if delta.rank > rank:
-            thin_b, thin_a, share = thin(b, a, rank)
+        if delta.rank > (most := min(rank, len(b), a.shape[1])):
+            thin_b, thin_a, share = thin(b, a, most)
             smaller = _delta(thin_b, thin_a, delta.A.shape[1:], delta.B.dtype, delta.magnitude)
         parts.setdefault(component, {})[path] = smaller
         squares.append((f"{component}.{path}", float(((a @ a.T) * (b.T @ b)).sum()), share))

@@ -107,7 +107,8 @@ def _pictures(recipe: SDRecipe, rows: int, console: Console) -> None:
     console.print()
     listed = [(f"{sizes[i][0]} x {sizes[i][1]}", count) for i, count in enumerate(counts) if count]
     histogram(console, "size", listed)
-    console.print(f"{sum(counts)} examples an epoch from {len(training)} pictures; {len(aside)} held out")
+    held_out = f"{len(usable) - len(training)} held out"
+    console.print(f"{sum(counts)} examples an epoch from {len({p.id for p, *_ in training})} pictures; {held_out}")
     if data.caption_dropout:
         console.print(f"{100 * data.caption_dropout:.0f} % of the examples of a step get an empty caption")
     for left_out in rejects.errors:

@@ -63,7 +63,9 @@ def parse_adapter(text: str) -> tuple[Path, float]:
         try:
             path, weight = Path(head), float(tail)
         except ValueError:
-            raise RecipeError(f"{tail!r} is not a weight", where=f"--adapter {text}", hint="PATH:0.8, say") from None
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise RecipeError(f"{tail!r} is not a weight", where=f"--adapter {text}", hint="PATH:0.8, say")
     if not path.exists():
         raise RecipeError(
             "there is no such adapter", where=str(path), hint="give a run folder, a PEFT folder or a file"
@@ -75,7 +77,7 @@ def _prompts(request: Request) -> list[str]:
     prompts = list(request.prompts)
     if request.prompts_file is not None:
         try:
-            lines = request.prompts_file.read_text(encoding="utf-8").splitlines()
+            lines = request.prompts_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot be read: {error}", where=str(request.prompts_file)) from error
         prompts += [line for line in lines if line.strip()]
@@ -148,6 +150,9 @@ def _answer(
     prompts = _unanswered(out, prompts) if out is not None and request.resume else prompts
     if out is not None and not request.resume and os.path.lexists(out):
         raise ConflictError("exists already", where=str(out), hint="give another file with --out, or --resume")
+    if out is not None:
+        with disk_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
     for name in ("temperature", "top_p", "min_p"):
         if not math.isfinite(options[name]):
             raise RecipeError(f"{options[name]} is not a finite number", where=name)
@@ -166,7 +171,7 @@ def _answer(
             print(flush=True)
             if out is not None:
                 line = {"prompt": prompts[number], "answer": "".join(pieces)}
-                with out.open("a", encoding="utf-8") as file:
+                with disk_errors(out), out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
             pieces.clear()
         _check_stop(signals, out)

@@ -1,5 +1,6 @@
 """`lorakit merge`: adapters added to their base for good."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from lorakit.commands import combine
 from lorakit.commands.generate import parse_adapter
 from lorakit.commands.merge_told import compare_with, tell, tell_plan
 from lorakit.commands.progress import warnings_to
+from lorakit.errors import RecipeError
 
 if TYPE_CHECKING:
     from lorakit.adapters.merging.base import OpenBase
@@ -44,6 +46,8 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
     """Plan; then merge, with a bar, and print what was done."""
     from lorakit.storage.bases import resolve
 
+    if not math.isfinite(options.scale):
+        raise RecipeError(f"{options.scale} is not a finite number", where="--scale")
     console, location = Console(stderr=True), resolve(base, options.revision)
     parsed = [(path, weight * options.scale) for path, weight in map(parse_adapter, adapters)]
     bar = Progress(
@@ -57,7 +61,7 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
     with warnings_to(console):
         opened = _open(location, out)
         if options.as_adapter is not None:
-            combine.run(location.name, opened.models, parsed, out, options.as_adapter)
+            combine.run(location.name, opened.models, parsed, out, options)
             return
         plan = _plan(location, opened, parsed, out, options)
         if options.quant_base is not None:

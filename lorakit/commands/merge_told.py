@@ -1,5 +1,6 @@
 """What `lorakit merge` prints: the plan, what was done, and how the outputs compare."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,4 +68,4 @@ def tell(report: "MergeReport") -> None:
         print(f"verified: {report.checked.changed} tensors recomputed in float64, every other one as in the base")
     if report.compared is not None:
         print(f"verified: {report.compared['in_words']}")
-    print(f'next: lorakit generate --base {report.out} --prompt "..."')
+    print(f'next: {shlex.join(["lorakit", "generate", "--base", str(report.out)])} --prompt "..."')

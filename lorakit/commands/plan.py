@@ -22,8 +22,10 @@ STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion
 def run(recipe: SDRecipe | LlamaRecipe, processes: int) -> None:
     """Print the plan. Raises what training would raise before its first step."""
     from lorakit.families.place import Place
+    from lorakit.training import optim
     from lorakit.training.device import choose
 
+    optim.check_division(recipe.train, recipe.compute, processes)
     place = Place(*choose(recipe.compute), recipe.compute.gradient_checkpointing)
     _show(recipe, _plan(recipe, place, processes), place, processes)
 

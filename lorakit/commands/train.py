@@ -52,12 +52,14 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
     from lorakit.numerics.order import Layout
     from lorakit.storage import atomic
     from lorakit.storage.runs import RunFolder
-    from lorakit.training import launch, loop
+    from lorakit.training import launch, loop, optim
     from lorakit.training.stop import stopping_at_once
 
     session = launch.open_session(recipe.compute)
+    with session.told_once():
+        optim.check_division(recipe.train, recipe.compute, session.world)
     root = recipe.output.folder / recipe.output.name
-    resume_command = _resume_command(words, session.world)
+    resume_command = _resume_command([*words, *(["--allow"] if mode.allow else [])], session.world)
     try:
         opened = RunFolder.open_existing if mode.resume else RunFolder.open_new
         with (
@@ -122,4 +124,6 @@ def _tell(recipe: SDRecipe | LlamaRecipe, root: Path, outcome: "Outcome") -> Non
     print(f"trained {outcome.steps} steps on {outcome.examples} examples in {outcome.seconds / 60:.1f} minutes: {root}")
     if outcome.first_held_out is not None:
         print(f"held-out loss {outcome.first_held_out:.4f} -> {outcome.last_held_out:.4f}")
-    print(f'next: lorakit generate --base {recipe.base.model} --adapter {root} --prompt "..."')
+    revision = ["--revision", recipe.base.revision] if recipe.base.revision else []
+    command = shlex.join(["lorakit", "generate", "--base", recipe.base.model, *revision, "--adapter", str(root)])
+    print(f'next: {command} --prompt "..."')

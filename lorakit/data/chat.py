@@ -119,49 +119,79 @@ def _chat(messages: list[Message], where: str) -> Chat:
     return Chat(tuple(messages), where)
 
 
+UNREAD = ("tool_calls", "function_call", "tools", "functions", "reasoning_content")
+"""Fields of a message or a row that say what no chat template is given here."""
+
+
+def _refuse_unread(fields: Mapping[str, Any], where: str) -> None:
+    for field in UNREAD:
+        if fields.get(field) not in (None, "", "[]", [], {}):
+            raise DataError(f"{field!r} is not supported", where=where, hint="leave the field out to learn without it")
+
+
 def _message(item: Mapping[str, Any], where: str, *, learned: bool = True) -> Message:
-    name = _text(item, "role", where)
-    if name not in ROLES:
-        raise DataError(f"unknown role {name!r}", where=where, hint=f"known: {', '.join(ROLES)}")
-    if item.get("tool_calls"):
-        raise DataError("tool calls are not supported", where=where)
-    if isinstance(item.get("content"), list):
-        parts = [_text(part, "text", where) for part in _list(item, "content", where)]
-        item = {**item, "content": "".join(parts)}
+    """OpenAI's {"role", "content"} or ShareGPT's {"from", "value"}."""
+    said, roles = (("from", "value"), SPEAKERS) if "from" in item else (("role", "content"), ROLES)
+    name, content = _text(item, said[0], where), said[1]
+    if name not in roles:
+        kind = "role" if roles is ROLES else "speaker"
+        raise DataError(f"unknown {kind} {name!r}", where=where, hint=f"known: {', '.join(roles)}")
+    _refuse_unread(item, where)
+    if isinstance(item.get(content), list):
+        parts = [_text(part, "text", where) for part in _list(item, content, where)]
+        item = {**item, content: "".join(parts)}
     weight = item["weight"] if item.get("weight") is not None else 1
     if weight not in (0, 1):
         raise DataError(f"a message's weight is 0 or 1, not {weight!r}", where=where)
-    role = ROLES[name]
+    role = roles[name]
     answer = role == "assistant"
-    return Message(role, _text(item, "content", where, empty=not answer), not answer or (learned and weight == 1))
+    chosen = learned and weight == 1 and item.get("train") is not False
+    return Message(role, _text(item, content, where, empty=not answer), not answer or chosen)
+
+
+def _conversation(row: Mapping[str, Any], field: str, where: str) -> Example:
+    """A list of messages, behind the row's own system prompt if it has one."""
+    _refuse_unread(row, where)
+    messages = [_message(item, where) for item in _list(row, field, where)]
+    system = _system(row, where)
+    if system and messages and messages[0].role == "system":
+        if messages[0] != system[0]:
+            raise DataError("the row and its first message are two different system prompts", where=where)
+        system = []
+    return _chat([*system, *messages], where)
 
 
 def _messages(row: Mapping[str, Any], where: str) -> Example:
-    return _chat([_message(item, where) for item in _list(row, "messages", where)], where)
+    return _conversation(row, "messages", where)
 
 
 def _sharegpt(row: Mapping[str, Any], where: str) -> Example:
-    messages = _system(row, where)
-    for item in _list(row, "conversations", where):
-        speaker = _text(item, "from", where)
-        if speaker not in SPEAKERS:
-            raise DataError(f"unknown speaker {speaker!r}", where=where, hint=f"known: {', '.join(SPEAKERS)}")
-        role = SPEAKERS[speaker]
-        messages.append(Message(role, _text(item, "value", where, empty=role != "assistant")))
-    return _chat(messages, where)
+    return _conversation(row, "conversations", where)
 
 
 def _system(row: Mapping[str, Any], where: str) -> list[Message]:
     """A row's own system prompt, if it has one."""
-    return [Message("system", _text(row, "system", where))] if row.get("system") else []
+    return [Message("system", _text(row, "system", where))] if _said(row, "system") else []
+
+
+def _said(row: Mapping[str, Any], field: str) -> bool:
+    """Whether an optional field has anything but blanks."""
+    value = row.get(field)
+    return bool(value.strip()) if isinstance(value, str) else value is not None
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> Example:
+    """LLaMA-Factory's ``history`` has earlier [question, answer] pairs."""
     question = _text(row, "instruction", where)
-    if row.get("input"):
+    if _said(row, "input"):
         question += "\n\n" + _text(row, "input", where)
     answer = _text(row, "output", where)
-    return _chat([*_system(row, where), Message("user", question), Message("assistant", answer)], where)
+    earlier: list[Message] = []
+    for pair in row.get("history") or []:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise DataError("'history' should be a list of [question, answer]", where=where)
+        earlier += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return _chat([*_system(row, where), *earlier, Message("user", question), Message("assistant", answer)], where)
 
 
 def _completion(row: Mapping[str, Any], where: str) -> Example:

@@ -22,6 +22,10 @@ SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".psd", ".avif", ".heic")
 )
 """Names that claim to be a picture; the content decides whether it is one that can be used."""
+BESIDE = frozenset(
+    (".txt", ".json", ".jsonl", ".csv", ".caption", ".npz", ".npy", ".pt", ".safetensors", ".toml", ".yaml", ".yml")
+)
+"""What other trainers keep beside a picture, under its name."""
 FILE_CAP = 2**28
 """Largest picture file, in bytes (256 MiB)."""
 
@@ -127,7 +131,7 @@ def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
     for name in names:
         path = Path(name)
         caption = path.with_suffix(".txt").as_posix()
-        if any(part.startswith(".") for part in path.parts) or path.suffix.lower() in (".txt", ".json", ".jsonl"):
+        if any(part.startswith(".") for part in path.parts) or path.suffix.lower() in BESIDE:
             continue
         if path.suffix.lower() not in SUFFIXES and caption not in known:
             continue
@@ -163,7 +167,7 @@ def _from_metadata(path: Path, column: str, rejects: Rejects) -> Iterator[Pictur
 
 def _from_table(table: Table, rejects: Rejects) -> Iterator[Picture]:
     for row, caption in enumerate(table.captions()):
-        where = f"{shown(table.name)}:{row}"
+        where = f"{shown(table.name)}:{row + 1}"
         try:
             text = clean(caption, where)
         except DataError as error:

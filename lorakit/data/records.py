@@ -44,7 +44,7 @@ def read_records(
     """
     if "://" in path:
         raise DataError("URLs are not read", where=shown(path), hint="download the file and give its path")
-    local = Path(path)
+    local = Path(path).expanduser()
     if local.is_dir():
         return _numbered(plain_rows(load_folder(local, split)), shown(path))
     if not local.exists():
@@ -121,9 +121,10 @@ def _json_line(line: bytes, where: str) -> object:
     except RecursionError:
         raise DataError("JSON is nested too deep", where=where) from None
     except json.JSONDecodeError as error:
-        if not line.endswith(b"\n"):
+        if not line.endswith(b"\n") and (error.msg.startswith("Unterminated") or not text[error.pos :].strip()):
             raise DataError("the last line is truncated", where=where, hint="write the file again") from None
-        raise DataError(f"bad JSON: {error.msg} at column {error.colno}", where=where) from None
+        hint = "a file that is one JSON list ends in .json" if text.lstrip()[:1] == "[" else ""
+        raise DataError(f"bad JSON: {error.msg} at column {error.colno}", where=where, hint=hint) from None
     except ValueError:
         raise DataError("bad JSON: a number of too many digits", where=where) from None
 
@@ -147,7 +148,8 @@ def _json(path: Path, on_bad: OnBad) -> Iterator[Record]:
         where = f"{name}:{error.lineno}"
         if not text[error.pos :].strip():
             raise DataError("the file is truncated", where=where, hint="write the file again") from None
-        raise DataError(f"bad JSON: {error.msg} at column {error.colno}", where=where) from None
+        hint = "a file with an object a line ends in .jsonl" if text[error.pos : error.pos + 1] == "{" else ""
+        raise DataError(f"bad JSON: {error.msg} at column {error.colno}", where=where, hint=hint) from None
     except ValueError:
         raise DataError("bad JSON: a number of too many digits", where=name) from None
 

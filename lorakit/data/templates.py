@@ -30,6 +30,8 @@ NAMED = {
     "llama2": Template(
         "{% set first = messages[0]['role'] == 'system' %}"
         "{% for m in (messages[1:] if first else messages) %}"
+        "{% if m['role'] != ('assistant' if loop.index0 % 2 else 'user') %}"
+        "{{ raise_exception('llama2 takes a user and an assistant in turn, behind a system message') }}{% endif %}"
         "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' }}"
         "{% if first and loop.first %}{{ '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' }}{% endif %}"
         "{{ m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",

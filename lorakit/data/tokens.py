@@ -8,7 +8,6 @@ that any template will do, marked for generation or not.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -170,7 +169,7 @@ class Renderer:
             if turn + 1 < len(messages):
                 after = self.template.render(messages[: turn + 1], answer_next=False)
             # A template may end what it writes with a mark that gives way to the next message.
-            end = len(commonprefix([whole, after]))
+            end = _shared(whole, after)
             if begin is not None and (end == len(after) or messages[turn].content.strip() in whole[begin:end]):
                 spans.append(Span(begin, end))
             elif turn == turns[-1]:
@@ -188,7 +187,7 @@ class Renderer:
         content = messages[turn].content.strip()
         other = replace(messages[turn], content="n" if content[:1] == "y" else "y")
         changed = self.template.render([*messages[:turn], other, *messages[turn + 1 :]], answer_next=False)
-        begin = len(commonprefix([whole, changed]))
+        begin = _shared(whole, changed)
         return begin if whole[begin:].lstrip().startswith(content) else None
 
     def _chat(self, chat: Chat) -> Encoded:
@@ -257,3 +256,8 @@ class Renderer:
             pieces.append(replace(found, tokens=found.tokens[part], labels=found.labels[part]))
             start += self.max_tokens - 1
         return pieces
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts have in common from their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

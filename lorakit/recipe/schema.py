@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -52,7 +53,7 @@ class Train(Section):
     """Passes over the training data; 1 when neither is given."""
     batch_size: Positive = 8
     """Examples in one update, over all ranks and accumulated micro-batches together."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Data order, initial adapter, noise and dropout all follow from it."""
     evaluate_every: NonNegative = 0
     """Held-out loss every so many steps, and before the first and after the last; 0: only those two."""
@@ -162,7 +163,7 @@ class LlamaSample(Section):
     """0: the likeliest token each time."""
     top_p: Share = 1.0
     """Draw from the likeliest tokens that together have this probability; used when temperature is above 0."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Same seed, same answers."""
 
 
@@ -249,7 +250,7 @@ class SDSample(Section):
     """Pixels; the base's own size when absent."""
     height: Positive | None = None
     """Pixels; the base's own size when absent."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Same seed, same pictures."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.errors import DataError, NonFiniteError, RecipeError, ResourceError, is_out_of_memory
+from lorakit.errors import DataError, NonFiniteError, ResourceError, is_out_of_memory
 from lorakit.families.task import Batch, Task
 from lorakit.numerics.order import mix
 from lorakit.recipe.schema import Compute, Optimizer, Train
@@ -93,7 +93,6 @@ class _Loop:
     def __init__(self, task: Task, session: Session, plan: Plan, run: RunFolder) -> None:
         self.task, self.session, self.plan, self.folder = task, session, plan, run
         self.total = optim.total_steps(plan.train, task.steps_per_epoch)
-        _check_division(plan, session)
         self.state = State(
             base_id=task.base_id,
             data_hash=task.fingerprint.digest,
@@ -277,14 +276,6 @@ class _Loop:
     def stop(self, by_sigterm: bool) -> None:
         self.metrics.draw()
         raise stopped(by_sigterm=by_sigterm, step=self.state.step, resume_command=self.plan.resume_command)
-
-
-def _check_division(plan: Plan, session: Session) -> None:
-    parts = session.world * plan.compute.gradient_accumulation
-    if plan.train.batch_size % parts:
-        reason = f"{plan.train.batch_size} examples do not divide into {parts} micro-batches"
-        hint = "make it a multiple of ranks x compute.gradient_accumulation"
-        raise RecipeError(reason, where="train.batch_size", hint=hint)
 
 
 @contextmanager

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lorakit.errors import CheckpointError
-from lorakit.recipe.schema import Optimizer, Train
+from lorakit.errors import CheckpointError, RecipeError
+from lorakit.recipe.schema import Compute, Optimizer, Train
 
 MIN_8BIT_SIZE = 256
 _SCALARS = "scalars"
@@ -32,6 +32,15 @@ def total_steps(train: Train, steps_per_epoch: float) -> int:
     """Updates in the whole run: ``train.steps``, or as many as the epochs (1 when neither is given) take."""
     epochs = 1.0 if train.epochs is None else train.epochs
     return train.steps if train.steps is not None else max(1, math.ceil(epochs * steps_per_epoch - 1e-9))
+
+
+def check_division(train: Train, compute: Compute, world: int) -> None:
+    """Raises RecipeError where the batch is not as large a micro-batch on each of ``world`` ranks each time."""
+    parts = world * compute.gradient_accumulation
+    if train.batch_size % parts:
+        reason = f"{train.batch_size} examples do not divide into {parts} micro-batches"
+        hint = "make it a multiple of ranks x compute.gradient_accumulation"
+        raise RecipeError(reason, where="train.batch_size", hint=hint)
 
 
 def learning_rate_at(optimizer: Optimizer, step: int, total: int) -> float:

@@ -19,6 +19,7 @@ from lorakit.adapters.files import read_adapter
 from lorakit.adapters.formats import kohya_names, kohya_table
 from lorakit.adapters.inject import adapter_state, apply, inject, load_adapter_state
 from lorakit.adapters.outline import adaptable
+from lorakit.adapters.reduce import resize
 from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import deltas, write_kohya, write_peft
 from lorakit.errors import ModelError
@@ -154,6 +155,42 @@ def test_kohya_file_is_read_by_diffusers(sd: Path, tmp_path: Path, adapter: Adap
         assert saved.components[name].keys() == changes[name].keys()
         for key, delta in changes[name].items():
             torch.testing.assert_close(product(saved.components[name][key]), product(delta), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_kohya_files_by_diffusers_own_converter_are_read(sd: Path, tmp_path: Path, bare: bool) -> None:
+    """Alphas as integers, a single text encoder called te1, and, by newer versions, without ``text_model``."""
+    models = parts(sd)
+    name = "self_attn.q_proj"
+    modules = [n for n, _ in models["text_encoder"].named_modules() if n.endswith(name)]
+    tensors = {}
+    for module in modules:
+        path = module.removeprefix("text_model.") if bare else f"text_model.{module.removeprefix('text_model.')}"
+        tensors[f"text_encoder.{path}.lora_A.weight"] = torch.randn(2, 32)
+        tensors[f"text_encoder.{path}.lora_B.weight"] = torch.randn(32, 2)
+    tensors = {k.replace("text_encoder.", "lora_te1."): v for k, v in tensors.items()}
+    renamed = {
+        k.rpartition(".lora_")[0].replace(".", "_") + (".lora_down.weight" if "lora_A" in k else ".lora_up.weight"): v
+        for k, v in tensors.items()
+    }
+    alphas = {k.replace(".lora_down.weight", ".alpha"): torch.tensor(len(v)) for k, v in renamed.items() if "down" in k}
+    save_file({k: v.contiguous() for k, v in (renamed | alphas).items()}, tmp_path / "x.safetensors")
+    saved = read_adapter(tmp_path / "x.safetensors", models)
+    assert set(saved.components["text_encoder"]) == set(modules)
+    assert {delta.scale for delta in saved.components["text_encoder"].values()} == {1.0}
+
+
+def test_an_adapter_may_have_more_ranks_than_its_layer_inputs(sd: Path, tmp_path: Path) -> None:
+    """PEFT writes and loads such ones; one of the same change has no more than the layer allows."""
+    name = "lora_unet_conv_out"
+    down, up = torch.randn(16, 32, 3, 3), torch.randn(4, 16, 1, 1)
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "x.safetensors")
+    saved = read_adapter(tmp_path / "x.safetensors", parts(sd))
+    smaller, kept = resize(saved, 8)
+    (before,), (after,) = (x.components["unet"].values() for x in (saved, smaller))
+    torch.testing.assert_close(product(before), torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down))
+    torch.testing.assert_close(product(after), product(before), rtol=1e-4, atol=1e-4)
+    assert (after.rank, round(kept.share, 6)) == (4, 1.0)
 
 
 def test_kohya_metadata_and_names(sd: Path, tmp_path: Path) -> None:
@@ -300,7 +337,7 @@ def test_not_adapters(tmp_path: Path, written: Path, sd: Path) -> None:
         read_adapter(tmp_path / "none.safetensors")
     path = tmp_path / "x.safetensors"
     for key, message in (
-        ("lora_te1_text_model_x.alpha", "XL"),
+        ("lora_te2_text_model_x.alpha", "XL"),
         ("lora_unet_input_blocks_1_1_proj_in.alpha", "XL"),
         ("lora_unet_x.hada_w1_a", r"LoHa \(LyCORIS\)"),
         ("lora_unet_x.lokr_w1", r"LoKr \(LyCORIS\)"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lorakit.cli import main
 from tests.tiny import tiny_llama, tiny_sd
 
 HEAVY = ("accelerate", "bitsandbytes", "diffusers", "peft", "torch._dynamo", "transformers")
@@ -51,6 +52,22 @@ def sd(tmp_path: Path) -> Path:
     recipe["data"] = {"path": "pictures", "held_out": 0}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     return tmp_path
+
+
+@pytest.mark.parametrize("words", [("--dry-run",), ()])
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(
+    words: tuple[str, ...], llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(llama)
+    before = sorted(llama.rglob("*"))
+    settings = ("train.batch_size=5", "compute.gradient_accumulation=2", "compute.device=cpu")
+    arguments = ["lorakit", "train-llama", "recipe.yaml", *(w for s in settings for w in ("--set", s)), *words]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "5 examples do not divide into 2 micro-batches" in capsys.readouterr().err
+    assert sorted(llama.rglob("*")) == before
 
 
 @pytest.mark.parametrize("family", ["llama", "sd"])

@@ -36,6 +36,8 @@ def test_an_adapter_may_carry_a_weight(tmp_path: Path) -> None:
         parse_adapter(str(tmp_path / "absent"))
     with pytest.raises(RecipeError, match="is not a weight"):
         parse_adapter(f"{odd}:heavy")
+    with pytest.raises(RecipeError, match="'nan' is not a weight"):
+        parse_adapter(f"{odd}:nan")
 
 
 def test_prompts_are_asked_for_and_read_as_utf8(tmp_path: Path) -> None:
@@ -48,8 +50,8 @@ def test_prompts_are_asked_for_and_read_as_utf8(tmp_path: Path) -> None:
 
 @pytest.mark.fault(66)
 def test_answers_go_to_a_file_that_did_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, out = tiny_llama(tmp_path / "base"), tmp_path / "answers.jsonl"
-    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    base, out = tiny_llama(tmp_path / "base"), tmp_path / "in" / "a folder" / "answers.jsonl"
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n", encoding="utf-8-sig")
     run(request(base, out, (), tmp_path / "prompts.txt"), sd=SD, llama=LLAMA)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["one", "two"]

@@ -39,7 +39,25 @@ def read(row, layout=None):
             (Message("assistant", "x", learned=False), Message("assistant", "a")),
         ),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ANSWER),
+        (
+            {"conversations": [{"from": "gpt", "value": "x", "weight": 0}, {"from": "gpt", "value": "a"}]},
+            (Message("assistant", "x", learned=False), Message("assistant", "a")),
+        ),
+        ({"messages": [{"from": "human", "value": "q"}, ASSISTANT | {"train": True}]}, ANSWER),
+        (
+            {"conversations": [ASSISTANT | {"train": False}, ASSISTANT]},
+            (Message("assistant", "a", learned=False), Message("assistant", "a")),
+        ),
+        ({"system": "s", "messages": [{"role": "user", "content": "q"}, ASSISTANT]}, (Message("system", "s"), *ANSWER)),
+        (
+            {"system": "s", "tools": "[]", "conversations": [{"role": "system", "content": "s"}, ASSISTANT]},
+            (Message("system", "s"), Message("assistant", "a")),
+        ),
         ({"instruction": "q", "input": "", "output": "a"}, ANSWER),
+        (
+            {"instruction": "q", "input": " ", "system": "\n", "output": "a", "history": [["q1", "a1"]]},
+            (Message("user", "q1"), Message("assistant", "a1"), *ANSWER),
+        ),
         ({"instruction": "q", "input": "i", "output": "a"}, (Message("user", "q\n\ni"), Message("assistant", "a"))),
         (
             {"prompt": [{"role": "user", "content": "q"}], "completion": [ASSISTANT]},
@@ -81,6 +99,11 @@ def test_nested_squad_gives_one_row_a_question():
         ({"messages": [{"role": "assistant", "content": " "}]}, "messages", "'content' is empty"),
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "messages", "0 or 1"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "sharegpt", "unknown speaker"),
+        ({"messages": [ASSISTANT | {"function_call": {"name": "f"}}]}, "messages", "'function_call' is not supported"),
+        ({"messages": [ASSISTANT | {"reasoning_content": "hm"}]}, "messages", "'reasoning_content' is not supported"),
+        ({"messages": [ASSISTANT], "tools": [{"name": "f"}]}, "messages", "'tools' is not supported"),
+        ({"system": "a", "messages": [{"role": "system", "content": "b"}, ASSISTANT]}, "messages", "two different"),
+        ({"instruction": "x", "output": "y", "history": [["a"]]}, "alpaca", "a list of .question, answer"),
         ({"instruction": "x"}, "alpaca", "'output' is missing"),
         ({"instruction": 3, "output": "x"}, "alpaca", "should be text, is int"),
         ({"text": ""}, "text", "empty"),

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lorakit.data.pictures import Rejects, find_pictures
+from lorakit.data.arrange import held_out_ids
+from lorakit.data.pictures import Picture, Rejects, find_pictures
 from lorakit.errors import DataError
 from lorakit.recipe.schema import PictureData
 
@@ -214,6 +215,20 @@ def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         find(tmp_path)
     assert caught.value.where == "x\\x1b[31m\\n.png"
+
+
+def test_what_other_trainers_keep_beside_a_picture_is_none(tmp_path: Path) -> None:
+    folder(tmp_path)
+    for suffix in (".npz", ".caption", ".safetensors"):
+        (tmp_path / f"a{suffix}").write_bytes(b"x")
+    assert {p.id for p in find_pictures(PictureData(path=str(tmp_path)), Rejects("fail"))} == set(NAMES)
+
+
+@pytest.mark.parametrize("captions", [2, 5])
+def test_a_picture_with_several_captions_is_set_aside_once(captions: int) -> None:
+    pictures = [Picture(name, str(i), bytes) for name in NAMES for i in range(captions)]
+    assert len(held_out_ids(pictures, 0.4, 0)) == 1
+    assert held_out_ids(pictures[:captions], 0.4, 0) == set()
 
 
 def test_other_files_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

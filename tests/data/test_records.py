@@ -49,6 +49,7 @@ BAD_JSONL = [
     ('{"a": 1}\n[1, 2]\n', 2, "found list"),
     ('{"a": 1}\n\n{"a": "tru', 3, "truncated"),
     ("[" * 100_000 + "\n", 1, "nested"),
+    ('{"a": 1,}', 1, "bad JSON"),
 ]
 
 
@@ -58,6 +59,19 @@ def test_jsonl_errors_name_their_line(tmp_path, text, line, reason):
     with pytest.raises(DataError, match=reason) as caught:
         list(read_records(path))
     assert caught.value.where == f"{path}:{line}"
+
+
+def test_the_other_kind_of_json_is_told(tmp_path):
+    for name, text, kind in (("a.json", '{"a": 1}\n{"a": 2}\n', "jsonl"), ("a.jsonl", '[\n{"a": 1}\n]\n', "json")):
+        with pytest.raises(DataError, match="bad JSON") as caught:
+            list(read_records(write(tmp_path / name, text)))
+        assert caught.value.hint.endswith(f"ends in .{kind}")
+
+
+def test_a_path_may_begin_with_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", '{"a": 1}\n')
+    assert [record.row for record in read_records("~/a.jsonl")] == [{"a": 1}]
 
 
 def test_bad_rows_are_handed_over_and_reading_goes_on(tmp_path):

@@ -94,7 +94,9 @@ class DrawSettings:
         for name, side in zip(("width", "height"), self.size(parts), strict=True):
             if side % parts.factor or not 0 < side <= SIDE_CAP:
                 reason = f"{side} is not a multiple of {parts.factor} up to {SIDE_CAP} pixels"
-                raise RecipeError(reason, where=name, hint=f"try {max(1, side // parts.factor) * parts.factor}")
+                raise RecipeError(
+                    reason, where=name, hint=f"try {max(1, min(side, SIDE_CAP) // parts.factor) * parts.factor}"
+                )
         for name, value, cap in (("steps", self.steps, STEPS_CAP), ("count", self.count, COUNT_CAP)):
             if not 1 <= value <= cap:
                 raise RecipeError(f"{value} is not within 1 to {cap}", where=name)

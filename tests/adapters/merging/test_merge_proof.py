@@ -187,6 +187,19 @@ def test_the_sum_as_an_adapter(models: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(found, best, rtol=1e-4, atol=1e-5)
 
 
+def test_the_sum_as_an_adapter_is_planned_and_takes_no_other_options(models: Path, tmp_path: Path) -> None:
+    words = ("merge", models / "base", models / "a", tmp_path / "out", "--as-adapter", 2)
+    code, told = lorakit(*words, "--dry-run")
+    assert (code, list(tmp_path.iterdir())) == (0, [])
+    assert "would keep" in told
+    for option in (("--dtype", "float16"), ("--quant-base", "original"), ("--overwrite",)):
+        code, told = lorakit(*words, *option)
+        assert code == 2
+        assert f"{option[0]} do not go together" in told
+    assert lorakit("merge", models / "base", models / "a", tmp_path / "out", "--scale", "nan")[0] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_dry_run_and_another_base(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, told = lorakit("merge", models / "base", f"{models / 'a'}:0.5", "out", "--scale", 0.5, "--dry-run")
