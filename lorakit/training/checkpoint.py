@@ -36,8 +36,15 @@ SAFE = (
     "compute.device",
     "compute.compile",
     "compute.gradient_checkpointing",
+    "base.model",
+    "base.revision",
+    "data.path",
+    "data.train.*.path",
+    "data.held_out.*.path",
+    "data.on_bad",
 )
-"""Fields that do not change what is learned, beyond float32 rounding."""
+"""Fields that do not change what is learned, beyond float32 rounding. Base and data may have moved: their hashes say
+whether they are the same."""
 SAFE_WITHOUT_DROPOUT = ("compute.gradient_accumulation",)
 """Dropout's masks are drawn a micro-batch, so they depend on how a batch is divided."""
 
@@ -153,7 +160,7 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
     if changed and not allow:
         hint = "these do not change what is learned: go on with --allow"
         raise RecipeError(f"changed since the run was started: {', '.join(changed)}", hint=hint)
-    if old.base_id != new.base_id:
+    if old.base_id.rpartition(" sha256:")[2] != new.base_id.rpartition(" sha256:")[2]:
         raise ModelError(f"the base is {new.base_id}, but the run was started with {old.base_id}")
     if old.world != new.world and (dropout or not allow):
         reason = f"{new.world} rank{'s' * (new.world > 1)}, but the run was started with {old.world}, and "
@@ -178,16 +185,24 @@ def check_data(run: RunFolder, old: State, data: Fingerprint) -> None:
 
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the fields that differ between two plain recipes, in order; lists are compared whole."""
+    """Dotted names of the fields that differ between two plain recipes, in order; lists are compared whole, but of
+    sections, as ``data.train``'s are, each goes by its place."""
     changed = []
     for key in dict.fromkeys([*old, *new]):
+        before, after = _sections(old.get(key)), _sections(new.get(key))
         if key not in old or key not in new:
             changed.append(key)
-        elif isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
-            changed += [f"{key}.{below}" for below in changed_fields(old[key], new[key])]
+        elif before is not None and after is not None:
+            changed += [f"{key}.{below}" for below in changed_fields(before, after)]
         elif old[key] != new[key]:
             changed.append(key)
     return changed
+
+
+def _sections(value: object) -> Mapping[str, Any] | None:
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+        return {str(place): one for place, one in enumerate(value)}
+    return value if isinstance(value, Mapping) else None
 
 
 def _read(folder: Path) -> Checkpoint:

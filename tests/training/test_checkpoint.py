@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.errors import CheckpointError, ConflictError, RecipeError
+from lorakit.errors import CheckpointError, ConflictError, ModelError, RecipeError
 from lorakit.recipe.schema import LlamaRecipe, Optimizer
 from lorakit.storage import atomic
 from lorakit.storage.runs import RunFolder
@@ -112,6 +112,7 @@ def test_changed_fields_of_real_recipes() -> None:
         {"output": {"track": ["tensorboard"], "folder": "elsewhere"}},
         {"train": {"evaluate_every": 5, "keep_checkpoints": 9}},
         {"compute": {"gradient_accumulation": 2, "compile": True}},
+        {"base": {"model": "moved"}, "data": {"train": [{"path": "moved.jsonl"}]}},
     ],
 )
 @pytest.mark.fault(54)
@@ -130,7 +131,9 @@ def test_safe_changes_need_allow(sections: dict[str, Any]) -> None:
         ({"train": {"seed": 4}}, "train.seed"),
         ({"train": {"steps": 10}}, "train.steps"),
         ({"adapter": {"rank": 4}}, "adapter.rank"),
-        ({"base": {"model": "other"}}, "base.model"),
+        ({"base": {"quantization": "nf4"}}, "base.quantization"),
+        ({"data": {"train": [{"path": "a.jsonl", "weight": 2}]}}, "data.train.0.weight"),
+        ({"data": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}}, "data.train.1"),
     ],
 )
 @pytest.mark.fault(54)
@@ -138,6 +141,14 @@ def test_what_changes_learning_never_passes(sections: dict[str, Any], named: str
     with pytest.raises(RecipeError) as caught:
         check_resumable(state(), state(recipe=recipe(**sections)), allow=True)
     assert caught.value.reason.endswith(f": {named}")
+
+
+@pytest.mark.fault(54)
+def test_a_base_that_moved_is_told_by_its_hash() -> None:
+    old = state(base_id="here sha256:1")
+    check_resumable(old, replace(old, base_id="there sha256:1"), allow=True)
+    with pytest.raises(ModelError, match="the base is there sha256:2"):
+        check_resumable(old, replace(old, base_id="there sha256:2"), allow=True)
 
 
 @pytest.mark.fault(56)
