@@ -409,6 +409,21 @@ def test_bad_pictures_stop_or_are_listed(
     assert "1 pictures left out: 03.png" in caplog.text
 
 
+def test_captions_that_are_cut_are_counted(
+    make: Callable[..., SDTask], folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    length = make().parts.conditioning.tokenizers[0].model_max_length
+    for number, path in enumerate(sorted(folder.glob("*.png"))):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        words = length - 2 + min(number, 3)  # beside the marks of beginning and end
+        (tmp_path / path.with_suffix(".txt").name).write_text(" ".join("a" * words))
+    with caplog.at_level(logging.WARNING, "lorakit"):
+        task = make(path=str(tmp_path))
+    ids = task.parts.conditioning.tokenizers[0]("a " * (length - 2))["input_ids"]
+    assert len(ids) == length  # so that a word is a token
+    assert f"3 captions are longer than the text encoder's {length} tokens" in caplog.text
+
+
 def test_zero_terminal_snr_with_epsilon_is_refused(tmp_path: Path, folder: Path) -> None:
     for kind, refused in (("epsilon", True), ("v_prediction", False)):
         base = tiny_sd(tmp_path / kind, kind)

@@ -4,6 +4,7 @@ Legend: B captions, E text encoders, L tokens, W width of the states, P width of
 Which kind a base has is chosen once, when it is loaded; nothing else asks.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
@@ -55,6 +56,17 @@ def ids_of(conditioning: Conditioning, captions: Sequence[str]) -> Tensor:
         found = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         rows.append(cast(Tensor, found.input_ids))
     return torch.stack(rows, 1)
+
+
+def cut_captions(conditioning: Conditioning, captions: Sequence[str]) -> int:
+    """How many different captions ``ids_of`` cuts."""
+    different, cut = list(dict.fromkeys(captions)), set()
+    for tokenizer in conditioning.tokenizers:
+        length = tokenizer.model_max_length
+        found = tokenizer(different, truncation=True, max_length=length, return_overflowing_tokens=True)
+        pieces = Counter(found["overflow_to_sample_mapping"])
+        cut |= {place for place, count in pieces.items() if count > 1}
+    return len(cut)
 
 
 def conditioning_of(

@@ -1,5 +1,6 @@
 """Stable Diffusion as a task of the training loop: load, loss, held-out loss, sample pictures, save."""
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from lorakit.families.place import Place
 from lorakit.families.sd.attention import diffusers_attention
 from lorakit.families.sd.base import Parts, load_parts, noise_schedule
 from lorakit.families.sd.batches import BatchMaker, SDBatch
-from lorakit.families.sd.conditioning import Text, ids_of
+from lorakit.families.sd.conditioning import Text, cut_captions, ids_of
 from lorakit.families.sd.find import find_base
 from lorakit.families.sd.generate import DrawSettings, Painter
 from lorakit.families.sd.layers import diffusers_layers, without_checkpointing
@@ -31,6 +32,8 @@ from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Diffusion, PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
 from lorakit.storage.atomic import new_folder
 from lorakit.storage.bases import BaseLocation, digest
+
+logger = logging.getLogger("lorakit")
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,7 @@ def load(
     injections = _inject(parts, adapter, layout.seed)
     sizes = sizes_of(data, parts.factor, parts.size)
     examples = prepare_examples(data, parts.vae, sizes, layout)
+    _tell_cut_captions(parts, examples)
     text = _text_source(parts, data, adapter, examples)
     maker = BatchMaker(examples, schedule, parts.vae, (data, learning.diffusion), text)
     if place.gradient_checkpointing:  # the text encoder's activations are few beside the UNet's
@@ -216,6 +220,13 @@ def _inject(parts: Parts, adapter: SDAdapter, seed: int) -> dict[str, Injection]
         name: inject(modules[name], section, groups, seed=mix(seed, 6, number))
         for number, (name, (section, groups)) in enumerate(sections.items())
     }
+
+
+def _tell_cut_captions(parts: Parts, examples: Examples) -> None:
+    captions = [example.caption for example in (*examples.train, *examples.held_out)]
+    if cut := cut_captions(parts.conditioning, captions):
+        length = min(tokenizer.model_max_length for tokenizer in parts.conditioning.tokenizers)
+        logger.warning("%d captions are longer than the text encoder's %d tokens, which see no more", cut, length)
 
 
 def _let_go(parts: Parts, *, words: bool) -> None:
