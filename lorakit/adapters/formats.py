@@ -72,6 +72,8 @@ _OTHER_KINDS = {
     "on_input": "(IA)^3",
     "b1.weight": "GLoRA",
     ".diff": "a full difference of weights",
+    ".w_norm": "with trained norms",
+    ".scalar": "with trained scalars",
 }
 """LyCORIS kinds by what their keys contain."""
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lorakit.data.chat import Chat, Example, parse, tell, unfold
 from lorakit.data.records import OnBad, Record, fail, read_records
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 from lorakit.numerics.order import mix
 from lorakit.recipe.schema import ChatData, ChatSource
 
@@ -38,9 +38,9 @@ def read_split(data: ChatData, seed: int) -> Split:
     """Read every source of a recipe. Raises DataError for a bad row (``on_bad: fail``), or when nothing is left."""
     skipped = Skipped()
     on_bad: OnBad = skipped if data.on_bad == "skip" else fail
-    sources = [(source, list(examples(source, on_bad))) for source in data.train]
+    sources = [(source, _some(source, on_bad, skipped)) for source in data.train]
     if isinstance(data.held_out, list):
-        held_out = [example for source in data.held_out for example in examples(source, on_bad)]
+        held_out = [example for source in data.held_out for example in _some(source, on_bad, skipped)]
         keys = {content_key(example) for example in held_out}
         repeated = sum(content_key(example) in keys for _, rows in sources for example in rows)
     else:
@@ -52,6 +52,15 @@ def read_split(data: ChatData, seed: int) -> Split:
     if not train:
         raise DataError("no training example is left", where="data.train", hint="see the bad rows that were skipped")
     return Split(tuple(train), tuple(held_out), skipped, repeated)
+
+
+def _some(source: ChatSource, on_bad: OnBad, skipped: Skipped) -> list[Example]:
+    """A source's examples; DataError when it has no row, not even a bad one."""
+    before = len(skipped.errors)
+    found = list(examples(source, on_bad))
+    if not found and len(skipped.errors) == before:
+        raise DataError("there is no row in it", where=shown(source.path))
+    return found
 
 
 def examples(source: ChatSource, on_bad: OnBad) -> Iterator[Example]:

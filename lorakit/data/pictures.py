@@ -1,9 +1,10 @@
-"""Finding the pictures of a data set and their captions: folders, metadata.jsonl, parquet, datasets folders, hub ids.
+"""Finding the pictures of a data set and their captions: folders, metadata files, parquet, datasets folders, hub ids.
 
 A picture is found with its caption checked; its bytes are read when asked for. Nothing outside the data's own folder is
 ever opened, and only regular files are.
 """
 
+import logging
 import os
 import re
 import stat
@@ -22,12 +23,15 @@ SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".psd", ".avif", ".heic")
 )
 """Names that claim to be a picture; the content decides whether it is one that can be used."""
+METADATA = ("metadata.jsonl", "metadata.csv")
 BESIDE = frozenset(
     (".txt", ".json", ".jsonl", ".csv", ".caption", ".npz", ".npy", ".pt", ".safetensors", ".toml", ".yaml", ".yml")
 )
 """What other trainers keep beside a picture, under its name."""
 FILE_CAP = 2**28
 """Largest picture file, in bytes (256 MiB)."""
+
+logger = logging.getLogger("lorakit")
 
 
 @dataclass(frozen=True)
@@ -74,18 +78,18 @@ def find_pictures(data: PictureData, rejects: Rejects) -> list[Picture]:
     path = Path(data.path).expanduser()
     if (path.is_dir() and (path / "state.json").is_file()) or (path / "dataset_dict.json").is_file():
         found = list(_from_table(load_datasets_folder(path, data), rejects))
-    elif path.is_dir() and (path / "metadata.jsonl").is_file():
-        found = list(_from_metadata(path / "metadata.jsonl", data.caption_column, rejects))
+    elif path.is_dir() and (tables := [path / name for name in METADATA if (path / name).is_file()]):
+        found = list(_from_metadata(tables[0], data.caption_column, rejects))
     elif path.is_dir():
         found = list(_from_folder(path, rejects))
     elif path.is_file() and path.suffix == ".parquet":
         found = list(_from_table(ParquetTable(path, data.image_column, data.caption_column), rejects))
-    elif path.is_file() and path.suffix == ".jsonl":
+    elif path.is_file() and path.suffix in (".jsonl", ".csv"):
         found = list(_from_metadata(path, data.caption_column, rejects))
     elif not path.exists() and HUB_ID.fullmatch(data.path):
         found = list(_from_table(load_hub(data), rejects))
     else:
-        raise DataError("neither a folder nor a .parquet or .jsonl file", where=shown(data.path))
+        raise DataError("neither a folder nor a .parquet, .jsonl or .csv file", where=shown(data.path))
     if not found:
         hint = "; ".join(str(error) for error in rejects.errors[:3])
         raise DataError("no picture with a caption was found", where=shown(data.path), hint=hint)
@@ -128,6 +132,9 @@ def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
     """Every file named like a picture, or with a .txt of the same name next to it; hidden ones left out."""
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir())
     known = set(names)
+    if repeats := {part for name in names for part in Path(name).parts[:-1] if re.match(r"\d+_", part)}:
+        told = "%s: the number is no repeat count here; every picture counts once, data.repeats repeats them all"
+        logger.warning(told, ", ".join(map(shown, sorted(repeats)[:3])))
     for name in names:
         path = Path(name)
         caption = path.with_suffix(".txt").as_posix()
@@ -149,7 +156,7 @@ def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
 
 
 def _from_metadata(path: Path, column: str, rejects: Rejects) -> Iterator[Picture]:
-    """Rows {"file_name": ..., caption column: ...}, one a line, files relative to the .jsonl."""
+    """Rows {"file_name": ..., caption column: ...}, files relative to the table."""
     for row, where in read_records(str(path), on_bad=rejects.report):
         try:
             for field in ("file_name", column):

@@ -169,6 +169,14 @@ def test_bad_rows_stop_the_run_or_are_listed(tmp_path):
     assert [error.where for error in split.skipped.errors] == [f"{path}:2", f"{path}:3"]
 
 
+@pytest.mark.parametrize("share", [0, 0.1])
+def test_a_source_without_rows_is_named(tmp_path, share):
+    sources = [{"path": source(tmp_path / "a.jsonl", [{"text": "x"}])}, {"path": source(tmp_path / "b.jsonl", [])}]
+    with pytest.raises(DataError, match="no row") as caught:
+        read_split(ChatData(train=sources, held_out=share), seed=0)
+    assert caught.value.where.endswith("b.jsonl")
+
+
 def test_too_few_rows_to_set_some_aside(tmp_path):
     path = source(tmp_path / "a.jsonl", [{"text": "one"}])
     with pytest.raises(DataError, match="too few"):

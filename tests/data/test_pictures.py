@@ -46,6 +46,12 @@ def with_metadata(root: Path) -> Path:
     return root
 
 
+def with_csv(root: Path) -> Path:
+    (with_metadata(root) / "metadata.jsonl").unlink()
+    (root / "metadata.csv").write_text("\n".join(["file_name,text", *(f'{n},"{t}"' for n, t in NAMES.items())]))
+    return root
+
+
 def rows() -> list[dict[str, object]]:
     return [{"image": {"bytes": CONTENT[n], "path": None}, "text": t} for n, t in NAMES.items()]
 
@@ -80,7 +86,7 @@ def find(path: Path, on_bad: str = "fail", **options: object) -> tuple[list[tupl
     return [(p.caption, p.read()) for p in find_pictures(data, rejects)], rejects
 
 
-@pytest.mark.parametrize("make", [folder, with_metadata, parquet, parquet_of_bytes, saved, saved_splits])
+@pytest.mark.parametrize("make", [folder, with_metadata, with_csv, parquet, parquet_of_bytes, saved, saved_splits])
 def test_every_layout_gives_the_same_pictures(make: Callable[[Path], Path], tmp_path: Path) -> None:
     found, _ = find(make(tmp_path))
     assert sorted(found) == sorted((NAMES[n], CONTENT[n]) for n in NAMES)
@@ -215,6 +221,12 @@ def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         find(tmp_path)
     assert caught.value.where == "x\\x1b[31m\\n.png"
+
+
+def test_a_number_before_a_folders_name_is_told_to_be_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder(tmp_path / "10_cat")
+    assert len(find_pictures(PictureData(path=str(tmp_path)), Rejects("fail"))) == len(NAMES)
+    assert "10_cat: the number is no repeat count" in caplog.text
 
 
 def test_what_other_trainers_keep_beside_a_picture_is_none(tmp_path: Path) -> None:

@@ -409,6 +409,17 @@ def test_bad_pictures_stop_or_are_listed(
     assert "1 pictures left out: 03.png" in caplog.text
 
 
+def test_equal_pictures_on_both_sides_are_told(
+    make: Callable[..., SDTask], folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / f"{name}.png").write_bytes((folder / "00.png").read_bytes())
+        (tmp_path / f"{name}.txt").write_text("red")
+    with caplog.at_level(logging.WARNING, "lorakit"):
+        make(path=str(tmp_path))
+    assert "1 held-out pictures are trained on under other names" in caplog.text
+
+
 def test_captions_that_are_cut_are_counted(
     make: Callable[..., SDTask], folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

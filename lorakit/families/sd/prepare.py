@@ -86,6 +86,11 @@ def prepare_examples(data: PictureData, vae: Any, sizes: tuple[Size, ...], layou
             held_out.append(made[0])
         else:
             train.extend(made * data.repeats)
+    shown_too = {example.content for example in held_out} & {example.content for example in train}
+    if shown_too:
+        logger.warning(
+            "%d held-out pictures are trained on under other names, which flatters their loss", len(shown_too)
+        )
     return Examples(tuple(train), tuple(held_out), maker.sizes, maker.cache)
 
 
