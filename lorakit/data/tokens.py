@@ -115,7 +115,8 @@ class Renderer:
         except DataError as error:
             raise DataError(error.reason, where=error.where or example.where, hint=error.hint) from error
         if not any(row.count for row in rows):
-            raise DataError("no label is left: all its tokens are masked", where=example.where)
+            hint = "what comes before the answer fills data.max_tokens" if any(row.cut for row in rows) else ""
+            raise DataError("no label is left: all its tokens are masked", where=example.where, hint=hint)
         return [row for row in rows if row.count]
 
     def _with_bos(self, tokens: list[int]) -> list[int]:

@@ -234,8 +234,9 @@ def test_a_long_completion_loses_its_prompts_beginning(tokenizer):
 
 def test_a_row_whose_labels_are_all_cut_is_an_error(tokenizer):
     messages = (Message("system", "You are a helpful assistant. " * 20), *TURNS[1:3])
-    with pytest.raises(DataError, match="no label"):
+    with pytest.raises(DataError, match="no label") as caught:
         Renderer(tokenizer, None, 40).encode(chat(*messages))
+    assert "max_tokens" in caught.value.hint
 
 
 def test_missing_templates_and_marks(tokenizer):

@@ -50,7 +50,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Scheduler names: diffusers' class, and what is set beside the base's own schedule."""
 
 SIDE_CAP = 2048
-STEPS_CAP = 1000
+STEPS_CAP = 500
+"""Some of diffusers' schedulers fail with as many steps as timesteps were trained, a thousand as a rule."""
 COUNT_CAP = 1000
 PIXELS_AT_ONCE = 2**19
 """Pictures are drawn together up to so many pixels, at least one and at most 16."""
