@@ -162,7 +162,7 @@ def _matrices(module: str, parts: Mapping[formats.Part, str], tensors: Mapping[s
     rank = a.shape[0] if a.dim() else 0
     if a.dim() not in (2, 4) or b.dim() not in (2, 4) or b.shape[1] != rank or b.shape[2:].numel() != 1:
         raise ModelError(f"A {tuple(a.shape)} and B {tuple(b.shape)} do not multiply", where=parts["A"])
-    if not (rank and a[0].numel() and b.shape[0]):
+    if not 0 < rank <= max(a[0].numel(), b.shape[0]):  # PEFT and others give all layers one rank, narrow ones too
         raise ModelError(f"rank {rank} with A {tuple(a.shape)} and B {tuple(b.shape)}", where=parts["A"])
     return a, b
 
