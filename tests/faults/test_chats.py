@@ -48,7 +48,7 @@ def test_11_nothing_there(llama: Path) -> None:
     refuse(llama, f"{llama}/empty", "not made by datasets.save_to_disk", source=llama / "empty")
     refuse(llama, f"{llama}/none.jsonl", "no such file", source=llama / "none.jsonl")
     (llama / "chats.jsonl").write_text("\n\n")
-    refuse(llama, "data.train", "no training example")
+    refuse(llama, f"{llama}/chats.jsonl", "there is no row in it")
 
 
 MESSAGES = '{{"messages": [{{"role": "user", "content": "a"}}, {}]}}\n'
