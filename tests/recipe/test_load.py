@@ -207,6 +207,7 @@ def test_an_override_leaves_what_an_alias_shares_alone(recipe):
         ("train.stpes=3", "--set train.stpes: unknown key; did you mean steps?"),
         ("train.steps=0", "--set train.steps: must be greater than 0, not 0"),
         ("train.steps=[", "--set train.steps: the value is not YAML: expected the node content"),
+        ("train.seed=9223372036854775808", "--set train.seed: must be less than 9223372036854775808"),
         ("train.seed.x=1", "--set train.seed: must be a whole number, not a section of keys"),
         ("base.model.x=1", "--set base.model.x: base.model is a single value and has no x"),
         ("data.path.0=1", "--set data.path.0: data.path is a single value and has no 0"),
