@@ -76,6 +76,8 @@ _OTHER_KINDS = {
     ".scalar": "with trained scalars",
 }
 """LyCORIS kinds by what their keys contain."""
+_CONVERTED = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
+"""How diffusers' converter, and those that know its files, begin the flat names of a component."""
 
 
 def detect(keys: Iterable[str]) -> Format:
@@ -156,13 +158,6 @@ def kohya_table(layers: Mapping[str, Collection[str]]) -> dict[str, tuple[str, s
             names = {path, path.removeprefix("text_model."), _long(component, path)}
             table |= {f"{start}_{name.replace('.', '_')}": (component, path) for start in spellings for name in names}
     return table | {name: place for place, name in kohya_names(layers).items()}
-
-
-_CONVERTED = {
-    "unet": ("lora_unet",),
-    "text_encoder": ("lora_te", "lora_te1"),
-    "text_encoder_2": ("lora_te2",),
-}
 
 
 def flat_path(name: str, table: Mapping[str, tuple[str, str]]) -> str:

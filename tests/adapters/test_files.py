@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -161,20 +162,15 @@ def test_kohya_file_is_read_by_diffusers(sd: Path, tmp_path: Path, adapter: Adap
 def test_kohya_files_by_diffusers_own_converter_are_read(sd: Path, tmp_path: Path, bare: bool) -> None:
     """Alphas as integers, a single text encoder called te1, and, by newer versions, without ``text_model``."""
     models = parts(sd)
-    name = "self_attn.q_proj"
-    modules = [n for n, _ in models["text_encoder"].named_modules() if n.endswith(name)]
+    modules = [name for name, _ in models["text_encoder"].named_modules() if name.endswith("self_attn.q_proj")]
     tensors = {}
     for module in modules:
-        path = module.removeprefix("text_model.") if bare else f"text_model.{module.removeprefix('text_model.')}"
-        tensors[f"text_encoder.{path}.lora_A.weight"] = torch.randn(2, 32)
-        tensors[f"text_encoder.{path}.lora_B.weight"] = torch.randn(32, 2)
-    tensors = {k.replace("text_encoder.", "lora_te1."): v for k, v in tensors.items()}
-    renamed = {
-        k.rpartition(".lora_")[0].replace(".", "_") + (".lora_down.weight" if "lora_A" in k else ".lora_up.weight"): v
-        for k, v in tensors.items()
-    }
-    alphas = {k.replace(".lora_down.weight", ".alpha"): torch.tensor(len(v)) for k, v in renamed.items() if "down" in k}
-    save_file({k: v.contiguous() for k, v in (renamed | alphas).items()}, tmp_path / "x.safetensors")
+        path = module.removeprefix("text_model.")
+        name = f"text_encoder.{path}" if bare else f"text_encoder.text_model.{path}"
+        tensors |= {f"{name}.lora_A.weight": torch.randn(2, 32), f"{name}.lora_B.weight": torch.randn(32, 2)}
+    converted = convert_state_dict_to_kohya(tensors)
+    assert any(key.startswith("lora_te1_") and value.dtype == torch.int64 for key, value in converted.items())
+    save_file(converted, tmp_path / "x.safetensors")
     saved = read_adapter(tmp_path / "x.safetensors", models)
     assert set(saved.components["text_encoder"]) == set(modules)
     assert {delta.scale for delta in saved.components["text_encoder"].values()} == {1.0}
