@@ -30,6 +30,8 @@ class Task(Protocol):
     """Updates in one pass over the training data: examples / batch_size."""
     base_id: str
     """What the adapter was made for: the base as the recipe names it, and a hash of its weights."""
+    base_texts: Mapping[str, str]
+    """Hashes of the base's configurations and vocabularies, by name."""
     fingerprint: Fingerprint
     """What the examples are made of, so that a resumed run notices changed data."""
 

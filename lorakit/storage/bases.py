@@ -5,7 +5,9 @@ The only module that may use the network: a hub id is downloaded as safetensors 
 
 import hashlib
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Literal
@@ -23,6 +25,7 @@ __all__ = [
     "read_header",
     "remember_digest",
     "resolve",
+    "texts",
     "weight_files",
 ]
 
@@ -181,14 +184,31 @@ def description(location: BaseLocation) -> str:
     if location.layout == "gguf":
         return digest(location)
     total = hashlib.sha256()
-    folder = location.path if location.path.is_dir() else location.path.parent
-    beside = location.path.with_suffix(".yaml")
-    files = checks.files_of(folder) if location.path.is_dir() else [location.path, *[beside][: beside.is_file()]]
-    for file in files:
+    for name, file in _files(location):
         if file.suffix in TEXTS or file.suffix == ".safetensors":
             content = read_text(file) if file.suffix == ".safetensors" else file.read_bytes()
-            total.update(f"{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+            total.update(f"{name}\0{len(content)}\0".encode() + content)
     return total.hexdigest()
+
+
+def texts(location: BaseLocation) -> Mapping[str, str]:
+    """SHA-256, in hex, of each file that says how a base computes (configurations, vocabularies, chat templates), by
+    its name in the base, of those that the hub would be asked for. What a GGUF file says is in ``digest``."""
+    return {
+        name: file_digest(file).hex()
+        for name, file in _files(location)
+        if file.suffix in TEXTS and (location.path.is_file() or any(fnmatch(name, asked) for asked in HUB_PATTERNS))
+    }
+
+
+def _files(location: BaseLocation) -> Iterator[tuple[str, Path]]:
+    """All files of a base by name; of a single file these are suffixes: its own, and that of the text beside it."""
+    if location.path.is_dir():
+        yield from ((file.relative_to(location.path).as_posix(), file) for file in checks.files_of(location.path))
+        return
+    yield location.path.suffix, location.path
+    if location.layout == "single-file" and (beside := location.path.with_suffix(".yaml")).is_file():
+        yield beside.suffix, beside
 
 
 def file_digest(path: Path) -> bytes:

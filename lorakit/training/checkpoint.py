@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorakit.errors import CheckpointError, ConflictError, DataError, ModelError, RecipeError
+from lorakit.errors import CheckpointError, ConflictError, DataError, ModelError, RecipeError, shown
 from lorakit.storage import atomic
 from lorakit.storage.fingerprint import Fingerprint
 from lorakit.storage.runs import RunFolder
@@ -56,6 +56,7 @@ class State:
     """``state.json``: where the run stands, and what it was started with."""
 
     base_id: str
+    base_texts: Mapping[str, str]
     data_hash: str
     recipe: Mapping[str, Any]
     """The resolved recipe as plain JSON."""
@@ -148,7 +149,8 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
     """Refuse to go on with anything but the run that was started.
 
     RecipeError for changed fields: those that change what is learned never pass, others with ``allow``. ModelError for
-    another base, ConflictError for another number of ranks: with dropout it never passes, without it only when allowed.
+    another base, or one whose configuration or vocabulary changed; ConflictError for another number of ranks: with
+    dropout it never passes, without it only when allowed.
     """
     dropout = bool(old.recipe["adapter"]["dropout"] or new.recipe["adapter"]["dropout"])
     changed = changed_fields(old.recipe, new.recipe)
@@ -162,6 +164,9 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
         raise RecipeError(f"changed since the run was started: {', '.join(changed)}", hint=hint)
     if old.base_id.rpartition(" sha256:")[2] != new.base_id.rpartition(" sha256:")[2]:
         raise ModelError(f"the base is {new.base_id}, but the run was started with {old.base_id}")
+    if altered := sorted(dict(old.base_texts.items() ^ new.base_texts.items())):
+        hint = "put the base back, or start a new run under another output.name"
+        raise ModelError(f"changed since the run was started: the base's {', '.join(map(shown, altered))}", hint=hint)
     if old.world != new.world and (dropout or not allow):
         reason = f"{new.world} rank{'s' * (new.world > 1)}, but the run was started with {old.world}, and "
         reason += "dropout's masks depend on that" if dropout else "gradients would be summed in another order"

@@ -95,6 +95,7 @@ class _Loop:
         self.total = optim.total_steps(plan.train, task.steps_per_epoch)
         self.state = State(
             base_id=task.base_id,
+            base_texts=task.base_texts,
             data_hash=task.fingerprint.digest,
             recipe=plan.recipe,
             world=session.world,

@@ -88,3 +88,18 @@ def test_a_spoilt_list_is_not_believed(llama: Path, spoil: str) -> None:
         listed.write_text(json.dumps({"train": [["a", "0" * 32]], "held_out": []}))
     told = lorakit("train-llama", llama / "recipe.yaml", "--resume").refused(3)
     assert re.search(f"{SINCE}$", told.error)
+
+
+@pytest.mark.fault(54)
+@pytest.mark.parametrize("family", ["llama", "sd"])
+def test_a_base_of_the_same_weights_that_computes_otherwise(family: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(family)
+    name, key, value = {
+        "llama": ("config.json", "rms_norm_eps", 1e-3),
+        "sd": ("scheduler/scheduler_config.json", "prediction_type", "v_prediction"),
+    }[family]
+    assert lorakit(f"train-{family}", folder / "recipe.yaml").code == 0
+    path = folder / "base" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    again = lorakit(f"train-{family}", folder / "recipe.yaml", "--resume", "--allow").refused(4)
+    assert again.error.endswith(f"changed since the run was started: the base's {name}")

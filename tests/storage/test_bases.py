@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.errors import ModelError
-from lorakit.storage.bases import BaseLocation, description, digest, resolve, weight_files
+from lorakit.storage.bases import BaseLocation, description, digest, resolve, texts, weight_files
 from lorakit.storage.headers import read_header
 from tests.tiny import tiny_llama, tiny_sd
 
@@ -70,8 +70,20 @@ def test_a_single_file_is_described_with_the_settings_beside_it(tmp_path: Path) 
     first = description(location)
     (tmp_path / "other.yaml").write_text("parameterization: v")
     assert description(location) == first
+    assert texts(location) == {}
     path.with_suffix(".yaml").write_text("parameterization: v")
     assert description(location) != first
+    assert texts(location).keys() == {".yaml"}
+
+
+def test_texts_are_told_by_name(llama: Path, sd: Path) -> None:
+    location = resolve(str(llama))
+    first = texts(location)
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"} <= first.keys()
+    (llama / "onnx.json").write_text("{}")  # not what a copy from the hub has
+    (llama / "config.json").write_text((llama / "config.json").read_text() + " ")
+    assert {name for name, _ in first.items() ^ texts(location).items()} == {"config.json"}
+    assert {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json"} <= texts(resolve(str(sd))).keys()
 
 
 def test_digest_follows_the_weights(llama: Path) -> None:

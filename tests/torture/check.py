@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 COUNTED = ("step", "loss", "learning_rate", "grad_norm", "held_out_loss", "perplexity")
 """What metrics.jsonl says of the training itself; the rest are times."""
-STATE = ("step", "examples", "count", "first_held_out", "last_held_out", "data_hash", "base_id", "total_steps")
+STATE = (
+    "step", "examples", "count", "first_held_out", "last_held_out", "data_hash", "base_id", "base_texts", "total_steps"
+)  # fmt: skip
 TENSORS = ("adapter.safetensors", "optimizer.safetensors")
 
 

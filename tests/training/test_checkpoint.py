@@ -20,7 +20,8 @@ def recipe(**sections: Any) -> dict[str, Any]:
 
 
 def state(**fields: Any) -> State:
-    return State(**{"base_id": "b", "data_hash": "d", "recipe": recipe(), "world": 1, "total_steps": 9, **fields})
+    sound = {"base_id": "b", "base_texts": {}, "data_hash": "d", "recipe": recipe(), "world": 1, "total_steps": 9}
+    return State(**{**sound, **fields})
 
 
 def trained(step: int = 1) -> tuple[nn.Parameter, torch.optim.Optimizer]:
@@ -149,6 +150,15 @@ def test_a_base_that_moved_is_told_by_its_hash() -> None:
     check_resumable(old, replace(old, base_id="there sha256:1"), allow=True)
     with pytest.raises(ModelError, match="the base is there sha256:2"):
         check_resumable(old, replace(old, base_id="there sha256:2"), allow=True)
+
+
+@pytest.mark.fault(54)
+def test_what_a_base_is_set_to_is_part_of_it() -> None:
+    old = state(base_texts={"config.json": "1", "tokenizer.json": "2", "vocab.json": "3"})
+    check_resumable(old, replace(old, base_texts=dict(old.base_texts)), allow=False)
+    changed = {"config.json": "9", "tokenizer.json": "2", "added_tokens.json": "4"}
+    with pytest.raises(ModelError, match=r"changed since .*: the base's added_tokens.json, config.json, vocab.json$"):
+        check_resumable(old, replace(old, base_texts=changed), allow=True)
 
 
 @pytest.mark.fault(56)

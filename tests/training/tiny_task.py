@@ -59,6 +59,7 @@ class TinyTask:
         self, layout: Layout, *, share: float, nan_at: str = "", delay: float = 0, samples: bool = False, fate: str = ""
     ) -> None:
         self.layout, self.nan_at, self.delay, self.samples, self.fate = layout, nan_at, delay, samples, fate
+        self.base_texts: Mapping[str, str] = {}
         self.steps_per_epoch = EXAMPLES / layout.batch_size
         with torch.random.fork_rng([]):
             torch.manual_seed(layout.seed)

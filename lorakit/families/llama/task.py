@@ -30,7 +30,7 @@ from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
 from lorakit.storage.atomic import new_folder, write_text
-from lorakit.storage.bases import BaseLocation, digest
+from lorakit.storage.bases import BaseLocation, digest, texts
 
 log = logging.getLogger("lorakit")
 
@@ -55,6 +55,7 @@ class LlamaTask:
         self.model: nn.Module = packed.PackedLM(loaded.lm, loaded.logit_factor, checkpointing=loaded.checkpointing)
         self.steps_per_epoch = len(loaded.chats.train) / layout.batch_size
         self.base_id = f"{loaded.location.name} sha256:{digest(loaded.location)}"
+        self.base_texts = texts(loaded.location)
         self.fingerprint = loaded.chats.fingerprint()
         self.chats = loaded.chats
         self._loaded = loaded

@@ -31,7 +31,7 @@ from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Diffusion, PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
 from lorakit.storage.atomic import new_folder
-from lorakit.storage.bases import BaseLocation, digest
+from lorakit.storage.bases import BaseLocation, digest, texts
 
 logger = logging.getLogger("lorakit")
 
@@ -78,7 +78,8 @@ class SDTask:
     def __init__(self, parts: Parts, learning: Learning, sampling: SDSample, layout: Layout, loaded: "_Loaded") -> None:
         self.model: nn.Module = Denoiser(parts, loaded.injections.keys(), loaded.dtype)
         self.steps_per_epoch = len(loaded.examples.train) / layout.batch_size
-        self.base_id = loaded.base_id
+        self.base_id = f"{loaded.location.name} sha256:{digest(loaded.location)}"
+        self.base_texts = texts(loaded.location)
         self.fingerprint = loaded.examples.fingerprint()
         self.examples = loaded.examples
         self.parts = parts
@@ -172,7 +173,6 @@ class _Loaded:
     """What ``load`` made beside the parts."""
 
     location: BaseLocation
-    base_id: str
     dtype: torch.dtype
     examples: Examples
     maker: BatchMaker
@@ -208,8 +208,7 @@ def load(
         cast(Any, parts.unet).enable_gradient_checkpointing()
     if not sample.prompts:
         _let_go(parts, words=not adapter.text_encoder and not data.shuffle_tags)
-    identity = f"{location.name} sha256:{digest(location)}"
-    loaded = _Loaded(location, identity, place.dtype, examples, maker, injections, drawing)
+    loaded = _Loaded(location, place.dtype, examples, maker, injections, drawing)
     return SDTask(parts, learning, sample, layout, loaded)
 
 
