@@ -32,10 +32,17 @@ _PREFIXES: dict[Format, dict[str, str]] = {
         "lora_te1_": "text_encoder",
         "lora_te2_": "text_encoder_2",
     },
-    "diffusers": {"unet.": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2"},
+    "diffusers": {
+        "unet.": "unet",
+        "text_encoder.": "text_encoder",
+        "text_encoder_2.": "text_encoder_2",
+        "down_blocks.": "unet",
+        "mid_block.": "unet",
+        "up_blocks.": "unet",
+    },
     "gguf": {"blk.": "model", "output.": "model", "token_embd.": "model"},
 }
-"""How keys begin, and the component that this means."""
+"""How keys begin, and the component that this means. Before diffusers 0.17 a UNet's had no name in front."""
 
 _SUFFIXES: dict[Format, dict[str, Part]] = {
     "peft": {
@@ -63,7 +70,12 @@ _SUFFIXES: dict[Format, dict[str, Part]] = {
     "gguf": {".weight.lora_a": "A", ".weight.lora_b": "B"},
 }
 
-_PROCESSOR = re.compile(r"(.*)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+_OLD = re.compile(r"(.*?)(?:\.processor)?\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
+"""diffusers' names for the layers beside an attention, before it took PEFT's."""
+_OLD_LAYERS = {
+    "unet": {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"},
+    "text": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
+}
 _OTHER_KINDS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -99,16 +111,15 @@ def split(key: str, form: Format, component: str | None = None) -> Key:
     """A tensor's name taken apart; ``component`` is what a PEFT file is for. ModelError for a part it cannot have."""
     prefix = next(p for p in _PREFIXES[form] if key.startswith(p))
     component = component or _PREFIXES[form][prefix]
-    if form == "diffusers" and (old := _PROCESSOR.fullmatch(key.removeprefix(prefix))):
-        module = f"{old[1]}.{old[2]}" + (".0" if old[2] == "to_out" else "")
-        return Key(component, module, "A" if old[3] == "down" else "B")
-    suffix = next((s for s in sorted(_SUFFIXES[form], key=len, reverse=True) if key.endswith(s)), None)
+    named = form == "peft" or prefix.removesuffix(".") == component
+    path = key.removeprefix(prefix) if named else key
+    if form == "diffusers" and (old := _OLD.fullmatch(path)):
+        layer = _OLD_LAYERS["unet" if component == "unet" else "text"][old[2]]
+        return Key(component, f"{old[1]}.{layer}", "A" if old[3] == "down" else "B")
+    suffix = next((s for s in sorted(_SUFFIXES[form], key=len, reverse=True) if path.endswith(s)), None)
     if suffix is None:
         raise _not_lora(key, "not a part of LoRA")
-    module = key.removesuffix(suffix)
-    if form in ("peft", "diffusers"):
-        module = module.removeprefix(prefix)
-    return Key(component, module, _SUFFIXES[form][suffix])
+    return Key(component, path.removesuffix(suffix), _SUFFIXES[form][suffix])
 
 
 def _not_lora(key: str, reason: str) -> ModelError:

@@ -133,7 +133,7 @@ def _packed_config(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _tensors(path: Path, without: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a checked file, and its metadata; ModelError for a dtype that is no float."""
+    """The tensors of a checked file, and its metadata; ModelError for another dtype."""
     header = read_header(path)
     tensors = {}
     with safe_open(path, framework="pt") as file:
@@ -141,6 +141,7 @@ def _tensors(path: Path, without: Collection[str] = ()) -> tuple[dict[str, Tenso
             if name in without:
                 continue
             if info.dtype not in (_FLOATS | _WHOLE if name.endswith(".alpha") else _FLOATS):
-                raise ModelError(f"dtype {info.dtype}, not a float", where=name)
+                hint = "float16, bfloat16, float32 and float64 are read"
+                raise ModelError(f"its numbers are {info.dtype}", where=name, hint=hint)
             tensors[name] = file.get_tensor(name)
     return tensors, header.metadata

@@ -104,8 +104,9 @@ def _draw(
 ) -> None:
     """Numbered PNG files after those that are there already, and a grid when there are several pictures."""
 
-    from lorakit.families.sd.generate import DrawSettings, grid, open_painter, save_picture
-    from lorakit.families.sd.pictures import read_settings
+    from lorakit.families.sd.drawing import DrawSettings
+    from lorakit.families.sd.generate import open_painter
+    from lorakit.families.sd.pictures import grid, read_settings, save_picture
 
     out = request.out or Path("pictures")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -113,7 +114,7 @@ def _draw(
     place = _place(request.device)
     painter = open_painter(location, adapters, place.device, place.dtype)
     settings = DrawSettings(seed=request.seed, **options)
-    settings.check(painter.parts)
+    settings.check(painter.parts.size, painter.parts.factor)
     jobs = painter.jobs(prompts, settings)
     if request.resume:
         done = [metadata for path in sorted(out.glob("*.png")) if (metadata := read_settings(path)) is not None]

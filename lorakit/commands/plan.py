@@ -61,7 +61,7 @@ def _plan(recipe: SDRecipe | LlamaRecipe, place: "Place", processes: int) -> "Ll
     if isinstance(recipe, SDRecipe):
         from lorakit.families.sd import plan as sd
 
-        return sd.plan(recipe.base, recipe.adapter, recipe.data, layout, place)
+        return sd.plan(recipe.base, recipe.adapter, recipe.data, recipe.sample, layout, place)
     from lorakit.families.llama import plan as llama
 
     return llama.plan(recipe.base, recipe.adapter, recipe.data, layout, place)

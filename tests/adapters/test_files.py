@@ -256,18 +256,34 @@ def test_diffusers_file(sd: Path, tmp_path: Path, with_metadata: bool, caplog: p
     torch.testing.assert_close(product(saved.components["unet"][path]), expected)
 
 
-def test_old_diffusers_names(sd: Path, tmp_path: Path) -> None:
-    path, block = tmp_path / "x.safetensors", "mid_block.attentions.0.transformer_blocks.0.attn1"
+OLD_BLOCK = "mid_block.attentions.0.transformer_blocks.0.attn1"
+
+
+@pytest.mark.parametrize("prefix", ["unet", None])
+def test_old_diffusers_names(sd: Path, tmp_path: Path, prefix: str | None) -> None:
+    name = f"{prefix}.{OLD_BLOCK}" if prefix else OLD_BLOCK
     tensors = {
-        f"unet.{block}.processor.to_out_lora.down.weight": torch.randn(2, 64),
-        f"unet.{block}.processor.to_out_lora.up.weight": torch.randn(64, 2),
-        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight": torch.randn(2, 32),
-        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight": torch.randn(32, 2),
+        f"{name}.processor.to_out_lora.down.weight": torch.randn(2, 64),
+        f"{name}.processor.to_out_lora.up.weight": torch.randn(64, 2),
     }
-    save_file(tensors, path)
-    saved = read_adapter(path, parts(sd))
-    assert list(saved.components["unet"]) == [f"{block}.to_out.0"]
-    assert list(saved.components["text_encoder"]) == ["encoder.layers.0.self_attn.q_proj"]
+    save_file(tensors, tmp_path / "x.safetensors")
+    components = read_adapter(tmp_path / "x.safetensors", parts(sd)).components
+    [(layer, delta)] = components.pop("unet").items()
+    assert not components
+    assert layer == f"{OLD_BLOCK}.to_out.0"
+    unet = parts(sd)["unet"]
+    unet.load_lora_adapter(tensors, prefix=prefix, adapter_name="a")
+    torch.testing.assert_close(product(delta), unet.get_submodule(layer).get_delta_weight("a"))
+
+
+@pytest.mark.parametrize("tail", ["q_proj.lora_linear_layer", "to_q_lora"])
+def test_old_diffusers_names_of_a_text_encoder(sd: Path, tmp_path: Path, tail: str) -> None:
+    name = f"text_encoder.text_model.encoder.layers.0.self_attn.{tail}"
+    tensors = {f"{name}.down.weight": torch.randn(2, 32), f"{name}.up.weight": torch.randn(32, 2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    [(layer, delta)] = read_adapter(tmp_path / "x.safetensors", parts(sd)).components["text_encoder"].items()
+    assert layer == "encoder.layers.0.self_attn.q_proj"
+    assert torch.equal(product(delta), tensors[f"{name}.up.weight"] @ tensors[f"{name}.down.weight"])
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -293,7 +309,7 @@ def written(llama: Path, tmp_path: Path) -> Path:
         ({"lora_unet_x.lora_down.weight": torch.zeros(1)}, "several formats"),
         ({"x": torch.zeros(1)}, "no known adapter format"),
         ({f"{Q}9.lora_A.weight": torch.ones(4, 32), f"{Q}9.lora_B.weight": torch.ones(32, 4)}, "no such module"),
-        ({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}, "not a float"),
+        ({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}, "its numbers are I8"),
     ],
 )
 def test_broken_weights(written: Path, llama: Path, change: dict[str, torch.Tensor | None], message: str) -> None:

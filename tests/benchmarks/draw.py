@@ -20,7 +20,8 @@ Draw = Callable[[Sequence[str]], None]
 
 def lorakit(work: Path, task: dict[str, Any]) -> Draw:
     """What `lorakit generate` runs."""
-    from lorakit.families.sd.generate import DrawSettings, open_painter
+    from lorakit.families.sd.drawing import DrawSettings
+    from lorakit.families.sd.generate import open_painter
     from lorakit.storage.bases import resolve
 
     location = resolve(str((work / "base").resolve()))

@@ -15,7 +15,8 @@ from PIL import Image
 from lorakit.adapters.inject import adapter_parameters, adapter_state, inject
 from lorakit.adapters.write import deltas, write_kohya, write_peft
 from lorakit.errors import ModelError, NonFiniteError, RecipeError
-from lorakit.families.sd.generate import SCHEDULERS, DrawSettings, Painter, open_painter
+from lorakit.families.sd.drawing import SCHEDULERS, DrawSettings
+from lorakit.families.sd.generate import Painter, open_painter
 from lorakit.families.sd.pictures import grid, parameters, save_picture
 from lorakit.families.sd.targets import UNET_GROUPS
 from lorakit.recipe.schema import SDAdapter

@@ -89,7 +89,7 @@ def test_the_plan_is_what_load_makes(
 ) -> None:
     data = PictureData(path=str(folder), resolution=64, bucket_step=8, held_out=0.25, flip=True, repeats=2)
     layout = Layout(3, 4)
-    planned = plan(SDBase(model=str(base)), adapter, data, layout, place())
+    planned = plan(SDBase(model=str(base)), adapter, data, SDSample(), layout, place())
     learning = sd.Learning.of(SDTrain(), SDOptimizer())
     task = sd.load(SDBase(model=str(base)), adapter, data, learning, SDSample(prompts=["a"]), layout, place())
     state = task.adapter_state()
@@ -104,7 +104,7 @@ def test_the_plan_is_what_load_makes(
     sizes = [task.examples.buckets[e.bucket] for e in task.examples.train]
     assert planned.buckets == {size: sizes.count(size) for size in set(sizes)}
     no_libraries(monkeypatch)
-    assert plan(SDBase(model=str(base)), adapter, data, layout, place()) == planned
+    assert plan(SDBase(model=str(base)), adapter, data, SDSample(), layout, place()) == planned
 
 
 def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,27 +125,32 @@ def test_activations_are_what_autograd_keeps(
     """Of any batch, by a forward pass for one number of pictures."""
     data, adapter = PictureData(path=str(folder), resolution=64, bucket_step=8), SDAdapter(rank=2)
     where = Place(CPU, dtype, checkpointing)
-    planned = {b: plan(SDBase(model=str(base)), adapter, data, Layout(0, b), where).memory for b in (1, 3, 8)}
+    planned = {
+        b: plan(SDBase(model=str(base)), adapter, data, SDSample(), Layout(0, b), where).memory for b in (1, 3, 8)
+    }
     for batch, memory in planned.items():
         monkeypatch.setattr(activations, "MANY", batch)
         whole, each = activations.activation_bytes(resolve(str(base)), adapter, (64, 64), where)
         assert memory["activations"] == whole + batch * each > 0
     if checkpointing:
-        plain = plan(SDBase(model=str(base)), adapter, data, Layout(0, 8), Place(CPU, dtype))
+        plain = plan(SDBase(model=str(base)), adapter, data, SDSample(), Layout(0, 8), Place(CPU, dtype))
         assert planned[8]["activations"] < 0.5 * plain.memory["activations"]
 
 
 def test_a_plan_refuses_like_load(base: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = PictureData(path=str(folder), resolution=64, bucket_step=8)
+    sound = (SDAdapter(rank=2), data, SDSample(), base)
     for _ in range(2):
-        for adapter, pictures, model, error in (
-            (SDAdapter(rank=2, targets=["to_qq"]), data, base, RecipeError),
-            (SDAdapter(rank=2), data.model_copy(update={"bucket_step": 6}), base, RecipeError),
-            (SDAdapter(rank=2), data.model_copy(update={"path": str(tmp_path)}), base, DataError),
-            (SDAdapter(rank=2), data, tmp_path / "absent", ModelError),
+        for place_of, spoilt, error in (
+            (0, SDAdapter(rank=2, targets=["to_qq"]), RecipeError),
+            (1, data.model_copy(update={"bucket_step": 6}), RecipeError),
+            (1, data.model_copy(update={"path": str(tmp_path)}), DataError),
+            (2, SDSample(width=63), RecipeError),
+            (3, tmp_path / "absent", ModelError),
         ):
+            adapter, pictures, sample, model = (*sound[:place_of], spoilt, *sound[place_of + 1 :])
             with pytest.raises(error):
-                plan(SDBase(model=str(model)), adapter, pictures, Layout(0, 4), place())
+                plan(SDBase(model=str(model)), adapter, pictures, sample, Layout(0, 4), place())
         no_libraries(monkeypatch)
 
 
@@ -158,11 +163,11 @@ def test_a_base_that_changes_is_looked_at_anew(
 ) -> None:
     model = tiny_sd(tmp_path / "sd")
     data = PictureData(path=str(folder), resolution=64, bucket_step=8)
-    plan(SDBase(model=str(model)), SDAdapter(rank=2), data, Layout(0, 4), place())
+    plan(SDBase(model=str(model)), SDAdapter(rank=2), data, SDSample(), Layout(0, 4), place())
     config = model / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
     with pytest.raises(ModelError):
-        plan(SDBase(model=str(model)), SDAdapter(rank=2), data, Layout(0, 4), place())
+        plan(SDBase(model=str(model)), SDAdapter(rank=2), data, SDSample(), Layout(0, 4), place())
 
 
 def test_the_resolution_is_the_bases_own_where_the_recipe_gives_none() -> None:

@@ -15,7 +15,8 @@ from lorakit.adapters.merging.plan import plan_merge
 from lorakit.adapters.write import write_peft
 from lorakit.families.place import Place
 from lorakit.families.sd.base import load_parts
-from lorakit.families.sd.generate import DrawSettings, open_painter
+from lorakit.families.sd.drawing import DrawSettings
+from lorakit.families.sd.generate import open_painter
 from lorakit.families.sd.targets import TEXT_GROUPS, UNET_GROUPS
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import resolve

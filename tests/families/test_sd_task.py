@@ -17,7 +17,8 @@ from lorakit.data.cache import TensorCache
 from lorakit.data.pictures import Picture
 from lorakit.errors import DataError, ModelError, RecipeError
 from lorakit.families.place import Place
-from lorakit.families.sd.generate import DrawSettings, open_painter
+from lorakit.families.sd.drawing import DrawSettings
+from lorakit.families.sd.generate import open_painter
 from lorakit.families.sd.prepare import TextStates
 from lorakit.families.sd.task import Learning, SDTask, load
 from lorakit.numerics.order import Draw, Layout

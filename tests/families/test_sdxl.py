@@ -18,7 +18,8 @@ from lorakit.data.images import cut_out
 from lorakit.errors import ModelError
 from lorakit.families.place import Place
 from lorakit.families.sd import task as sd
-from lorakit.families.sd.generate import DrawSettings, open_painter
+from lorakit.families.sd.drawing import DrawSettings
+from lorakit.families.sd.generate import open_painter
 from lorakit.families.sd.plan import plan
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain

@@ -23,7 +23,8 @@ from lorakit.families.place import Place
 from lorakit.families.sd.base import Parts, load_parts
 from lorakit.families.sd.compare import compare
 from lorakit.families.sd.conditioning import ids_of
-from lorakit.families.sd.generate import DrawSettings, open_painter
+from lorakit.families.sd.drawing import DrawSettings
+from lorakit.families.sd.generate import open_painter
 from lorakit.families.sd.original import open_original
 from lorakit.families.sd.pack import packed_names
 from lorakit.families.sd.single_file import read_configs

@@ -7,7 +7,6 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,95 +17,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lorakit.errors import NonFiniteError, RecipeError
+from lorakit.errors import NonFiniteError
 from lorakit.families.place import Place
 from lorakit.families.sd.attention import text_once
 from lorakit.families.sd.base import Parts, from_latents
 from lorakit.families.sd.conditioning import ids_of
-from lorakit.families.sd.pictures import grid, save_picture
+from lorakit.families.sd.drawing import SCHEDULERS, DrawSettings
 from lorakit.families.sd.stored import load_with
 from lorakit.families.sd.walk import Walk, can_walk
 from lorakit.numerics.diffusion import guide
-from lorakit.recipe.schema import SDSample
 from lorakit.storage.bases import BaseLocation
 from lorakit.storage.foreign import model_errors
 
-__all__ = ["SCHEDULERS", "DrawSettings", "Painter", "grid", "open_painter", "save_picture"]
-
 logger = logging.getLogger("lorakit")
 
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "pndm": ("PNDMScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
-    "dpm++2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpm++2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-"""Scheduler names: diffusers' class, and what is set beside the base's own schedule."""
-
-SIDE_CAP = 2048
-STEPS_CAP = 500
-"""Some of diffusers' schedulers fail with as many steps as timesteps were trained, a thousand as a rule."""
-COUNT_CAP = 1000
 PIXELS_AT_ONCE = 2**19
 """Pictures are drawn together up to so many pixels, at least one and at most 16."""
-
-
-@dataclass(frozen=True)
-class DrawSettings:
-    """How pictures are drawn. Sizes in pixels; None takes the base's own."""
-
-    negative_prompt: str = ""
-    steps: int = 25
-    guidance_scale: float = 7.5
-    """u + scale (c - u); 1 draws from the prompt alone."""
-    width: int | None = None
-    height: int | None = None
-    seed: int = 0
-    """Of the first picture; each further picture of a prompt takes the next one."""
-    count: int = 1
-    """Pictures a prompt."""
-    scheduler: str | None = None
-    """A name from SCHEDULERS; None takes the base's own."""
-
-    @classmethod
-    def from_recipe(cls, sample: SDSample) -> "DrawSettings":
-        return cls(
-            negative_prompt=sample.negative_prompt,
-            steps=sample.steps,
-            guidance_scale=sample.guidance_scale,
-            width=sample.width,
-            height=sample.height,
-            seed=sample.seed,
-        )
-
-    def size(self, parts: Parts) -> tuple[int, int]:
-        """Width and height, the base's own where not given."""
-        native = parts.size
-        return self.width or native[0], self.height or native[1]
-
-    def check(self, parts: Parts) -> None:
-        """Raises: RecipeError for what the base cannot draw or what is over a cap."""
-        for name, side in zip(("width", "height"), self.size(parts), strict=True):
-            if side % parts.factor or not 0 < side <= SIDE_CAP:
-                reason = f"{side} is not a multiple of {parts.factor} up to {SIDE_CAP} pixels"
-                raise RecipeError(
-                    reason, where=name, hint=f"try {max(1, min(side, SIDE_CAP) // parts.factor) * parts.factor}"
-                )
-        for name, value, cap in (("steps", self.steps, STEPS_CAP), ("count", self.count, COUNT_CAP)):
-            if not 1 <= value <= cap:
-                raise RecipeError(f"{value} is not within 1 to {cap}", where=name)
-        if not 0 <= self.guidance_scale < float("inf"):
-            raise RecipeError(f"{self.guidance_scale} is not a finite number from 0 on", where="guidance_scale")
-        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
-            raise RecipeError(
-                f"no scheduler {self.scheduler!r}", where="scheduler", hint=f"one of {', '.join(SCHEDULERS)}"
-            )
 
 
 def open_painter(
@@ -150,9 +76,9 @@ class Painter:
         the part that is lost.
         Raises: RecipeError for settings out of bounds, NonFiniteError when latents are not finite.
         """
-        settings.check(self.parts)
+        settings.check(self.parts.size, self.parts.factor)
         self._warn_of_cut([*(prompt for prompt, _ in jobs), settings.negative_prompt])
-        width, height = settings.size(self.parts)
+        width, height = settings.size(self.parts.size)
         at_once = max(1, min(16, PIXELS_AT_ONCE // (width * height)))
         training = [module for module in self.parts.adaptable.values() if module.training]
         for module in training:
@@ -174,7 +100,7 @@ class Painter:
         scheduler = self._scheduler(settings.scheduler)
         scheduler.set_timesteps(settings.steps, device=self.device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        width, height = settings.size(self.parts)
+        width, height = settings.size(self.parts.size)
         channels = cast(Any, self.parts.unet).config.in_channels
         shape = (1, channels, height // self.parts.factor, width // self.parts.factor)
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
@@ -236,7 +162,7 @@ class Painter:
 
     def metadata(self, prompt: str, seed: int, settings: DrawSettings) -> dict[str, Any]:
         """What is kept in a picture's file: all that draws it again."""
-        width, height = settings.size(self.parts)
+        width, height = settings.size(self.parts.size)
         return {
             "prompt": prompt,
             "negative_prompt": settings.negative_prompt,

@@ -11,11 +11,12 @@ from lorakit.data.images import Size, choose_bucket, read_size
 from lorakit.data.pictures import Picture, Rejects, find_pictures
 from lorakit.errors import DataError
 from lorakit.families.place import Place
+from lorakit.families.sd.drawing import DrawSettings
 from lorakit.families.sd.facts import facts_of, identity
 from lorakit.families.sd.find import find_base
 from lorakit.families.sd.targets import split_adapter
 from lorakit.numerics.order import Layout
-from lorakit.recipe.schema import PictureData, SDAdapter, SDBase
+from lorakit.recipe.schema import PictureData, SDAdapter, SDBase, SDSample
 from lorakit.storage.bases import BaseLocation
 
 
@@ -46,10 +47,11 @@ class SDPlan:
         return f"{self.pictures} pictures an epoch, {self.held_out} held out; sizes {sizes}"
 
 
-def plan(base: SDBase, adapter: SDAdapter, data: PictureData, layout: Layout, place: Place) -> SDPlan:
+def plan(base: SDBase, adapter: SDAdapter, data: PictureData, sample: SDSample, layout: Layout, place: Place) -> SDPlan:
     """Raises what ``load`` would raise, but for weights and pixels that cannot be read."""
     location = find_base(base)
     facts = facts_of(location)
+    DrawSettings.from_recipe(sample).check(facts.size, facts.factor, "sample.")
     targets: list[Target] = []
     trainable = 0
     for component, (section, groups) in split_adapter(adapter, facts.layers).items():

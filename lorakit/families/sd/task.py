@@ -21,8 +21,9 @@ from lorakit.families.sd.attention import diffusers_attention
 from lorakit.families.sd.base import Parts, load_parts, noise_schedule
 from lorakit.families.sd.batches import BatchMaker, SDBatch
 from lorakit.families.sd.conditioning import Text, cut_captions, ids_of
+from lorakit.families.sd.drawing import DrawSettings
 from lorakit.families.sd.find import find_base
-from lorakit.families.sd.generate import DrawSettings, Painter
+from lorakit.families.sd.generate import Painter
 from lorakit.families.sd.layers import diffusers_layers, without_checkpointing
 from lorakit.families.sd.pictures import grid, save_picture
 from lorakit.families.sd.prepare import Examples, TextStates, prepare_examples
@@ -197,7 +198,7 @@ def load(
     parts = load_parts(location, place)
     schedule = noise_schedule(parts.schedule, location.name)
     drawing = DrawSettings.from_recipe(sample)
-    drawing.check(parts)
+    drawing.check(parts.size, parts.factor, "sample.")
     injections = _inject(parts, adapter, layout.seed)
     sizes = sizes_of(data, parts.factor, parts.size)
     examples = prepare_examples(data, parts.vae, sizes, layout)
