@@ -1,8 +1,9 @@
 """Which example comes when, and with which randomness: pure functions of (seed, step).
 
 Nothing here has state, so a resumed run needs only the number of finished steps. The stream of examples is one
-permutation an epoch, end to end. Windows of up to 16 batches of that stream are sorted by a key (token count, picture
-size), cut into batches and shuffled, so that a batch holds examples of like size while each comes once an epoch.
+permutation an epoch, end to end, cut into batches. Windows of up to 16 batches are sorted by a key (token count,
+picture size), cut anew and shuffled, so that a batch holds examples of like size. A window ends where an epoch does,
+with the batch that holds the epoch's last example: by then each has come.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,14 +56,24 @@ def stream(seed: int, count: int, start: int, length: int) -> list[int]:
     return [int(permutation(seed, p // count, count)[p % count]) for p in range(start, start + length)]
 
 
+def window(count: int, size: int, step: int) -> tuple[int, int]:
+    """The steps, from the first up to but not with the last, whose batches of ``size`` examples are sorted together."""
+    epoch = step * size // count
+    first, last = (-(-whole * count // size) for whole in (epoch, epoch + 1))
+    batches = last - first
+    windows = -(-batches // WINDOW)
+    number = ((step - first + 1) * windows - 1) // batches
+    return first + number * batches // windows, first + (number + 1) * batches // windows
+
+
 def update(layout: Layout, keys: Sequence[int], step: int) -> list[Draw]:
     """The ``batch_size`` examples of one update, over all ranks. ``keys``: one sorting key an example."""
-    count, size = len(keys), layout.batch_size
-    window = max(1, min(WINDOW, count // size))
-    number, place = divmod(step, window)
-    indices = stream(layout.seed, count, number * window * size, window * size)
+    size = layout.batch_size
+    first, last = window(len(keys), size, step)
+    indices = stream(layout.seed, len(keys), first * size, (last - first) * size)
     indices.sort(key=lambda i: keys[i])
-    batch = int(np.random.Generator(np.random.PCG64(mix(layout.seed, 2, number))).permutation(window)[place])
+    order = np.random.Generator(np.random.PCG64(mix(layout.seed, 2, first))).permutation(last - first)
+    batch = int(order[step - first])
     chosen = indices[batch * size : (batch + 1) * size]
     return [Draw(index, mix(layout.seed, 3, step, slot)) for slot, index in enumerate(chosen)]
 

@@ -1,12 +1,13 @@
 """The order of examples: each once an epoch, the same whatever the layout, a function of the step alone."""
 
+from collections import Counter
 from itertools import islice
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakit.numerics.order import Layout, micro_batches, mix, stream, update
+from lorakit.numerics.order import WINDOW, Layout, micro_batches, mix, stream, update, window
 
 
 @given(st.integers(0, 2**32), st.integers(1, 200), st.integers(0, 5))
@@ -19,14 +20,25 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert stream(0, 50, 0, 50) != stream(1, 50, 0, 50)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 99), st.integers(8, 100), st.sampled_from([1, 2, 4, 8]))
-def test_windows_neither_lose_nor_repeat(seed: int, count: int, size: int) -> None:
-    """Whole windows hold exactly the stream's examples, so sorting within one changes the order only."""
-    keys = [i * 7 % 13 for i in range(count)]
-    window = max(1, min(16, count // size))
-    drawn = [d.index for step in range(3 * window) for d in update(Layout(seed, size), keys, step)]
-    assert sorted(drawn) == sorted(stream(seed, count, 0, 3 * window * size))
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 150), st.sampled_from([1, 2, 4, 8, 16]))
+def test_every_example_has_come_when_an_epoch_ends(seed: int, count: int, size: int) -> None:
+    """The last batch is filled from the next epoch; beside that sorting changes the order only."""
+    keys, layout = [i * 7 % 13 for i in range(count)], Layout(seed, size)
+    drawn: list[int] = []
+    for epochs in (1, 2, 3):
+        steps = -(-epochs * count // size)
+        drawn += [d.index for step in range(len(drawn) // size, steps) for d in update(layout, keys, step)]
+        assert sorted(drawn) == sorted(stream(seed, count, 0, steps * size))
+        assert min(Counter(drawn)[index] for index in range(count)) >= epochs
+
+
+@given(st.integers(1, 5000), st.integers(1, 64), st.integers(0, 2000))
+def test_windows_stand_end_to_end(count: int, size: int, step: int) -> None:
+    first, last = window(count, size, step)
+    assert first <= step < last <= first + WINDOW
+    assert window(count, size, first) == window(count, size, last - 1) == (first, last)
+    assert window(count, size, last)[0] == last
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 8), (2, 4), (4, 2), (8, 1)])
