@@ -24,6 +24,15 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return blocked_attention(rows, keys, values, scale).view_as(q)
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """PyTorch's fused kernel, each query seeing the keys up to its own place: q [N, H, T, D], k and v [N, K, T, D] with
+    H a multiple of K -> [N, H, T, D]. Of three dimensions it would make the scores of all tokens, without a word."""
+    if not shares_keys(q):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    shared = k.shape[1] < q.shape[1]
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
+
+
 def matmuls_are_faster(q: Tensor) -> bool:
     """Whether plain matmuls beat PyTorch's fused kernel: on a CPU in bfloat16."""
     return q.device.type == "cpu" and q.dtype == torch.bfloat16

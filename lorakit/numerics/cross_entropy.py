@@ -65,4 +65,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
+        if gradient.dtype == torch.float16:  # a loss scale may be larger than its largest number
+            return (gradient.float() * grads[0]).to(gradient.dtype), None, None
         return gradient * grads[0].to(gradient.dtype), None, None

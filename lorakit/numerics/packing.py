@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lorakit.numerics.attention import matmuls_are_faster, shares_keys
+from lorakit.numerics.attention import causal_attention, matmuls_are_faster
 
 BLOCK = 128
 """Queries of a document at once in ``_PackedAttention``: keys beyond a block's last one are not touched."""
@@ -162,18 +162,13 @@ def matmul_packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, s
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Iterator[Tensor]:
     """PyTorch's kernel, a group at a time. It takes square causal masks only, so that zeros stand where the shared
-    tokens' queries would, and four dimensions: of three it makes the scores of all tokens, without a word."""
+    tokens' queries would."""
     for group in packing.groups:
         places, begin = ((q, group.queries), (k, group.keys), (v, group.keys)), group.shared
         rows, keys, values = (x.index_select(0, at).unflatten(0, (group.count, -1)) for x, at in places)
         rows = functional.pad(rows, (0, 0, 0, 0, begin, 0)).transpose(1, 2)
         keys, values = (x[:, : begin + group.longest].transpose(1, 2) for x in (keys, values))
-        if not shares_keys(q):
-            share = q.shape[1] // k.shape[1]
-            keys, values = (x.repeat_interleave(share, 1) for x in (keys, values))
-        out = functional.scaled_dot_product_attention(
-            rows, keys, values, is_causal=True, scale=scale, enable_gqa=keys.shape[1] < rows.shape[1]
-        )
+        out = causal_attention(rows, keys, values, scale)
         yield out[:, :, begin:].transpose(1, 2).flatten(0, 1).index_select(0, group.real)
 
 

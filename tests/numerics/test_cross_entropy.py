@@ -29,6 +29,16 @@ def test_equals_float64_cross_entropy(monkeypatch, chunk_rows, dtype, tolerance)
     assert (hidden.grad.double() - 3 * exact.grad).abs().max() <= tolerance * 3 * exact.grad.abs().max()
 
 
+def test_a_loss_scale_above_the_largest_half_float():
+    hidden, weight, targets = case(10, 16, 37, torch.float16)
+    exact = hidden.detach().double().requires_grad_()
+    functional.cross_entropy(exact @ weight.double().T, targets, reduction="sum").backward()
+    (65536.0 * linear_cross_entropy(hidden, weight, targets)).backward()
+    fits = 65536 * exact.grad.abs() < 60000
+    assert fits.any()
+    assert (hidden.grad.double() - 65536 * exact.grad)[fits].abs().max() <= 5e-3 * 65536 * exact.grad[fits].abs().max()
+
+
 def test_no_rows_give_zero():
     hidden, weight, targets = case(0, 16, 37, torch.float32)
     loss = linear_cross_entropy(hidden, weight, targets)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lorakit.numerics import attention
 from lorakit.numerics import packing as module
 from lorakit.numerics.packing import BLOCK, Packing, matmul_packed_attention, packed_attention
 
@@ -69,7 +70,7 @@ def test_long_documents_take_the_fused_kernel(monkeypatch):
 @pytest.mark.parametrize(("shared", "key_heads"), [(0, 3), (4, 3), (4, 6)])
 def test_the_fused_kernel_is_a_fused_one(shared, key_heads, shares, monkeypatch):
     """PyTorch silently falls back to a kernel that keeps T x T probabilities where its inputs suit no other."""
-    monkeypatch.setattr(module, "shares_keys", lambda _: shares)
+    monkeypatch.setattr(attention, "shares_keys", lambda _: shares)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         check(packed_attention, 6, key_heads, Packing.of([11, 10, 29], shared), 16, torch.float32, 2e-6)
 

@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, Qwe
 
 from lorakit.adapters.inference import Stacked, stackable
 from lorakit.families.llama.base import longest_document
+from lorakit.numerics.attention import causal_attention
 from lorakit.numerics.elementwise import signed
 
 PLAIN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
@@ -239,8 +240,7 @@ class _Block:
         self.keys[place.write], self.values[place.write] = k, v
         k, v = self.keys[place.read], self.values[place.read]
         if tokens > 1:
-            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
-            return out.transpose(1, 2).flatten(2).flatten(0, 1)
+            return causal_attention(q, k, v, self.scale).transpose(1, 2).flatten(2).flatten(0, 1)
         folded = q.reshape(place.rows, self.groups, -1, self.width)  # the queries of a group as rows of one matrix
         out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=place.mask, scale=self.scale)
         return out.reshape(place.rows, -1)
