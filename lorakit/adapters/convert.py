@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters import gguf_lora
-from lorakit.adapters.delta import Delta, SavedAdapter
+from lorakit.adapters.delta import Delta, SavedAdapter, told_as
 from lorakit.adapters.delta import cast as to_dtype
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.formats import Format
@@ -132,11 +132,12 @@ def _write_file(path: Path, title: str, saved: SavedAdapter, to: Format, models:
         write_kohya(
             path,
             saved.components,
+            title=title,
             version=version_of(models),
             prediction_type=kind if "modelspec.prediction_type" in saved.metadata else None,
             resolution=None,
             models=models,
-            metadata={"modelspec.title": title, "lorakit_base": base_name, **metadata},
+            metadata={"lorakit_base": base_name, **metadata},
         )
 
 
@@ -151,12 +152,12 @@ def _compared(saved: SavedAdapter, path: Path, out: Path, to: Format, models: Mo
     before, after = _by_place(saved), _by_place(again)
     for component, module in before.keys() ^ after.keys():
         place = "was lost" if (component, module) in before else "is new"
-        raise ModelError(f"the conversion failed: a module {place}", where=f"{component}.{module}")
+        raise ModelError(f"the conversion failed: a module {place}", where=told_as(component, module))
     largest, where = 0.0, ""
     for (component, module), delta in before.items():
-        difference = _difference(delta, after[component, module], f"{component}.{module}")
+        difference = _difference(delta, after[component, module], told_as(component, module))
         if difference >= largest:
-            largest, where = difference, f"{component}.{module}"
+            largest, where = difference, told_as(component, module)
     dtypes = sorted({str(delta.B.dtype).removeprefix("torch.") for delta in after.values()})
     return Conversion(out, to, len(before), ", ".join(dtypes), largest, where)
 

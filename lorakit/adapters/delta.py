@@ -49,6 +49,11 @@ class SavedAdapter:
         return {(component, path): d for component, deltas in self.components.items() for path, d in deltas.items()}
 
 
+def told_as(component: str, path: str) -> str:
+    """How a module is told: a language model is its only component."""
+    return path if component == "model" else f"{component}.{path}"
+
+
 def rescaled(delta: Delta, scale: float) -> Delta:
     """The same change written with another scale: B takes the quotient, rounded once to its dtype."""
     if scale == delta.scale:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorakit.adapters import formats, gguf_lora
-from lorakit.adapters.files import configured
+from lorakit.adapters import formats
+from lorakit.adapters.delta import Delta, told_as
+from lorakit.adapters.files import common_alpha, read_delta
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.pieces import Piece
+from lorakit.errors import ModelError
 
 _BLOCK = re.compile(
     r"((?:.*?\.)?layers\.\d+|(?:down|up)_blocks\.\d+|mid_block|blk\.\d+"
@@ -54,49 +56,44 @@ class Description:
     dead: tuple[str, ...]
     """Modules whose B is all zeros: they change nothing."""
     faults: tuple[str, ...]
-    """Tensors with NaN or infinity, modules of which a part is missing."""
+    """Tensors with NaN or infinity, and why a module makes no change that a model could take."""
     metadata: dict[str, str]
     """The files' own strings."""
 
 
+@dataclass(frozen=True)
 class _Module:
-    """The tensors of one module, by part."""
+    """A module that makes a change, and its alpha; None where the file gives none."""
 
-    def __init__(self) -> None:
-        self.parts: dict[formats.Part, Tensor] = {}
-        self.alpha: float | None = None
-        self.scale: float | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.parts["A"].shape[0]
+    delta: Delta
+    alpha: float | None
 
     def squared_norm(self) -> float:
         """|scale * B A|^2 by the products A A^T and B^T B, [r, r] each."""
-        a, b = (self.parts[part].double().flatten(1) for part in ("A", "B"))
-        scale = 1.0 if self.scale is None else self.scale
-        return scale**2 * float(((a @ a.T) * (b.T @ b)).sum())
+        a, b = (matrix.double().flatten(1) for matrix in (self.delta.A, self.delta.B))
+        return self.delta.scale**2 * float(((a @ a.T) * (b.T @ b)).sum())
 
 
 def describe(path: Path, pieces: Sequence[Piece], models: Mapping[str, nn.Module] | None) -> Description:
     """``models``: the base's components, on meta if need be; without them kohya's modules go by their flat names.
 
-    Raises ModelError for a configuration that is not LoRA's.
+    What does not make a change is among the faults.
     """
-    modules: dict[str, _Module] = {}
+    whole: dict[str, _Module] = {}
     faults: list[str] = []
+    broken = 0
     for piece in pieces:
-        for name, module in _modules(piece, models).items():
-            modules[name] = module
+        found, wrong = _modules(piece, models)
+        whole |= found
+        broken += len(wrong)
         faults += [f"{key}: NaN or infinity" for key, t in piece.tensors.items() if not torch.isfinite(t).all()]
-    faults += [f"{name}: its {part} is missing" for name, m in modules.items() for part in "AB" if part not in m.parts]
-    whole = {name: module for name, module in modules.items() if {"A", "B"} <= module.parts.keys()}
+        faults += [f"{error.where}: {error.reason}" for error in wrong]
     groups: dict[str, list[_Module]] = {}
     for name, module in whole.items():
         groups.setdefault(_block(name), []).append(module)
     blocks = tuple(_summary(name, group) for name, group in groups.items())
     tensors = [tensor for piece in pieces for tensor in piece.tensors.values()]
-    learned = [m.parts[part] for m in whole.values() for part in ("A", "B", "magnitude") if part in m.parts]
+    learned = [matrix for m in whole.values() for matrix in (m.delta.A, m.delta.B, m.delta.magnitude)]
     return Description(
         path=str(path),
         format=pieces[0].format,
@@ -104,37 +101,38 @@ def describe(path: Path, pieces: Sequence[Piece], models: Mapping[str, nn.Module
         kind=_kind(pieces, whole),
         bytes=sum(piece.path.stat().st_size for piece in pieces),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
-        modules=len(modules),
-        parameters=sum(tensor.numel() for tensor in learned),
+        modules=len(whole) + broken,
+        parameters=sum(matrix.numel() for matrix in learned if matrix is not None),
         norm=sum(block.norm**2 for block in blocks) ** 0.5,
         blocks=blocks,
-        dead=tuple(name for name, module in whole.items() if not module.parts["B"].any()),
+        dead=tuple(name for name, module in whole.items() if not module.delta.B.any()),
         faults=tuple(faults),
         metadata={key: text for piece in pieces for key, text in piece.metadata.items()},
     )
 
 
-def _modules(piece: Piece, models: Mapping[str, nn.Module] | None) -> dict[str, _Module]:
+def _modules(piece: Piece, models: Mapping[str, nn.Module] | None) -> tuple[dict[str, _Module], list[ModelError]]:
+    """The modules that make a change, by name, and what is wrong with the others."""
     table = {}
     if piece.format == "kohya" and models is not None:
         table = formats.kohya_table({name: list(adaptable(model)) for name, model in models.items()})
-    found: dict[str, _Module] = {}
+    modules: dict[tuple[str, str, str], dict[formats.Part, str]] = {}
     for key, (component, module, part) in piece.keys.items():
         component, path = table.get(module, (component, module))
         own = piece.format == "gguf" or (module not in table and piece.format == "kohya")
-        entry = found.setdefault(path if own or component == "model" else f"{component}.{path}", _Module())
-        entry.parts[part] = piece.tensors[key]
+        name = path if own else told_as(component, path)
+        modules.setdefault((name, component, path), {})[part] = key
+    found, wrong, common = {}, [], common_alpha(piece)
+    for (name, component, path), parts in modules.items():
         config = piece.component_config(component)
-        if config is not None and part == "A":
-            entry.alpha, entry.scale = configured(config, path, piece.tensors[key].shape[0])
-    for entry in found.values():
-        if "alpha" in entry.parts:
-            entry.alpha = float(entry.parts["alpha"].flatten()[0])
-        elif piece.format == "gguf":
-            entry.alpha = float(piece.metadata.get(gguf_lora.ALPHA, 0)) or None
-        if entry.scale is None and entry.alpha is not None and "A" in entry.parts:
-            entry.scale = entry.alpha / entry.rank
-    return found
+        try:
+            delta = read_delta(path, parts, piece.tensors, config, common)
+            given = config is not None or "alpha" in parts or common is not None
+            root = config is not None and config.get("use_rslora")
+            found[name] = _Module(delta, delta.scale * (delta.rank**0.5 if root else delta.rank) if given else None)
+        except ModelError as error:
+            wrong.append(error)
+    return found, wrong
 
 
 def _block(name: str) -> str:
@@ -150,13 +148,13 @@ def _summary(name: str, group: Sequence[_Module]) -> Block:
     return Block(
         name,
         len(group),
-        tuple(sorted({module.rank for module in group})),
-        tuple(sorted({float(module.rank) if module.alpha is None else module.alpha for module in group})),
+        tuple(sorted({module.delta.rank for module in group})),
+        tuple(sorted({float(module.delta.rank) if module.alpha is None else module.alpha for module in group})),
         sum(module.squared_norm() for module in group) ** 0.5,
     )
 
 
 def _kind(pieces: Sequence[Piece], modules: Mapping[str, _Module]) -> str:
-    if any("magnitude" in module.parts for module in modules.values()):
+    if any(module.delta.magnitude is not None for module in modules.values()):
         return "DoRA"
     return "rsLoRA" if any(piece.config.get("use_rslora") for piece in pieces) else "LoRA"

@@ -6,7 +6,7 @@ configuration names is never loaded for it.
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from lorakit.adapters import formats, gguf_lora
 from lorakit.adapters.delta import Delta, SavedAdapter
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.patterns import number, targeted
-from lorakit.adapters.pieces import CONFIG, WEIGHTS, Piece, located, open_pieces
+from lorakit.adapters.pieces import CONFIG, Piece, located, open_pieces
 from lorakit.adapters.targets import fit
 from lorakit.errors import ModelError
 
-__all__ = ["WEIGHTS", "assemble", "configured", "read_adapter"]
+__all__ = ["assemble", "common_alpha", "read_adapter", "read_delta"]
 
 LOG = logging.getLogger("lorakit")
 _NOT_SUPPORTED = (
@@ -30,6 +30,11 @@ _NOT_SUPPORTED = (
 )  # fmt: skip
 """Fields of a PEFT configuration that change what the tensors mean. (fan_in_fan_out is not one: PEFT itself
 resets it for every layer but GPT-2's.)"""
+
+
+_MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations that take something off the base's weights before training starts: B A is no change of the base that
+people have."""
 
 
 def read_adapter(path: Path, models: Mapping[str, nn.Module] | None = None) -> SavedAdapter:
@@ -58,7 +63,12 @@ def assemble(
             reason = "not LoRA of a layer's weight: only a merge can take it in"
             raise ModelError(reason, where=name, hint="lorakit merge BASE ADAPTER OUT")
         saved = _joined([_read(piece, models) for piece in pieces])
-        return saved if models is None else _fitted(saved, models)
+        if models is None:
+            return saved
+        fitted = _fitted(saved, models)
+        for piece in [piece for piece in pieces if piece.format == "peft"]:
+            _check_targets(piece.config, models[piece.component], fitted.components[piece.component])
+        return fitted
     except ModelError as error:
         raise located(error, path) from error
 
@@ -81,6 +91,8 @@ def _read(piece: Piece, models: Mapping[str, nn.Module] | None) -> SavedAdapter:
     if piece.format in ("kohya", "gguf") and models is None:
         raise ModelError(f"the names in a {piece.format} file can only be read against a base")
     if piece.format == "kohya" and models is not None:
+        if "unet" not in models:
+            raise ModelError("made for a Stable Diffusion model, which the base is not")
         table = formats.kohya_table({name: adaptable(model) for name, model in models.items()})
         keys = {key: part._replace(module=formats.flat_path(part.module, table)) for key, part in keys.items()}
     if piece.format == "peft":
@@ -90,12 +102,10 @@ def _read(piece: Piece, models: Mapping[str, nn.Module] | None) -> SavedAdapter:
     for component in dict.fromkeys(part.component for part in keys.values()):
         own = {key: part for key, part in keys.items() if part.component == component}
         config = piece.component_config(component)
-        deltas = _deltas(own, piece.tensors, config, _common_alpha(piece))
+        deltas = _deltas(own, piece.tensors, config, common_alpha(piece))
         model = None if models is None else models.get(component)
         if piece.format == "gguf" and model is not None:
             deltas = gguf_lora.named_by_base(deltas, model, metadata["general.architecture"])
-        if piece.format == "peft" and model is not None:
-            _check_targets(piece.config, model, deltas)
         components[component] = deltas
         alphas = sum(part.part == "alpha" for part in own.values())
         if piece.format in ("kohya", "diffusers") and config is None and alphas < len(deltas):
@@ -104,7 +114,7 @@ def _read(piece: Piece, models: Mapping[str, nn.Module] | None) -> SavedAdapter:
     return SavedAdapter("llama" if "model" in components else "sd", components, piece.format, metadata)
 
 
-def _common_alpha(piece: Piece) -> float | None:
+def common_alpha(piece: Piece) -> float | None:
     """GGUF's one alpha; llama.cpp takes 0 for none."""
     return float(piece.metadata.get(gguf_lora.ALPHA, 0)) or None if piece.format == "gguf" else None
 
@@ -115,12 +125,10 @@ def _check_config(config: Mapping[str, Any]) -> None:
     for key in _NOT_SUPPORTED:
         if config.get(key):
             raise ModelError(f"{key} is not supported", where=CONFIG)
-
-
-def configured(config: Mapping[str, Any], path: str, rank: int) -> tuple[float, float]:
-    """A module's alpha and scale by PEFT's configuration. Raises ModelError when either is not there or not above 0."""
-    alpha = number(config, "lora_alpha", path, CONFIG)
-    return alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if (start := str(config.get("init_lora_weights"))).lower().startswith(_MOVED_BASES):
+        reason = f"init_lora_weights is {start!r}: its base was changed before training, so B A is not its change"
+        hint = "save it again with PEFT's path_initial_model_for_weight_conversion"
+        raise ModelError(reason, where=CONFIG, hint=hint)
 
 
 def _deltas(
@@ -136,22 +144,33 @@ def _deltas(
         if part.part in modules.setdefault(part.module, {}):
             raise ModelError(f"says the same as {modules[part.module][part.part]}", where=key)
         modules[part.module][part.part] = key
-    found = {}
-    for module, parts in modules.items():
-        a, b = _matrices(module, parts, tensors)
-        rank, scale = a.shape[0], 1.0
-        if config is not None:
-            if number(config, "r", module, CONFIG) != rank:
-                raise ModelError(f"rank {rank}, but the configuration says otherwise", where=parts["A"])
-            _, scale = configured(config, module, rank)
-        elif "alpha" in parts:
-            scale = _alpha(parts["alpha"], tensors) / rank
-        elif alpha is not None:
-            scale = alpha / rank
-        if "magnitude" not in parts and config is not None and config.get("use_dora"):
-            raise ModelError("its DoRA magnitude is missing", where=parts["A"])
-        found[module] = Delta(a, b, scale, _magnitude(parts["magnitude"], tensors, b) if "magnitude" in parts else None)
-    return found
+    return {module: read_delta(module, parts, tensors, config, alpha) for module, parts in modules.items()}
+
+
+def read_delta(
+    module: str,
+    parts: Mapping[formats.Part, str],
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None,
+    alpha: float | None,
+) -> Delta:
+    """One module's change from the keys of its ``parts``; ``config`` and ``alpha`` are its component's and its file's.
+
+    Raises ModelError naming the key, for whatever does not make a change.
+    """
+    a, b = _matrices(module, parts, tensors)
+    rank, scale = a.shape[0], 1.0
+    if config is not None:
+        if number(config, "r", module, CONFIG) != rank:
+            raise ModelError(f"rank {rank}, but the configuration says otherwise", where=parts["A"])
+        scale = number(config, "lora_alpha", module, CONFIG) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    elif "alpha" in parts:
+        scale = _alpha(parts["alpha"], tensors) / rank
+    elif alpha is not None:
+        scale = alpha / rank
+    if "magnitude" not in parts and config is not None and config.get("use_dora"):
+        raise ModelError("its DoRA magnitude is missing", where=parts["A"])
+    return Delta(a, b, scale, _magnitude(parts["magnitude"], tensors, b) if "magnitude" in parts else None)
 
 
 def _matrices(module: str, parts: Mapping[formats.Part, str], tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -176,21 +195,21 @@ def _alpha(key: str, tensors: Mapping[str, Tensor]) -> float:
 
 def _magnitude(key: str, tensors: Mapping[str, Tensor], b: Tensor) -> Tensor:
     magnitude = tensors[key]
-    outer = magnitude.shape[1] if magnitude.dim() == 4 and magnitude.shape[0] == 1 else magnitude.shape[0]
-    if magnitude.numel() != b.shape[0] or outer != b.shape[0]:
+    outer = magnitude.shape[1:2] if magnitude.dim() == 4 and magnitude.shape[0] == 1 else magnitude.shape[:1]
+    if magnitude.numel() != b.shape[0] or outer != b.shape[:1]:
         reason = f"magnitudes {tuple(magnitude.shape)} for {b.shape[0]} outputs: only DoRA on the output is supported"
         raise ModelError(reason, where=key)
     return magnitude.flatten()
 
 
-def _check_targets(config: Mapping[str, Any], model: nn.Module, found: Iterable[str]) -> None:
-    """A layer that PEFT's configuration targets but the file has no tensors for is an error."""
-    targets = config.get("target_modules")
+def _check_targets(config: Mapping[str, Any], model: nn.Module, found: Collection[str]) -> None:
+    """A layer that PEFT's configuration targets but the file has no tensors for is an error; PEFT saves one that it
+    trains whole in ``modules_to_save``."""
+    targets, whole = config.get("target_modules"), tuple(config.get("modules_to_save") or ())
     if not targets or any(config.get(key) for key in ("layers_to_transform", "exclude_modules")):
         return
-    bare = {name.removeprefix("text_model.") for name in found}
-    for name in adaptable(model):
-        if targeted(targets, name, CONFIG) and name.removeprefix("text_model.") not in bare:
+    for name in [name for name in adaptable(model) if name not in found]:
+        if targeted(targets, name, CONFIG) and not name.endswith(whole):
             raise ModelError("the configuration targets it, the weights do not have it", where=name)
 
 
@@ -199,7 +218,8 @@ def _fitted(saved: SavedAdapter, models: Mapping[str, nn.Module]) -> SavedAdapte
     components = {}
     for component, deltas in saved.components.items():
         if component not in models:
-            raise ModelError(f"made for a {component}, which the base has not")
+            kind = {"model": "a language model"}.get(component, f"a model with a {component}")
+            raise ModelError(f"made for {kind}, which the base is not")
         layers = adaptable(models[component])
         bare = {name.removeprefix("text_model."): layer for name, layer in layers.items()}
         shaped = {}

@@ -134,7 +134,8 @@ def is_xl(layers: Mapping[str, Collection[str]]) -> bool:
 
 
 def kohya_names(layers: Mapping[str, Collection[str]]) -> dict[tuple[str, str], str]:
-    """kohya's flat names for all layers of a base, by (component, path). SDXL's UNet goes by its original names.
+    """kohya's flat names for all layers of a base's UNet and text encoders, by (component, path). SDXL's UNet goes by
+    its original names.
 
     Raises ModelError when two layers share a name.
     """
@@ -142,7 +143,8 @@ def kohya_names(layers: Mapping[str, Collection[str]]) -> dict[tuple[str, str], 
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}
     found: dict[tuple[str, str], str] = {}
     owners: dict[str, str] = {}
-    for component, paths in layers.items():
+    for component in (name for name in prefixes if name in layers):
+        paths = layers[component]
         spelt = (
             original_paths(paths) if xl and component == "unet" else {path: _long(component, path) for path in paths}
         )

@@ -6,8 +6,7 @@ The wrapped layers compute W x + scale * B A x with A [r, in] and B [out, r] in 
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from lorakit.recipe.schema import Adapter
 
 __all__ = [
     "NAME", "adapter_parameters", "adapter_state", "apply", "fold", "inject", "load_adapter_state",
-    "lora_layers", "set_scale", "without_adapter",
+    "lora_layers", "set_scale",
 ]  # fmt: skip
 
 NAME = "default"
@@ -191,23 +190,6 @@ def set_scale(model: nn.Module, weight: float, name: str = NAME) -> None:
     """Take an adapter's change ``weight`` times; 1 is as trained. For DoRA the magnitude stays at its full effect."""
     for layer in lora_layers(model).values():
         layer.set_scale(name, weight)
-
-
-@contextmanager
-def without_adapter(model: nn.Module) -> Iterator[None]:
-    """The bare base, for as long as the block lasts."""
-    layers = list(lora_layers(model).values())
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        model.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def fold(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:

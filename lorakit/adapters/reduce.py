@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lorakit.adapters.delta import Delta, SavedAdapter
+from lorakit.adapters.delta import Delta, SavedAdapter, told_as
 from lorakit.adapters.outline import adaptable
 from lorakit.errors import ModelError, RecipeError
 from lorakit.numerics.low_rank import factor, thin
@@ -54,7 +54,7 @@ def resize(
             thin_b, thin_a, share = thin(b, a, most)
             smaller = _delta(thin_b, thin_a, delta.A.shape[1:], delta.B.dtype, delta.magnitude)
         parts.setdefault(component, {})[path] = smaller
-        squares.append((f"{component}.{path}", float(((a @ a.T) * (b.T @ b)).sum()), share))
+        squares.append((told_as(component, path), float(((a @ a.T) * (b.T @ b)).sum()), share))
         if progress is not None:
             progress(number, len(everything))
     return replace(saved, components=parts), _kept(squares)
@@ -86,7 +86,7 @@ def extract(
             component, path = layers[name]
             b, a, share = factor(other.float().sub_(one).flatten(1), rank)
             parts.setdefault(component, {})[path] = _delta(b, a, one.shape[1:], torch.float32, None)
-            squares.append((f"{component}.{path}", square, share))
+            squares.append((told_as(component, path), square, share))
         elif square:
             left[name] = square
         if progress is not None:

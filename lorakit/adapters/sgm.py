@@ -1,4 +1,4 @@
-"""The original names of a Stable Diffusion XL UNet's layers (the "SGM" names of Stability's generative-models).
+"""The original names of a Stable Diffusion UNet's layers (of XL the "SGM" names of Stability's generative-models).
 
 diffusers groups a level's blocks, the original code counts through: with L resnets a level, block j of level i is
 ``input_blocks.{(L+1) i + j + 1}`` on the way down and ``output_blocks.{(L+1) i + j}`` on the way up.
@@ -44,7 +44,7 @@ def original_paths(paths: Collection[str]) -> dict[str, str]:
             continue
         match = _BLOCK.fullmatch(path)
         if match is None:
-            raise ModelError("not a layer of Stable Diffusion XL's UNet", where=path)
+            raise ModelError("not a layer of Stable Diffusion's UNet", where=path)
         found[path] = _inside(match, step, attended)
     return found
 

@@ -103,10 +103,12 @@ def injection(outline: Outline, adapter: Adapter, groups: Mapping[str, Sequence[
     for name in names:
         layer = outline.layers[name]
         target = Target(name, layer.inputs, layer.outputs, rank=int(ranks.get(name, adapter.rank)))
-        if target.rank > min(target.inputs, target.outputs):
+        most = min(target.inputs * math.prod(layer.kernel), target.outputs)
+        if target.rank > most:
+            field = "adapter.rank_pattern" if name in ranks else "adapter.rank"
+            reason = f"rank {target.rank} is more than a change of {name} can have, {most}"
             raise RecipeError(
-                f"rank {target.rank} is more than {name} has: {target.inputs} in, {target.outputs} out",
-                where="adapter.rank",
+                reason, where=field, hint=f"adapter.rank_pattern can give it a rank of its own, {most} or less"
             )
         if layer.shared:
             raise RecipeError(f"{name} shares its weight with another layer", where="adapter.targets")

@@ -22,7 +22,6 @@ from lorakit.adapters.pieces import CONFIG, WEIGHTS
 from lorakit.adapters.targets import Injection, Target, suffixes
 from lorakit.errors import ModelError
 from lorakit.recipe.schema import Adapter
-from lorakit.storage.atomic import write_bytes, write_text
 
 
 def deltas(state: Mapping[str, Tensor], injection: Injection) -> dict[str, Delta]:
@@ -112,8 +111,8 @@ def write_peft(
     table = peft_config(injection, base_name, task)
     tensors = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / WEIGHTS, save(tensors, {"format": "pt", **(metadata or {})}))
-    write_text(folder / CONFIG, json.dumps(table, indent=2, sort_keys=True) + "\n")
+    (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt", **(metadata or {})}))
+    (folder / CONFIG).write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def peft_config(injection: Injection, base_name: str, task: Literal["CAUSAL_LM"] | None = None) -> dict[str, Any]:
@@ -171,6 +170,7 @@ def write_kohya(
     path: Path,
     components: Mapping[str, Mapping[str, Delta]],
     *,
+    title: str,
     version: Version,
     prediction_type: str | None,
     resolution: int | None,
@@ -180,9 +180,9 @@ def write_kohya(
     """Write SD's changes as the one file that A1111, ComfyUI and InvokeAI load.
 
     ``version``: sd_v2 for a base with the 1024-wide text encoder. ``resolution``: training pixels a side. ``models``:
-    the base's components, on meta if need be; SDXL needs them, because its names count all blocks. The file's name is
-    its title. One alpha for all modules, the commonest one, with what differs taken into ``lora_up``, because
-    diffusers 0.42 drops some modules' own alphas. ModelError for NaN or infinity.
+    the base's components, on meta if need be; SDXL needs them, because its names count all blocks. One alpha
+    for all modules, the commonest one, with what differs taken into ``lora_up``, because diffusers 0.42 drops some
+    modules' own alphas. ModelError for NaN or infinity.
     """
     layers = {name: list(changes) for name, changes in components.items()}
     if models is not None:
@@ -216,10 +216,10 @@ def write_kohya(
         "sshs_model_hash": hashlib.sha256(body).hexdigest(),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": path.stem,
+        "modelspec.title": title,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_bytes(path, save(tensors, strings))
+    path.write_bytes(save(tensors, strings))
 
 
 def write_diffusers(
@@ -245,4 +245,4 @@ def write_diffusers(
         config |= {f"{component}.{key}": value for key, value in table.items()}
     _check_finite(tensors)
     packed = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
-    write_bytes(path, save(tensors, {"format": "pt", **(metadata or {}), **packed}))
+    path.write_bytes(save(tensors, {"format": "pt", **(metadata or {}), **packed}))

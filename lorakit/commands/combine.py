@@ -1,10 +1,11 @@
 """`lorakit merge --as-adapter RANK`: several adapters as one, by singular values."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.errors import RecipeError
+from lorakit.errors import ConflictError, RecipeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +24,8 @@ def run(
     for option, value in given.items():
         if value:
             raise RecipeError(f"--as-adapter and {option} do not go together", hint=f"leave {option} out")
+    if os.path.lexists(out):
+        raise ConflictError("exists already", where=str(out), hint="choose another name, or remove it")
     from lorakit.adapters.combine import combine
     from lorakit.adapters.convert import convert
     from lorakit.adapters.files import read_adapter

@@ -52,26 +52,16 @@ def sha256(path: Path) -> str:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content`` in one step; ResourceError when the disk refuses.
-
-    A path that ``new_file`` gave is filled as it is: it takes its place in one step later.
-    """
+    """Replace ``path`` by ``content`` in one step; ResourceError when the disk refuses."""
     with disk_errors(path):
-        if path.name.startswith(TMP):
-            _fill(path, content)
-            return
         with _beside(path, folder=False) as partial:
-            _fill(partial, content)
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.chmod(partial, 0o666 & ~_umask())
             os.replace(partial, path)
         fsync(path.parent)
-
-
-def _fill(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_text(path: Path, content: str) -> None:

@@ -86,6 +86,7 @@ def there_and_back(saved: SavedAdapter, formats: list[str], family: str, folder:
         done = convert(saved, out, form, models=MODELS[family], base_name="tiny")  # type: ignore[arg-type]
         assert isinstance(done, Conversion)
         back = read_adapter(out, MODELS[family])
+        assert back.metadata.get("modelspec.title", out.stem) == out.stem
         assert back.format == form
         within_one_rounding(saved, back)
         saved = back

@@ -139,7 +139,7 @@ def test_kohya_file_is_read_by_diffusers(sd: Path, tmp_path: Path, adapter: Adap
     }
     changes = {name: deltas(adapter_state(models[name]), injection) for name, injection in injections.items()}
     path = tmp_path / "style.safetensors"
-    write_kohya(path, changes, version="sd_v1", prediction_type="epsilon", resolution=64)
+    write_kohya(path, changes, title="style", version="sd_v1", prediction_type="epsilon", resolution=64)
 
     pipeline = StableDiffusionPipeline.from_pretrained(sd)
     pipeline.load_lora_weights(path)
@@ -194,7 +194,7 @@ def test_kohya_metadata_and_names(sd: Path, tmp_path: Path) -> None:
     injection = disturbed(models["unet"], Adapter(rank=4, alpha=2), UNET)
     path = tmp_path / "style.safetensors"
     changes = {"unet": deltas(adapter_state(models["unet"]), injection)}
-    write_kohya(path, changes, version="sd_v1", prediction_type="epsilon", resolution=64)
+    write_kohya(path, changes, title="style", version="sd_v1", prediction_type="epsilon", resolution=64)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     content = path.read_bytes()
@@ -309,6 +309,14 @@ def written(llama: Path, tmp_path: Path) -> Path:
         ({"lora_unet_x.lora_down.weight": torch.zeros(1)}, "several formats"),
         ({"x": torch.zeros(1)}, "no known adapter format"),
         ({f"{Q}9.lora_A.weight": torch.ones(4, 32), f"{Q}9.lora_B.weight": torch.ones(32, 4)}, "no such module"),
+        (
+            {
+                f"base_model.model.{Q}.lora_A.weight": torch.ones(4, 32),
+                f"base_model.model.{Q}.lora_B.weight": torch.ones(32, 4),
+            },
+            "base_model.model.model.layers.0.self_attn.q_proj: the base has no such module",
+        ),
+        ({f"{Q}.lora_magnitude_vector": torch.tensor(1.0)}, r"magnitudes \(\) for 32 outputs"),
         ({f"{Q}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}, "its numbers are I8"),
     ],
 )
@@ -335,6 +343,12 @@ def test_broken_configuration(written: Path, change: dict[str, object], message:
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ModelError, match=message):
         read_adapter(written)
+
+
+def test_a_kohya_file_for_a_language_model(llama: Path, tmp_path: Path) -> None:
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match="made for a Stable Diffusion model, which the base is not"):
+        read_adapter(tmp_path / "x.safetensors", {"model": LlamaForCausalLM.from_pretrained(llama)})
 
 
 def test_not_adapters(tmp_path: Path, written: Path, sd: Path) -> None:

@@ -20,7 +20,6 @@ from lorakit.adapters.inject import (
     load_adapter_state,
     lora_layers,
     set_scale,
-    without_adapter,
 )
 from lorakit.adapters.outline import Outline
 from lorakit.adapters.targets import Target, injection
@@ -173,13 +172,26 @@ def test_an_outline_on_meta_is_enough_for_an_injection(sd: Path) -> None:
     assert all((p.grad is not None) == p.requires_grad for p in unet.parameters())
 
 
+def test_a_convolutions_change_has_the_rank_of_its_matrix(sd: Path) -> None:
+    """[32, 4 * 3 * 3]: more than its 4 channels in."""
+    unet = UNet2DConditionModel.from_pretrained(sd / "unet")
+    assert inject(unet, Adapter(rank=32, targets=["conv_in"]), UNET, seed=0).targets[0].rank == 32
+    with pytest.raises(RecipeError, match="rank 5 is more than a change of conv_out can have, 4"):
+        inject(unet, Adapter(rank=5, targets=["conv_out"]), UNET, seed=0)
+
+
 @pytest.mark.parametrize(
     ("adapter", "message", "hint"),
     [
         (Adapter(targets=["q_prj"]), "'q_prj' matches no layer", "q_proj"),
         (Adapter(rank=4, rank_pattern={"gate_proj": 2}), "'gate_proj' matches no layer", "o_proj"),
         (Adapter(rank=4, alpha_pattern={"k_pro": 2}), "'k_pro' matches no layer", "k_proj"),
-        (Adapter(rank=17), "rank 17 is more than model.layers.0.self_attn.k_proj has", ""),
+        (
+            Adapter(rank=17),
+            "adapter.rank: rank 17 is more than a change of .*k_proj can have, 16",
+            "adapter.rank_pattern",
+        ),
+        (Adapter(rank=4, rank_pattern={"k_proj": 17}), "adapter.rank_pattern: rank 17 is more than", "16 or less"),
         (Adapter(rank=4, layers=[2]), "layer 2: the model has 2", "counted from 0"),
         (Adapter(rank=4, targets=["lm_head"]), "shares its weight", ""),
         (Adapter(rank=4, targets=[]), "no layer of the model is left", ""),
@@ -212,7 +224,7 @@ def test_state_round_trip(model: LlamaForCausalLM, folder: Path) -> None:
     assert torch.equal(logits(model), logits(other))
 
 
-def test_scale_and_without(model: LlamaForCausalLM) -> None:
+def test_scale(model: LlamaForCausalLM) -> None:
     base = logits(model)
     inject(model, Adapter(rank=4, rslora=True), LLAMA, seed=0)
     disturb(model)
@@ -222,11 +234,8 @@ def test_scale_and_without(model: LlamaForCausalLM) -> None:
     set_scale(model, 1)
     assert torch.equal(logits(model), full)
     assert not torch.allclose(half, full)
-    trainable = [p.requires_grad for p in model.parameters()]
-    with without_adapter(model):
-        assert torch.equal(logits(model), base)
-    assert torch.equal(logits(model), full)
-    assert [p.requires_grad for p in model.parameters()] == trainable
+    set_scale(model, 0)
+    assert torch.equal(logits(model), base)
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -46,7 +46,15 @@ def kohya(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     path = tmp_path_factory.mktemp("kohya") / "style.safetensors"
     strings = {"lorakit_recipe": json.dumps(as_dict(SD_RECIPE))}
-    write_kohya(path, {"unet": changes}, version="sd_v1", prediction_type="epsilon", resolution=512, metadata=strings)
+    write_kohya(
+        path,
+        {"unet": changes},
+        title="style",
+        version="sd_v1",
+        prediction_type="epsilon",
+        resolution=512,
+        metadata=strings,
+    )
     return path
 
 
@@ -85,6 +93,29 @@ def test_dead_and_broken_modules_are_named(kohya: Path, tmp_path: Path) -> None:
     text = lorakit("inspect", tmp_path / "a.safetensors")
     assert "dead (B is zero)" in text
     assert "NaN or infinity" in text
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "told"),
+    [
+        ("lora_up.weight", torch.ones(320, 3), "do not multiply"),
+        ("lora_up.weight", torch.ones(320, 2, 1), "do not multiply"),
+        ("lora_down.weight", torch.ones(2), "do not multiply"),
+        ("lora_down.weight", torch.tensor(1.0), "do not multiply"),
+        ("alpha", torch.ones(2), "alpha has shape"),
+        ("alpha", torch.ones(0), "alpha has shape"),
+        ("dora_scale", torch.tensor(1.0), "only DoRA on the output"),
+        ("dora_scale", torch.ones(1, 768), "only DoRA on the output"),
+    ],
+)
+def test_what_makes_no_change_is_named(kohya: Path, tmp_path: Path, part: str, tensor: torch.Tensor, told: str) -> None:
+    tensors = load_file(kohya)
+    name = next(key for key in tensors if tensors[key].shape == (320, 2)).split(".")[0]
+    save_file(tensors | {f"{name}.{part}": tensor}, tmp_path / "a.safetensors")
+    found = json.loads(lorakit("inspect", tmp_path / "a.safetensors", "--json"))
+    assert (found["modules"], len(found["faults"])) == (4, 1)
+    assert found["faults"][0].startswith(f"{name}.")
+    assert told in found["faults"][0]
 
 
 @pytest.mark.parametrize("recipe", [SD_RECIPE, LLAMA_RECIPE], ids=["sd", "llama"])

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lorakit.adapters.convert import convert
+from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import adapter_state, inject, load_adapter_state
 from lorakit.adapters.linear import plain_layers
 from lorakit.adapters.merging import reference
@@ -186,12 +188,14 @@ def test_what_is_refused(base: BaseLocation, adapter: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def folder(models: dict[str, Any], tmp_path: Path) -> BaseLocation:
-    """The same models as a diffusers folder."""
+    """The same models as a diffusers folder; as in Stable Diffusion 1.5's, nothing says that it predicts epsilon."""
     schedule = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     StableDiffusionPipeline(
         *(models["vae"], models["text_encoder"], tiny_clip_tokenizer(), models["unet"], schedule, None, None),
         requires_safety_checker=False,
     ).save_pretrained(tmp_path / "base")
+    config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "prediction_type"}))
     return resolve(str(tmp_path / "base"))
 
 
@@ -207,6 +211,20 @@ def test_a_folder_becomes_a_single_file(folder: BaseLocation, models: dict[str, 
     wanted, parts = expected(folder, tmp_path / "adapter"), load_parts(resolve(str(out)), PLACE)
     for component, module in pieces(parts).items():
         equal(module, pieces(wanted)[component])
+
+
+def test_a_kohya_file_merges_into_a_single_file(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
+    parts = load_parts(base, PLACE)
+    saved = read_adapter(adapter, parts.adaptable)
+    convert(saved, tmp_path / "style.safetensors", "kohya", models=parts.adaptable, base_name="x")
+    found = []
+    for number, path in enumerate((adapter, tmp_path / "style.safetensors")):
+        out = tmp_path / "base" / f"{number}.safetensors"
+        merge(plan_merge(base, open_base(base, open_original(base)), [(path, 1.0)], out))
+        found.append(load_file(out))
+    assert found[0].keys() == found[1].keys()
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(found[1][key], tensor, rtol=2e-3, atol=1e-6)
 
 
 def test_a_folder_of_sd_2_becomes_a_single_file(models: dict[str, Any], tmp_path: Path) -> None:

@@ -20,6 +20,11 @@ def copy_rest(base: BaseLocation, out: Path, config: Mapping[str, Any]) -> None:
     for path in _rest(base.path):
         shutil.copyfile(path, out / path.name)
     if base.layout == "transformers":
+        templates = base.path / "additional_chat_templates"
+        if templates.is_dir():
+            (out / templates.name).mkdir()
+            for path in _rest(templates):
+                shutil.copyfile(path, out / templates.name / path.name)
         _set(out / "config.json", config)
         return
     index_path = out / "model_index.json"

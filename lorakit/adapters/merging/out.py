@@ -16,7 +16,7 @@ def check_out(plan: MergePlan, overwrite: bool) -> None:
     inputs = [("base", plan.base.path), *(("adapter", adapter.path) for adapter in plan.adapters)]
     for name, path in ((name, path.resolve()) for name, path in inputs):
         if target == path or target in path.parents or path in target.parents:
-            raise ConflictError(f"OUT is the {name}, or inside it, or around it", where=str(out))
+            raise ConflictError(f"OUT is the {name}, lies inside it or contains it", where=str(out))
     if not os.path.lexists(out):
         return
     if not overwrite:

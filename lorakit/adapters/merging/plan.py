@@ -14,7 +14,7 @@ from lorakit.adapters.merging.base import Home, OpenBase, Packed
 from lorakit.adapters.merging.change import Change, Rows, Term, Whole, not_alone
 from lorakit.adapters.merging.source import FLOATS, FileSource, Slot, Source
 from lorakit.adapters.merging.stream import OutFile, Span, Target
-from lorakit.adapters.merging.tied import equal_terms, tied_names, untied
+from lorakit.adapters.merging.tied import equal_terms, tied_by_config, tied_names, untied
 from lorakit.adapters.merging.turned import Turned, turned
 from lorakit.adapters.pieces import CONFIG, Piece, open_pieces
 from lorakit.adapters.whole import added_biases
@@ -104,7 +104,7 @@ def plan_merge(
         from lorakit.adapters.merging.nf4 import as_trained  # bitsandbytes takes seconds to import
 
         opened = replace(opened, sources=as_trained(opened))
-    tied = tied_names(opened.models)
+    tied = tied_names(opened)
     changes, head = _changes(opened, found, tied)
     if base.layout == "single-file" and not single:
         files = _unpacked(opened, changes, dtype)
@@ -163,10 +163,14 @@ def _beside(piece: Piece, saved: SavedAdapter, base: OpenBase) -> dict[str, Delt
             reason = "the adapter adds a bias (lora_bias), and the base's layer has none that it could be added to"
             raise ModelError(reason, where=f"{piece.path}: {name}")
         found[name] = added
-    tied = tied_names(base.models)
+    tied = tied_by_config(base.models)
     for module, tokens in piece.tokens.items():
         home = base.home(piece.component, f"{module}.weight")
-        height = 0 if home is None else home.last - home.first
+        if home is None:
+            shared = tied is not None and f"{module}.weight" == tied[0]
+            reason = "it shares the embedding's weight" if shared else "the base has no such tensor"
+            raise ModelError(f"tokens were trained in it alone, but {reason}", where=f"{piece.path}: {module}")
+        height = home.last - home.first
         if not len(tokens.indices) or int(tokens.indices.max()) >= height:
             raise ModelError(f"trained tokens that the base does not have: it has {height}", where=module)
         rows = Rows(tokens.indices, tokens.values, height)

@@ -20,7 +20,7 @@ from lorakit.adapters.merging.base import Home, OpenBase
 from lorakit.adapters.merging.plan import PlannedAdapter
 from lorakit.adapters.merging.source import FileSource, Source
 from lorakit.adapters.merging.stream import worked
-from lorakit.adapters.merging.tied import tied_names
+from lorakit.adapters.merging.tied import tied_by_config, tied_names
 from lorakit.adapters.merging.turned import Turned
 from lorakit.adapters.whole import Tokens, added_biases
 from lorakit.errors import ModelError
@@ -98,7 +98,8 @@ def run_from_files(base: OpenBase, adapters: Sequence[PlannedAdapter] = ()) -> N
     adapter as many times as its weight says. ModelError when a tensor is missing, or an adapter does not fit.
     """
     models = {component: model.float().eval() for component, model in base.models.items()}
-    weights = {component: _weights(base, component, model) for component, model in models.items()}
+    tied = tied_names(base)
+    weights = {component: _weights(base, component, model, tied) for component, model in models.items()}
     for adapter in adapters:
         _put_on(weights, models, adapter)
     for component, model in models.items():
@@ -106,8 +107,8 @@ def run_from_files(base: OpenBase, adapters: Sequence[PlannedAdapter] = ()) -> N
             _read_in(module, {name: weights[component].get(f"{path}.{name}".lstrip(".")) for name in _own(module)})
 
 
-def _weights(base: OpenBase, component: str, model: nn.Module) -> dict[str, Weight]:
-    head, embedding = tied_names({component: model}) or ("", "")
+def _weights(base: OpenBase, component: str, model: nn.Module, tied: tuple[str, str] | None) -> dict[str, Weight]:
+    head, embedding = tied or ("", "")
     found = {}
     for name, tensor in model.state_dict().items():
         home = base.home(component, name) or (base.home(component, embedding) if name == head else None)
@@ -127,7 +128,7 @@ def _put_on(weights: Weights, models: Mapping[str, nn.Module], adapter: PlannedA
     saved, share = assemble(adapter.path, adapter.pieces, models, whole=True), adapter.weight
     for (component, module), delta in saved.all_deltas().items():
         weights[component][f"{module}.weight"].lora.append((delta, share))
-    tied = tied_names(models)
+    tied = tied_by_config(models)
     for piece in adapter.pieces:
         own = weights[piece.component]
         source = FileSource(piece.path) if piece.whole else None

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.merging.base import OpenBase
+from lorakit.adapters.merging.base import Home, OpenBase
 from lorakit.adapters.merging.change import Change, Rows, Term, Whole
 from lorakit.adapters.merging.stream import OutFile, Span, Target
 
@@ -16,14 +16,35 @@ ROWS = 1024
 """Rows of two whole tensors that are compared at a time."""
 
 
-def tied_names(models: Mapping[str, nn.Module]) -> tuple[str, str] | None:
-    """The names of the head's and the embedding's weight where the config ties them."""
+def tied_by_config(models: Mapping[str, nn.Module]) -> tuple[str, str] | None:
+    """The names of the head's and the embedding's weight where the config ties them: PEFT goes by it for tokens."""
     model: Any = models.get("model")
     if model is None or not model.config.tie_word_embeddings:
         return None
     names = {id(module): name for name, module in model.named_modules()}
     head, embedding = names[id(model.get_output_embeddings())], names[id(model.get_input_embeddings())]
     return f"{head}.weight", f"{embedding}.weight"
+
+
+def tied_names(base: OpenBase) -> tuple[str, str] | None:
+    """``tied_by_config``, unless the files hold a head that differs from the embedding: transformers takes it then."""
+    tied = tied_by_config(base.models)
+    if tied is None:
+        return None
+    own, shared = (base.home("model", name) for name in tied)
+    return None if own is not None and shared is not None and not _equal_rows(base, own, shared) else tied
+
+
+def _equal_rows(base: OpenBase, one: Home, other: Home) -> bool:
+    if one.last - one.first != other.last - other.first:
+        return False
+    starts = range(0, one.last - one.first, ROWS)
+    return all(torch.equal(_rows(base, one, start), _rows(base, other, start)) for start in starts)
+
+
+def _rows(base: OpenBase, home: Home, start: int) -> Tensor:
+    first = home.first + start
+    return base.sources[home.file].rows(home.name, first, min(first + ROWS, home.last))
 
 
 def equal_terms(ours: Sequence[Term], theirs: Sequence[Term]) -> bool:

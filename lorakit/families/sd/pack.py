@@ -52,7 +52,7 @@ def packed_names(location: BaseLocation) -> tuple[dict[str, Packed], dict[str, s
     for component, encoder in kind.encoders.items():
         packed |= encoder.names(component, models[component])
     _prove(kind, packed, models, location)
-    predicted = str(bones.schedule["prediction_type"])
+    predicted = noise_schedule(bones.schedule, location.name)[1]
     if kind.told:
         said = {"v_pred": predicted == "v_prediction", "ztsnr": bones.schedule.get("rescale_betas_zero_snr")}
         packed |= {name: Packed((), (0,)) for name, so in said.items() if so}

@@ -192,7 +192,7 @@ def test_stable_diffusion(sd: Path, tmp_path: Path, form: str, dtype: torch.dtyp
     if form == "kohya":
         path = tmp_path / "style.safetensors"
         changes = {name: deltas(states[name], injections[name]) for name in models}
-        write_kohya(path, changes, version="sd_v1", prediction_type="epsilon", resolution=64)
+        write_kohya(path, changes, title="style", version="sd_v1", prediction_type="epsilon", resolution=64)
     else:
         for name in models:
             write_peft(path / name, states[name], injections[name], base_name="x")
@@ -300,7 +300,7 @@ def test_full_disk_is_told_before(tmp_path: Path, llama: Path, monkeypatch: pyte
 
 @pytest.mark.usefixtures("llama")
 def test_adapter_of_another_base(tmp_path: Path, sd: Path) -> None:
-    with pytest.raises(ModelError, match="which the base has not"):
+    with pytest.raises(ModelError, match="which the base is not"):
         merge(resolve(str(sd)), tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.merging import reference, stream
@@ -132,6 +132,57 @@ def test_computes_what_peft_computes(tmp_path: Path, case: str, monkeypatch: pyt
     assert model.config.tie_word_embeddings == stays
     weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert ("lm_head.weight" in weight_map) == (not stays)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("case", ["embedding whole", "both whole", "embedding", "head", "tokens of a tied embedding"])
+def test_a_head_in_the_file_of_a_base_whose_config_ties_it(tmp_path: Path, case: str, equal: bool) -> None:
+    """transformers takes it where it is another one, and ties it where it is not."""
+    base, file = tiny_llama(tmp_path / "base", tied=True), tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    head = embedding.clone() if equal else torch.randn(embedding.shape, generator=torch.Generator().manual_seed(5))
+    save_file(tensors | {"lm_head.weight": head}, file, {"format": "pt"})
+    expected = adapter(base, tmp_path / "adapter", **PARTS[case][1])
+    out = merged(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora", "gaussian"])
+def test_an_adapter_whose_start_changed_its_base(tmp_path: Path, start: str) -> None:
+    """PEFT takes B A of the beginning off the base's weights; what it saves is no change of the base's own."""
+    base = tiny_llama(tmp_path / "base")
+    adapter(base, tmp_path / "adapter", target_modules=[Q], init_lora_weights=start)
+    if start == "gaussian":
+        assert planned(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out").changed
+        return
+    with pytest.raises(ModelError, match=f"init_lora_weights is '{start}': its base was changed"):
+        planned(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
+def test_a_head_that_is_targeted_and_saved_whole(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", tied=False)
+    expected = adapter(base, tmp_path / "adapter", target_modules=[Q, HEAD], modules_to_save=[HEAD])
+    out = merged(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_of_a_head_that_is_tied(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", tied=True)
+    adapter(base, tmp_path / "adapter", target_modules=[Q], trainable_token_indices={HEAD: [3]})
+    with pytest.raises(ModelError, match="trained in it alone, but it shares the embedding's weight"):
+        planned(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
+def test_named_chat_templates_come_along(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    adapter(base, tmp_path / "adapter", target_modules=[Q])
+    out = merged(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    templates = AutoTokenizer.from_pretrained(out).chat_template
+    assert templates == AutoTokenizer.from_pretrained(base).chat_template
+    assert templates["tool_use"] == "tools"
 
 
 def test_only_a_merge_takes_in_what_is_not_lora_of_a_layer(tmp_path: Path) -> None:

@@ -192,6 +192,9 @@ def test_the_sum_as_an_adapter_is_planned_and_takes_no_other_options(models: Pat
     code, told = lorakit(*words, "--dry-run")
     assert (code, list(tmp_path.iterdir())) == (0, [])
     assert "would keep" in told
+    (tmp_path / "out").mkdir()
+    assert lorakit(*words, "--dry-run")[0] == 7
+    (tmp_path / "out").rmdir()
     for option in (("--dtype", "float16"), ("--quant-base", "original"), ("--overwrite",)):
         code, told = lorakit(*words, *option)
         assert code == 2
