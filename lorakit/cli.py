@@ -91,7 +91,7 @@ def merge(
     ],
     out: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="A folder; for Stable Diffusion 1.x also a .safetensors file."),
+        typer.Argument(metavar="OUT", help="A folder; for Stable Diffusion also a .safetensors file."),
     ],
     scale: Annotated[float, typer.Option(help="Factor on every adapter's weight.")] = 1.0,
     dtype: Annotated[
@@ -122,6 +122,7 @@ def merge(
 
 @app.command()
 def generate(
+    context: typer.Context,
     base: Annotated[str, typer.Option("--base", help="A base model, named as in a recipe.")],
     adapter: AdapterSpecs = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May be given again.")] = None,
@@ -155,8 +156,10 @@ def generate(
     """Draw pictures or answer prompts with a base and any number of adapters."""
     from lorakit.commands import generate as command
 
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = frozenset(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
     request = command.Request(
-        base, revision, tuple(adapter or ()), tuple(prompt or ()), prompts, out, device, seed, fuse, resume
+        base, revision, tuple(adapter or ()), tuple(prompt or ()), prompts, out, device, seed, fuse, resume, given
     )
     command.run(
         request,
@@ -215,6 +218,8 @@ def verify(
     else:
         from lorakit.commands import exactness
 
+        if num_processes > 1:
+            raise RecipeError("goes with --resume", where="--num-processes", hint="leave it out, or add --resume")
         exactness.run(recipe, set_ or [])
 
 

@@ -50,7 +50,7 @@ def run(path: Path, overrides: list[str]) -> None:
     _start_from_learned(task)
     task.model.eval()  # no dropout
     exact = torch.float64 if dtype == torch.float32 else torch.float32
-    fast = _measured(task, lambda: task.loss(task.model, batch))
+    fast = _measured(task, lambda: task.loss(batch))
     plain = _measured(task, lambda: task.plain_loss(batch, dtype))
     wanted = _measured(task, lambda: task.plain_loss(batch, exact))
     rows = {name: _differences(one, wanted, dtype) for name, one in (("fast path", fast), ("plain means", plain))}

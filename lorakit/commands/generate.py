@@ -13,7 +13,7 @@ from rich.console import Console
 from lorakit.commands.progress import warnings_to
 from lorakit.errors import INTERRUPTED, TERMINATED, ConflictError, DataError, RecipeError, Stopped
 from lorakit.storage.atomic import disk_errors, write_bytes
-from lorakit.training.stop import StopSignals
+from lorakit.training.stop import StopSignals, stopping_at_once
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +38,8 @@ class Request:
     fuse: bool = False
     resume: bool = False
     """Go on with what a batch that was stopped left undone."""
+    given: frozenset[str] = frozenset()
+    """Names of the settings that were given, rather than left at their defaults."""
 
 
 def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) -> None:
@@ -48,11 +50,14 @@ def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) ->
     from lorakit.storage.bases import resolve
 
     location, console = resolve(request.base, request.revision), Console(stderr=True)
-    with warnings_to(console), StopSignals(lambda _: None, world=1) as signals:
+    others = {*llama, "fuse"} if location.family == "sd" else set(sd)
+    for name in sorted(others & request.given):
+        raise RecipeError(f"is not for {location.name}", where=f"--{name.replace('_', '-')}", hint="leave it out")
+    with warnings_to(console), stopping_at_once("stopped before anything was made", ""):
         if location.family == "sd":
-            _draw(request, location, prompts, adapters, sd, signals)
+            _draw(request, location, prompts, adapters, sd, console)
         else:
-            _answer(request, location, prompts, adapters, llama, signals)
+            _answer(request, location, prompts, adapters, llama, console)
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
@@ -77,10 +82,10 @@ def _prompts(request: Request) -> list[str]:
     prompts = list(request.prompts)
     if request.prompts_file is not None:
         try:
-            lines = request.prompts_file.read_text(encoding="utf-8-sig").splitlines()
+            lines = request.prompts_file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot be read: {error}", where=str(request.prompts_file)) from error
-        prompts += [line for line in lines if line.strip()]
+        prompts += [line.removesuffix("\r") for line in lines if line.strip()]
     if not prompts:
         raise RecipeError("there is no prompt", hint="give --prompt TEXT or --prompts FILE")
     return prompts
@@ -100,7 +105,7 @@ def _draw(
     prompts: list[str],
     adapters: list[tuple[Path, float]],
     options: Mapping[str, Any],
-    signals: StopSignals,
+    console: Console,
 ) -> None:
     """Numbered PNG files after those that are there already, and a grid when there are several pictures."""
 
@@ -124,12 +129,13 @@ def _draw(
     first = 1 + max((int(p.stem) for p in out.glob("*.png") if p.stem.isdigit()), default=0)
     drawn: list[Image] = []
     labels: list[str] = []
-    for number, (picture, metadata) in enumerate(painter.paint(jobs, settings), start=first):
-        save_picture(picture, metadata, out / f"{number:04d}.png")
-        print(out / f"{number:04d}.png", flush=True)
-        drawn.append(picture)
-        labels.append(str(metadata["prompt"]))
-        _check_stop(signals, out)
+    with _stoppable(console) as signals:
+        for number, (picture, metadata) in enumerate(painter.paint(jobs, settings), start=first):
+            save_picture(picture, metadata, out / f"{number:04d}.png")
+            print(out / f"{number:04d}.png", flush=True)
+            drawn.append(picture)
+            labels.append(str(metadata["prompt"]))
+            _check_stop(signals, out)
     if len(drawn) > 1:
         sheet = out / f"grid-{first:04d}.png"
         save_picture(grid(drawn, labels), {}, sheet)
@@ -142,12 +148,16 @@ def _answer(
     prompts: list[str],
     adapters: list[tuple[Path, float]],
     options: Mapping[str, Any],
-    signals: StopSignals,
+    console: Console,
 ) -> None:
     """Stream to the terminal; with ``--out`` or ``--prompts`` also write {"prompt", "answer"} lines as they finish."""
     from lorakit.families.llama.generate import Settings, open_chat
 
     out = request.out or (Path("answers.jsonl") if request.prompts_file else None)
+    if options["raw"] and options["system"] is not None:
+        raise RecipeError("--raw and --system do not go together", hint="a raw prompt has no system message")
+    if request.resume and out is None:
+        raise RecipeError("has no answers to go on after", where="--resume", hint="give their file with --out")
     prompts = _unanswered(out, prompts) if out is not None and request.resume else prompts
     if out is not None and not request.resume and os.path.lexists(out):
         raise ConflictError("exists already", where=str(out), hint="give another file with --out, or --resume")
@@ -162,20 +172,21 @@ def _answer(
     settings = Settings(seed=request.seed, **{name: options[name] for name in names})
     questions = [prompt if options["raw"] else _messages(prompt, options["system"]) for prompt in prompts]
     pieces: list[str] = []
-    for number, piece in chat.answers(questions, settings):
-        if not pieces and len(prompts) > 1:
-            print(f"> {prompts[number]}")
-        pieces.append(piece)
-        if piece:
-            print(piece, end="", flush=True)
-        else:
-            print(flush=True)
-            if out is not None:
-                line = {"prompt": prompts[number], "answer": "".join(pieces)}
-                with disk_errors(out), out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            pieces.clear()
-        _check_stop(signals, out)
+    with _stoppable(console) as signals:
+        for number, piece in chat.answers(questions, settings):
+            if not pieces and len(prompts) > 1:
+                print(f"> {prompts[number]}")
+            pieces.append(piece)
+            if piece:
+                print(piece, end="", flush=True)
+            else:
+                print(flush=True)
+                if out is not None:
+                    line = {"prompt": prompts[number], "answer": "".join(pieces)}
+                    with disk_errors(out), out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                pieces.clear()
+            _check_stop(signals, out)
 
 
 def _unanswered(out: Path, prompts: list[str]) -> list[str]:
@@ -198,6 +209,11 @@ def _unanswered(out: Path, prompts: list[str]) -> list[str]:
     text = b"".join(whole)
     write_bytes(out, text + b"\n" if text else text)
     return prompts[len(answered) :]
+
+
+def _stoppable(console: Console) -> StopSignals:
+    told = "stopping after this; a second signal stops at once"
+    return StopSignals(lambda _: console.print(told), world=1)
 
 
 def _check_stop(signals: StopSignals, kept: Path | None) -> None:

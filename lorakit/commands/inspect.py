@@ -92,7 +92,7 @@ def _tell(found: "Description", base: str, console: Console) -> None:
     console.print(
         f"{found.modules} modules, {found.parameters:,} parameters, norm of the whole change {found.norm:.4g}"
     )
-    console.print(f"made for {escape(visible(base))}" if base else "its metadata name no base")
+    console.print(f"made for {escape(visible(base))}" if base else "its metadata names no base")
     table = Table("block", Column("modules", justify="right"), "rank", "alpha", Column("norm", justify="right"))
     for block in found.blocks:
         ranks, alphas = (", ".join(f"{value:g}" for value in values) for values in (block.ranks, block.alphas))

@@ -30,7 +30,9 @@ def compare_with(plan: "MergePlan") -> "Compare":
         allowed = max(TOLERANCE[dtype] for dtype in plan.dtypes)
         if not share <= allowed:
             hint = "the merged model was removed; --dtype float32 rounds less, --no-verify compares nothing"
-            raise ModelError(f"does not verify: {told}, allowed are {allowed:.0%}", where=str(plan.out), hint=hint)
+            raise ModelError(
+                f"does not verify: {told}; at most {allowed:.0%} is allowed", where=str(plan.out), hint=hint
+            )
         return {"difference": share, "allowed": allowed, "in_words": told}
 
     return compare

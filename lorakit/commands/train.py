@@ -1,5 +1,6 @@
 """`lorakit train-sd` and `lorakit train-llama`: each section of the recipe to the part that owns it."""
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,12 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
         optim.check_division(recipe.train, recipe.compute, session.world)
     root = recipe.output.folder / recipe.output.name
     resume_command = _resume_command([*words, *(["--allow"] if mode.allow else [])], session.world)
+    failed = True
     try:
         opened = RunFolder.open_existing if mode.resume else RunFolder.open_new
         with (
             session.told_once(),
-            stopping_at_once(resume_command),
+            stopping_at_once("stopped before the first step", f"go on with: {resume_command}") as beginning,
             opened(root, rank=session.rank) as run_folder,
             Terminal(quiet=not session.is_main) as terminal,
             warnings_to(terminal.console),
@@ -93,13 +95,15 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
                 resume_command=resume_command,
             )
             outcome = loop.train(task, session, plan, run_folder, terminal)
+            beginning.over = True
             finished_before = mode.resume and not terminal.trained
         if session.is_main:
             if finished_before:
                 print("the run had finished already")
             _tell(recipe, root, outcome)
+        failed = False
     finally:
-        session.close()
+        session.close(failed=failed)
 
 
 def load_task(recipe: SDRecipe | LlamaRecipe, layout: "Layout", place: "Place") -> "Task":
@@ -116,6 +120,8 @@ def load_task(recipe: SDRecipe | LlamaRecipe, layout: "Layout", place: "Place") 
 
 
 def _resume_command(words: list[str], world: int) -> str:
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:  # several nodes, each with its own accelerate launch
+        return shlex.join(["accelerate", "launch", "...", "-m", "lorakit", *words, "--resume"])
     ranks = ["--num-processes", str(world)] if world > 1 else []
     return shlex.join(["lorakit", *words, *ranks, "--resume"])
 

@@ -104,7 +104,7 @@ def held_out_keys(rows: Iterable[Example], share: float, seed: int) -> set[bytes
     count = max(1, round(share * len(keys)))
     if count >= len(keys):
         raise DataError(
-            f"{len(keys)} different rows are too few to set some aside", where="data.held_out", hint="held_out: 0"
+            f"too few different rows to hold any out: {len(keys)}", where="data.held_out", hint="held_out: 0"
         )
     salt = seed.to_bytes(8, "little")
     return set(sorted(keys, key=lambda key: hashlib.sha256(salt + key).digest())[:count])

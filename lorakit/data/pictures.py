@@ -131,6 +131,9 @@ def read_inside(root: Path, name: str, where: str) -> bytes:
 def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
     """Every file named like a picture, or with a .txt of the same name next to it; hidden ones left out."""
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir())
+    for link in sorted(p for p in root.rglob("*") if p.is_symlink() and p.is_dir()):
+        error = DataError("a link to a folder, which is not followed", where=shown(link.relative_to(root).as_posix()))
+        rejects.report(error)
     known = set(names)
     if repeats := {part for name in names for part in Path(name).parts[:-1] if re.match(r"\d+_", part)}:
         told = "%s: the number is no repeat count here; every picture counts once, data.repeats repeats them all"

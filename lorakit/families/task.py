@@ -48,8 +48,8 @@ class Task(Protocol):
         """
         ...
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """float32 SUM of the loss over ``batch.count`` items; ``model`` may be a wrapper of ``self.model``."""
+    def loss(self, batch: Batch) -> Tensor:
+        """float32 SUM of the loss over ``batch.count`` items."""
         ...
 
     def plain_loss(self, batch: Batch, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -82,7 +83,7 @@ class Optimizer(Section):
     """Rising from 0: a share of all steps below 1, a number of steps from 1 on."""
     weight_decay: Amount = 0.01
     """Decoupled from the gradient (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square."""
     clip: Amount = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
@@ -108,7 +109,7 @@ class Compute(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile the model's blocks; pays back in long runs."""
+    """torch.compile the blocks' MLPs (and LLaMA's norms); pays back in long runs."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where there is one, else cpu."""
 

@@ -15,14 +15,13 @@ from typing import Literal
 from lorakit.errors import ModelError
 from lorakit.storage import checks
 from lorakit.storage.gguf_base import check_gguf
-from lorakit.storage.headers import read_header, read_text
+from lorakit.storage.headers import read_text
 
 __all__ = [
     "BaseLocation",
     "description",
     "digest",
     "file_digest",
-    "read_header",
     "remember_digest",
     "resolve",
     "texts",

@@ -21,7 +21,6 @@ class RunFolder:
         self.root = root
         self.recipe = root / "recipe.yaml"
         self.data = root / "data.json"
-        self.adapter = root / "adapter"
         self.checkpoints = root / "checkpoints"
         self.metrics = root / "metrics.jsonl"
         self.loss_png = root / "loss.png"

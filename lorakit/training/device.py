@@ -1,6 +1,7 @@
 """Which device and which precision a recipe gets on this machine."""
 
 import logging
+import os
 
 import torch
 
@@ -18,6 +19,14 @@ def choose(compute: Compute) -> tuple[torch.device, torch.dtype]:
     if compute.device == "cuda" and on_cpu:
         raise RecipeError("there is no CUDA device", where="compute.device", hint="set it to auto or cpu")
     return torch.device("cpu" if on_cpu else "cuda"), _dtype(compute.precision, on_cpu)
+
+
+def make_deterministic() -> None:
+    """Have PyTorch's CUDA kernels sum in one order, so that a resumed run is bit-equal; an operation that has no such
+    kernel says so in a warning. From PyTorch's notes on reproducibility."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _dtype(precision: str, on_cpu: bool) -> torch.dtype:

@@ -21,9 +21,17 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers, get_available_trackers
 from torch import Tensor, distributed
 
-from lorakit.errors import INTERRUPTED, TERMINATED, ConflictError, LorakitError, RankError, RecipeError
+from lorakit.errors import (
+    INTERRUPTED,
+    TERMINATED,
+    ConflictError,
+    LorakitError,
+    RankError,
+    RecipeError,
+    is_out_of_memory,
+)
 from lorakit.recipe.schema import Compute
-from lorakit.training.device import choose
+from lorakit.training.device import choose, make_deterministic
 from lorakit.training.watch import Watch
 
 OWN_EXIT_CODES = frozenset({*range(10), TERMINATED, INTERRUPTED} - {1})
@@ -57,10 +65,6 @@ class Session:
             with _lost_rank():
                 distributed.all_reduce(tensor)
         return tensor
-
-    def barrier(self) -> None:
-        """Wait until all ranks are here."""
-        self.all_sum(torch.zeros(1, device=self.device))
 
     def gather(self, item: object) -> list[Any]:
         """Every rank's item, by rank, on every rank."""
@@ -116,17 +120,28 @@ class Session:
             online = {"name": name, "config": dict(config)}
             self.accelerator.init_trackers("lorakit", init_kwargs={"wandb": online, "trackio": online})
 
-    def close(self) -> None:
-        """End trackers and the process group; another session may be opened afterwards."""
-        self.accelerator.end_training()
+    def close(self, *, failed: bool = False) -> None:
+        """End trackers and the process group; another session may be opened afterwards.
+
+        ``failed``: this rank leaves with an error, and the others may be in the middle of a step. NCCL would wait for
+        them to end the group, so it is left as it is, and they are told.
+        """
+        if failed and self.watch is not None:
+            self.watch.close(failed=True)
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        else:
+            self.accelerator.end_training()
+            if self.watch is not None:
+                self.watch.close()
         AcceleratorState._reset_state(reset_partial_state=True)
-        if self.watch is not None:
-            self.watch.close()
 
 
 def open_session(compute: Compute) -> Session:
     """Join the ranks that the launcher started, or be the only one; RecipeError when ``compute`` cannot be had here."""
     device, dtype = choose(compute)
+    if device.type == "cuda":
+        make_deterministic()
     _die_with_launcher()
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -218,6 +233,8 @@ def _lost_rank() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise RankError("another rank is gone", hint="go on with --resume") from error
 
 

@@ -29,7 +29,7 @@ def held_out_loss(task: Task, session: Session) -> float | None:
     with evaluation_mode(task, session):
         for batch in task.batches("held_out", 0):
             moved = batch.to(session.device)
-            sums[0] += task.loss(task.model, moved)
+            sums[0] += task.loss(moved)
             sums[1] += moved.count
     loss_sum, count = session.all_sum(sums).tolist()
     return loss_sum / count if count else None

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 from lorakit.errors import INTERRUPTED, TERMINATED, Stopped
@@ -61,26 +62,34 @@ class _Interrupted(KeyboardInterrupt):
     ``python -m`` ends by SIGINT, whatever the exit code, if it passed through an ``exec``, as many imports do."""
 
 
-@contextmanager
-def stopping_at_once(resume_command: str) -> Iterator[None]:
-    """Around loading and training: a signal that comes before the first step has nothing to wait for.
+@dataclass
+class Beginning:
+    """What ``stopping_at_once`` yields. Once ``over``, there is nothing left to stop."""
 
-    It raises Stopped at once. While training, ``StopSignals`` takes its place.
+    over: bool = False
+
+
+@contextmanager
+def stopping_at_once(told: str, hint: str) -> Iterator[Beginning]:
+    """Around loading and what comes after it: a signal that comes before the work has nothing to wait for.
+
+    It raises Stopped at once, with ``told`` and ``hint``. Meanwhile ``StopSignals`` may take its place.
     """
+    beginning = Beginning()
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        raise _Interrupted(number)
+        if not beginning.over:
+            raise _Interrupted(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield beginning
         return
     earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield beginning
     except KeyboardInterrupt as error:
         name, code = ("SIGTERM", TERMINATED) if error.args == (signal.SIGTERM,) else ("SIGINT", INTERRUPTED)
-        hint = f"go on with: {resume_command}"
-        raise Stopped(f"{name}: stopped before the first step", exit_code=code, hint=hint) from None
+        raise Stopped(f"{name}: {told}", exit_code=code, hint=hint) from None
     finally:
         for number, handler in earlier.items():
             if signal.getsignal(number) is stop:

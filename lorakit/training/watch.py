@@ -31,7 +31,7 @@ ORPHAN_SECONDS = 10.0
 """How long ranks whose launcher is gone have to finish their step and save."""
 GRACE_SECONDS = 2.0
 """How long this process has to end by itself, with an error of its own, once a rank is lost."""
-_BYE = "bye"
+_BYE, _FAILED = "bye", "failed"
 _STORE_TIMEOUT = timedelta(seconds=5)
 
 
@@ -47,6 +47,8 @@ class Peer:
     """Processor time used."""
     silent: int = 0
     """Looks in a row without a sign of life."""
+    failed: bool = False
+    """It has told an error of its own, and has ended or soon will."""
 
     @classmethod
     def read(cls, told: str, here: str) -> Self:
@@ -68,6 +70,10 @@ class Peer:
 
     def look(self, count: str) -> None:
         """Count this look as silent, or not: a new ``count`` and processor time are signs of life."""
+        self.failed = count == _FAILED
+        if self.failed:
+            self.silent += 1
+            return
         if count != self.count:
             self.count, self.silent = count, 0
             return
@@ -96,6 +102,7 @@ class Watch:
     world: int
     _peers: dict[int, Peer] = field(default_factory=dict)
     _closed: threading.Event = field(default_factory=threading.Event)
+    _goodbye: str = _BYE
 
     def start(self) -> Self:
         """Begin to count and to look; the ranks must have met, so that the launcher's store is there."""
@@ -118,8 +125,10 @@ class Watch:
         except RuntimeError:  # the launcher is gone
             return True
 
-    def close(self) -> None:
-        """Take leave: a rank that ends after this is not lost."""
+    def close(self, *, failed: bool = False) -> None:
+        """Take leave: a rank that ends after this is not lost. One that has ``failed`` and has told why takes with it,
+        some seconds later and without a word, those that did not fail alike."""
+        self._goodbye = _FAILED if failed else _BYE
         self._closed.set()
         self._thread.join()
 
@@ -130,7 +139,7 @@ class Watch:
             while not self._closed.wait(LOOK_EVERY):
                 count += 1
                 self._look(str(count))
-            self._store.set(f"count {self.rank}", _BYE)
+            self._store.set(f"count {self.rank}", self._goodbye)
         except RuntimeError:
             if not self._closed.wait(ORPHAN_SECONDS):
                 self._leave("the launcher is gone", list(self._peers.values()))
@@ -155,12 +164,14 @@ class Watch:
                 del self._peers[rank]
             else:
                 peer.look(told.decode())
+        gone -= {rank for rank, peer in self._peers.items() if peer.failed}
         lost = {rank: p for rank, p in self._peers.items() if rank in gone or p.silent >= SILENT_LOOKS}
         if lost:
-            names = [f"rank {rank} (process {peer.pid}) on {peer.host.split()[0]}" for rank, peer in lost.items()]
-            quiet = [rank for rank in self._peers if rank not in lost and rank < self.rank]
+            silent = {rank: peer for rank, peer in lost.items() if not peer.failed}
+            names = [f"rank {rank} (process {peer.pid}) on {peer.host.split()[0]}" for rank, peer in silent.items()]
+            quiet = not silent or any(rank not in lost and rank < self.rank for rank in self._peers)
             verb = "has ended" if gone else f"has not answered for {SILENT_LOOKS * LOOK_EVERY:.0f} seconds"
-            self._leave("" if quiet else f"{', '.join(names)} {verb}", list(lost.values()))
+            self._leave("" if quiet else f"{', '.join(names)} {verb}", list(silent.values()))
 
     def _leave(self, reason: str, lost: list[Peer]) -> None:
         """End this process with RankError's code, by force if the main thread does not do it."""

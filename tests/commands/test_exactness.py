@@ -8,7 +8,12 @@ from PIL import Image
 
 from lorakit.adapters import linear
 from lorakit.commands import exactness
+from lorakit.commands.train import load_task
 from lorakit.errors import ModelError, RecipeError
+from lorakit.families.place import Place
+from lorakit.numerics.order import Layout
+from lorakit.recipe.load import load
+from lorakit.recipe.schema import SDRecipe
 from tests.torture import runs
 
 
@@ -32,13 +37,19 @@ def test_the_fast_path_is_as_exact_as_plain_means(
     assert "plain means" in out
 
 
-def test_the_demo_s_recipe_trains_all_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_s_recipe_trains_all_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     for i in range(8):
         Image.new("RGB", (64, 64), (i * 30, 90, 250 - i * 30)).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(f"colour {i}")
     recipe = Path(__file__).parents[2] / "recipes/openmoji-style.yaml"
-    exactness.run(recipe, [f"data.path={tmp_path}", "data.held_out=0", "train.batch_size=4"])
+    settings = [f"data.path={tmp_path}", "data.held_out=0", "train.batch_size=4"]
+    exactness.run(recipe, settings)
+    resolved = load(recipe, SDRecipe, settings)
+    task = load_task(resolved, Layout(0, 4), Place(torch.device("cpu"), torch.float32))
+    assert f"of {len(task.adapter_state())} gradients" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["llama", "sd"])

@@ -179,6 +179,11 @@ def test_links_and_pipes_in_a_plain_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="outside"):
         find(root)
     (root / "e.txt").unlink()
+    (tmp_path / "more").mkdir()
+    (root / "linked").symlink_to(tmp_path / "more")
+    with pytest.raises(DataError, match="linked: a link to a folder, which is not followed"):
+        find(root)
+    (root / "linked").unlink()
     os.mkfifo(root / "e.txt")
     with pytest.raises(DataError, match="not a regular file"):
         find(root)

@@ -121,6 +121,12 @@ def test_choice_obeys_its_limits():
         choose(torch.tensor([float("nan"), 1.0]), Settings(), draw)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-300])
+def test_a_temperature_near_0_takes_the_likeliest(temperature: float) -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 100
+    assert choose(logits, Settings(temperature=temperature), torch.Generator()) == int(logits.argmax())
+
+
 def write_gguf(path, base):
     """The tiny model as a float32 GGUF file: q and k rows in llama.cpp's order, byte-level BPE."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)

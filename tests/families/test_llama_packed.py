@@ -3,16 +3,18 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorakit.adapters.inject import adapter_parameters, inject
 from lorakit.data.tokens import Encoded
 from lorakit.errors import ModelError
 from lorakit.families.llama import packed
-from lorakit.families.llama.base import GROUPS, logit_factor, longest_document
+from lorakit.families.llama.base import GROUPS, OWN_ATTENTION, check_trainable, logit_factor, longest_document
 from lorakit.families.llama.batch import collate, empty_batch, held_out_batches, train_batches
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import Adapter
+from lorakit.storage.checks import LLAMA_ARCHITECTURES
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -26,6 +28,11 @@ KINDS = {
     "olmo2": {},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
     "cohere": {"logit_scale": 0.25},
+    "gemma": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 64},
+    "smollm3": {"pad_token_id": 0},
+    "helium": {"head_dim": 8},
+    "seed_oss": {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0},
 }
 
 
@@ -162,11 +169,20 @@ def test_masks_caches_and_probability_dropout_are_refused():
 
 
 def test_capped_logits_and_windows_are_known():
-    config = AutoConfig.for_model("gemma2", **SIZES)
     with pytest.raises(ModelError, match="gemma2 caps"):
-        logit_factor(config)
+        check_trainable(AutoConfig.for_model("gemma2", **SIZES))
     assert longest_document(AutoConfig.for_model("mistral", **SIZES, sliding_window=16)) == 16
     assert longest_document(AutoConfig.for_model("qwen2", **SIZES, sliding_window=16)) == 64
+
+
+@pytest.mark.parametrize(("named", "kind"), LLAMA_ARCHITECTURES.items())
+def test_every_architecture_takes_our_attention_or_is_refused(named, kind):
+    takes = getattr(transformers, named)._supports_attention_backend
+    assert takes == (kind not in OWN_ATTENTION)
+    assert not takes or kind in KINDS or kind == "gemma2"
+    if not takes:
+        with pytest.raises(ModelError, match="an attention of its own"):
+            check_trainable(AutoConfig.for_model(kind))
 
 
 def test_targets_are_the_labelled_tokens_and_the_tail_is_left_out():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def load(folder, *, layout=None, place=PLACE, adapter=None, base=None, **data):
 def mean_loss(task, split, batches):
     stream = task.batches(split, 0)
     chosen = [next(stream) for _ in range(batches)] if batches else list(stream)
-    return sum(task.loss(task.model, b) for b in chosen) / sum(b.count for b in chosen)
+    return sum(task.loss(b) for b in chosen) / sum(b.count for b in chosen)
 
 
 def test_training_lowers_the_loss_of_rows_that_only_the_adapter_learns(folder):
@@ -62,7 +63,7 @@ def test_training_lowers_the_loss_of_rows_that_only_the_adapter_learns(folder):
         first = mean_loss(task, "held_out", 0).item()
     for _ in range(30):
         batch = next(stream)
-        (task.loss(task.model, batch) / batch.count).backward()
+        (task.loss(batch) / batch.count).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
@@ -74,6 +75,35 @@ def test_training_lowers_the_loss_of_rows_that_only_the_adapter_learns(folder):
             assert torch.equal(parameter, before[name])
 
 
+def test_a_base_that_drops_attention_out_learns_without_that(folder, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    shutil.copy(folder / "chats.jsonl", tmp_path)
+    losses = []
+    for task in (load(folder), load(tmp_path)):
+        task.model.train()
+        losses.append(task.loss(next(task.batches("train", 0))).item())
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.filterwarnings("default")  # dynamo's own
+def test_compiled_blocks_give_the_same_loss_and_gradient(folder):
+    """What inductor makes of the graphs is PyTorch's own matter."""
+    task, found = load(folder), []
+    batch = next(task.batches("train", 0))
+    for _ in range(2):
+        task.model.zero_grad()
+        loss = task.loss(batch)
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in task.model.parameters() if p.requires_grad])))
+        task.model.compile(backend="aot_eager")
+    assert any(m._compiled_call_impl is not None for m in task.model.modules())
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    (_, plain), (_, compiled) = found
+    assert (compiled - plain).norm() <= 1e-5 * plain.norm()
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_ranks_and_accumulation_give_the_same_gradient(folder, packing):
     def gradient(layouts):
@@ -82,7 +112,7 @@ def test_ranks_and_accumulation_give_the_same_gradient(folder, packing):
             task = load(folder, layout=layout, packing=packing)
             stream = task.batches("train", 0)
             for _ in range(micro):
-                task.loss(task.model, next(stream)).backward()
+                task.loss(next(stream)).backward()
             ((parameters, _),) = task.parameter_groups()
             total = total + torch.cat([p.grad.flatten() for p in parameters])
         return total
@@ -110,7 +140,7 @@ def test_saved_adapter_is_what_peft_loads(folder, tmp_path):
         learned = torch.from_numpy(examples[name].labels)
         scores = peft(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)
         total = total - scores.gather(1, tokens[1:, None])[learned[1:]].sum()
-    assert task.loss(task.model, batch).item() == pytest.approx(total.item(), rel=1e-4)
+    assert task.loss(batch).item() == pytest.approx(total.item(), rel=1e-4)
 
 
 def test_state_goes_round_and_a_wrong_one_is_refused(folder):

@@ -188,7 +188,9 @@ def test_adapters_are_laid_over_the_base_with_their_weights(base: Path, tmp_path
     state = adapter_state(plain.parts.unet)
     write_peft(tmp_path / "a" / "unet", state, injection, base_name="tiny")
     changes = {"unet": deltas(state, injection)}
-    write_kohya(tmp_path / "b.safetensors", changes, version="sd_v1", prediction_type="epsilon", resolution=64)
+    write_kohya(
+        tmp_path / "b.safetensors", changes, title="style", version="sd_v1", prediction_type="epsilon", resolution=64
+    )
     by_hand = open_painter(location, [], CPU, torch.float32)
     modules = dict(by_hand.parts.unet.named_modules())
     with torch.no_grad():
@@ -203,7 +205,12 @@ def test_adapters_are_laid_over_the_base_with_their_weights(base: Path, tmp_path
         torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-4)
     off = open_painter(location, [(tmp_path / "a", 0.0)], CPU, torch.float32)
     torch.testing.assert_close(off._denoise(["a cat"], [0], settings), before, rtol=1e-4, atol=1e-5)
-    assert open_painter(location, both, CPU, torch.float32).adapters == [("a", 0.25), ("b.safetensors", 0.75)]
+    (tmp_path / "c").mkdir()
+    write_peft(tmp_path / "c" / "a" / "unet", {k: 2 * v for k, v in state.items()}, injection, base_name="tiny")
+    first, second = (open_painter(location, [(folder / "a", 0.25)], CPU, torch.float32).adapters
+                     for folder in (tmp_path, tmp_path / "c"))  # fmt: skip
+    assert [(one["name"], one["weight"]) for one in (*first, *second)] == [("a", 0.25)] * 2
+    assert first != second, "a batch that goes on tells them apart"
 
 
 def test_an_adapter_that_does_not_fit_is_refused(base: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_the_loss_is_the_weighted_error_of_the_plain_unet(
             total += float(weight) * float((predicted - target).double().square().mean())
     assert batch.count == 8
     assert len(batch.groups) == 2
-    loss = task.loss(task.model, batch)
+    loss = task.loss(batch)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(total, rel=1e-4)
 
@@ -154,7 +154,7 @@ def test_every_layout_sees_the_same_draws_and_gives_the_same_gradient(make: Call
                 with torch.no_grad():
                     parameter.add_(0.01 * torch.sin(torch.arange(parameter.numel()).reshape(parameter.shape)))
             for batch in first(task, layout.accumulation):
-                task.loss(task.model, batch).backward()
+                task.loss(batch).backward()
                 count += batch.count
                 for group in batch.groups:
                     columns = zip(group.noisy, group.timesteps, group.target, _text(group), strict=True)
@@ -165,6 +165,33 @@ def test_every_layout_sees_the_same_draws_and_gives_the_same_gradient(make: Call
     for name in layouts:
         np.testing.assert_allclose(seen[name], seen["1x8"], rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(gradients[name], gradients["1x8"], rtol=1e-3, atol=1e-6)
+
+
+def test_a_whole_trigger_stays_in_front_of_shuffled_tags(make: Callable[..., SDTask]) -> None:
+    task = make(trigger="sks, style", shuffle_tags=True, keep_tags=1, caption_dropout=0.0)
+    captions = [task._loaded.maker.draw(Draw(0, seed)).caption for seed in range(20)]
+    first = task.examples.train[0].caption.split(", ")[2]
+    assert {caption.rpartition(f"{first}, ")[0] for caption in captions} == {"sks, style, "}
+    assert len(set(captions)) > 1
+
+
+@pytest.mark.filterwarnings("default")  # dynamo's own
+def test_compiled_blocks_give_the_same_loss_and_gradient(make: Callable[..., SDTask]) -> None:
+    """With pictures of two sizes in a batch; what inductor makes of the graphs is PyTorch's own matter."""
+    task = make()
+    batch = first(task)[0]
+    assert len(batch.groups) == 2
+    found = []
+    for _ in range(2):
+        task.model.zero_grad()
+        loss = task.loss(batch)
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in task.model.parameters() if p.requires_grad])))
+        task.model.compile(backend="aot_eager")
+    assert sum(m._compiled_call_impl is not None for m in task.model.modules()) == 4
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    (_, plain), (_, compiled) = found
+    assert (compiled - plain).norm() <= 1e-5 * plain.norm()
 
 
 def test_steps_differ_and_come_back(make: Callable[..., SDTask]) -> None:
@@ -189,9 +216,9 @@ def test_held_out_pictures_come_once_over_all_ranks(make: Callable[..., SDTask])
             batches = list(task.batches("held_out", 0))
             numbers.append(len(batches))
             with torch.no_grad():
-                total += sum(task.loss(task.model, b).item() for b in batches)
+                total += sum(task.loss(b).item() for b in batches)
             count += sum(b.count for b in batches)
-            assert all(task.loss(task.model, b).item() == 0 for b in batches if b.count == 0)
+            assert all(task.loss(b).item() == 0 for b in batches if b.count == 0)
         assert len(set(numbers)) == 1
         assert count == 3 * 8
         losses[world] = total / count
@@ -271,12 +298,12 @@ def test_text_encoder_lora_reads_token_ids_and_has_its_own_rate(make: Callable[.
     batch = first(task)[0]
     assert batch.groups[0].text["ids"].dtype == torch.int64
     frozen = make()
-    difference = task.loss(task.model, batch).item() - frozen.loss(frozen.model, first(frozen)[0]).item()
+    difference = task.loss(batch).item() - frozen.loss(first(frozen)[0]).item()
     assert difference == pytest.approx(0, abs=1e-4)
     for parameter in text:
         with torch.no_grad():
             parameter.normal_(generator=torch.Generator().manual_seed(0))
-    task.loss(task.model, batch).backward()
+    task.loss(batch).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in text)
     assert {k.split(".")[0] for k in task.adapter_state()} == {"unet", "text_encoder"}
     assert len(unet) + len(text) == len(task.adapter_state())
@@ -292,7 +319,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(make: Callable[..., SDTa
         for parameter in (p for p in task.model.parameters() if p.requires_grad):
             with torch.no_grad():
                 parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-        task.loss(task.model, first(task)[0]).backward()
+        task.loss(first(task)[0]).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in task.model.parameters() if p.requires_grad]))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
 
@@ -305,7 +332,7 @@ def test_only_the_adapter_learns_and_learning_lowers_the_loss(make: Callable[...
     batch = first(task)[0]
     losses = []
     for _ in range(8):
-        loss = task.loss(task.model, batch) / batch.count
+        loss = task.loss(batch) / batch.count
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -383,7 +410,7 @@ def test_samples_are_the_same_each_time_and_leave_no_trace(make: Callable[..., S
         ({"bucket_step": 6}, "data.bucket_step"),
         ({"buckets": False, "resolution": 63}, "data.resolution"),
         ({"resolution": 32, "bucket_step": 64}, "data.resolution"),
-        ({"sample": {"prompts": ["x"], "width": 30}}, "width"),
+        ({"sample": {"prompts": ["x"], "width": 30}}, "sample.width"),
         ({"adapter": {"targets": ["to_q"], "text_encoder": True}}, "adapter.text_encoder"),
         ({"adapter": {"targets": ["q_proj"], "text_encoder": True}}, "adapter.targets"),
         ({"adapter": {"targets": []}}, "adapter.targets"),
@@ -455,7 +482,7 @@ def test_zero_terminal_snr_with_epsilon_is_refused(tmp_path: Path, folder: Path)
                 load(*arguments)
         else:
             task = load(*arguments)
-            assert torch.isfinite(task.loss(task.model, first(task)[0]))
+            assert torch.isfinite(task.loss(first(task)[0]))
 
 
 @pytest.mark.parametrize(
@@ -473,7 +500,7 @@ def test_what_no_step_needs_gives_its_memory_back(
     task = make(**options)
     modules = {"vae": task.parts.vae, **task.parts.conditioning.encoders}
     assert {name for name, module in modules.items() if not next(module.parameters()).is_meta} == kept
-    assert torch.isfinite(task.loss(task.model, first(task)[0]))
+    assert torch.isfinite(task.loss(first(task)[0]))
 
 
 def test_cached_text_states_are_the_encoders(make: Callable[..., SDTask]) -> None:

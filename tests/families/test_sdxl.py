@@ -131,7 +131,7 @@ def test_the_loss_is_a_plain_diffusers_computation(make: Callable[..., sd.SDTask
             seen += 1
     assert seen == batch.count == 4
     assert len(schedule.alphas_cumprod) == len(stream.alphas)
-    assert task.loss(task.model, batch).item() == pytest.approx(total, rel=1e-4)
+    assert task.loss(batch).item() == pytest.approx(total, rel=1e-4)
 
 
 def _nearest(pipe: Any, captions: list[str], states: torch.Tensor) -> Any:
@@ -165,7 +165,7 @@ def test_both_text_encoders_learn_and_are_saved(make: Callable[..., sd.SDTask], 
     disturb(task)
     batch = next(task.batches("train", 0))
     assert set(batch.groups[0].text) == {"ids"}  # type: ignore[attr-defined]
-    task.loss(task.model, batch).backward()
+    task.loss(batch).backward()
     still = [name for name, p in task.model.named_parameters() if p.requires_grad and p.grad is None]
     assert all("encoders.text_encoder.encoder.layers.1." in name for name in still), "only what is past the states read"
     task.save(tmp_path, "xl", {"data": {"path": "x"}})
@@ -213,7 +213,7 @@ def test_formats_and_weights_add_up(make: Callable[..., sd.SDTask], base: Path, 
 def test_the_plan_is_what_load_makes(make: Callable[..., sd.SDTask], base: Path, folder: Path) -> None:
     data = PictureData(path=str(folder), resolution=64, bucket_step=16, held_out=0.0)
     adapter = SDAdapter(rank=2, alpha=4, text_encoder=True)
-    planned = plan(SDBase(model=str(base)), adapter, data, Layout(3, 4), PLACE)
+    planned = plan(SDBase(model=str(base)), adapter, data, SDSample(), Layout(3, 4), PLACE)
     task = make(adapter={"text_encoder": True})
     state = task.adapter_state()
     assert {target.name for target in planned.modules} == {key.split(".lora_")[0] for key in state}

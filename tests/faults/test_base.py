@@ -143,7 +143,7 @@ def test_27_another_pipeline(sd: Path, edit: Edit, name: str | None) -> None:
 def test_27_a_base_of_the_other_family(tmp_path: Path, whole_llama: Path, whole_sd: Path) -> None:
     for command, base, told in (
         ("train-llama", whole_sd, "is a Stable Diffusion"),
-        ("train-sd", whole_llama, "is no Stable Diffusion"),
+        ("train-sd", whole_llama, "is not a Stable Diffusion model"),
     ):
         text = "data: {path: a}" if command == "train-sd" else "data: {train: [{path: a.jsonl}]}"
         (tmp_path / "r.yaml").write_text(text)

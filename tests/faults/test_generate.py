@@ -1,5 +1,6 @@
 """Faults 65 to 70: what generate leaves, and never leaves."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -151,3 +152,30 @@ def test_70_an_interrupted_batch_of_answers_goes_on(tmp_path: Path, whole_llama:
     out.write_text('{"prompt": "another"}\n')
     with untouched(tmp_path):
         lorakit("generate", *words, "--out", out, "--resume").refused(7, "other than the answers")
+
+
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [("llama", ("--steps", "3")), ("llama", ("--width", "64")), ("sd", ("--temperature", "0")), ("sd", ("--fuse",))],
+)
+def test_settings_of_the_other_family(family: str, option: tuple[str, ...], request: pytest.FixtureRequest) -> None:
+    base: Path = request.getfixturevalue(f"whole_{family}")
+    lorakit("generate", "--base", base, "--prompt", "a", *option).refused(2, f"{option[0]}: is not for {base}")
+
+
+def test_answers_that_nothing_keeps_cannot_be_gone_on_after(whole_llama: Path) -> None:
+    lorakit("generate", "--base", whole_llama, "--prompt", "a", "--resume").refused(2, "--resume: has no answers")
+
+
+def test_a_raw_prompt_has_no_system_message(whole_llama: Path) -> None:
+    words = ("generate", "--base", whole_llama, "--prompt", "a", "--raw", "--system", "b")
+    lorakit(*words).refused(2, "--raw and --system do not go together")
+
+
+def test_a_prompt_is_a_line_and_ends_at_nothing_else(tmp_path: Path, whole_llama: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("a\u2028b\r\nc\x0cd\n\n".encode())
+    out = tmp_path / "out.jsonl"
+    words = ("--base", whole_llama, "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", "1", "--out", out)
+    assert lorakit("generate", *words).code == 0
+    answered = [json.loads(line)["prompt"] for line in out.read_bytes().split(b"\n") if line]
+    assert answered == ["a\u2028b", "c\x0cd"]

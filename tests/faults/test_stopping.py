@@ -39,7 +39,7 @@ import sys
 from lorakit.commands.report import guarded
 from lorakit.training.stop import stopping_at_once
 def command():
-    with stopping_at_once("again"):
+    with stopping_at_once("stopped", "again"):
         exec("import os\\nos.kill(os.getpid(), {int(number)})\\nwhile True: pass")
 sys.exit(guarded(command))
 """
@@ -55,3 +55,26 @@ def test_allow_is_for_a_run_that_is_resumed(sd: Path) -> None:
 
 def test_a_plan_leaves_stderr_empty(sd: Path) -> None:
     assert process("train-sd", sd / "recipe.yaml", "--dry-run").err == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_before_the_first_picture(whole_sd: Path, number: signal.Signals, code: int) -> None:
+    words = ["generate", "--base", str(whole_sd), "--prompt", "a", "--steps", "500"]
+    program = f"""
+import os, threading
+from lorakit import cli
+from lorakit.families.sd import generate
+load = generate.open_painter
+def signalled(*words):
+    os.kill(os.getpid(), {int(number)})
+    return load(*words)
+generate.open_painter = signalled
+cli.main({words})
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr.splitlines() == [f"lorakit: error: {number.name}: stopped before anything was made"]
+
+
+def test_ranks_are_for_a_run_that_is_resumed(sd: Path) -> None:
+    lorakit("verify", sd / "recipe.yaml", "--num-processes", "2").refused(2, "--num-processes: goes with --resume")

@@ -72,6 +72,7 @@ def test_missing_sections_take_their_defaults(recipe):
             SD + "optimizer: {betas: [0.9]}\n",
             "r.yaml:2:20 optimizer.betas: must be a list of 2 numbers, not a list of 1",
         ),
+        (SD + "optimizer: {betas: [0.9, 1.0]}\n", "r.yaml:2:26 optimizer.betas.1: must be less than 1, not 1.0"),
         (SD + "sample: {seed: }\n", "r.yaml:2:10 sample.seed: must be a whole number, not empty"),
         (SD + "train: 3\n", "r.yaml:2:8 train: must be a section of keys"),
         (SD + "train: {steps: 1, epochs: 1}\n", "r.yaml:2:8 train: give steps or epochs, not both"),

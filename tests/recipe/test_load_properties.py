@@ -44,6 +44,7 @@ KEY = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=20
 RATE = st.floats(min_value=1e-300, max_value=1e300)
 COUNT = st.integers(min_value=1, max_value=10**12)
 SHARE = st.floats(min_value=0, max_value=1)
+BELOW_ONE = st.floats(0, 1, exclude_max=True)
 ADAPTER = st.fixed_dictionaries(
     {},
     optional={
@@ -62,7 +63,7 @@ SOURCES = st.lists(
     min_size=1,
     max_size=3,
 )
-OPTIMIZER = st.fixed_dictionaries({}, optional={"learning_rate": RATE, "betas": st.tuples(SHARE, SHARE)})
+OPTIMIZER = st.fixed_dictionaries({}, optional={"learning_rate": RATE, "betas": st.tuples(BELOW_ONE, BELOW_ONE)})
 LLAMA_VALID = st.builds(
     LlamaRecipe,
     data=st.fixed_dictionaries(

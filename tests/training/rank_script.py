@@ -39,12 +39,15 @@ class Told:
 
 def main(folder: Path, options: dict[str, Any]) -> int:
     more = {key: options.pop(key) for key in ("nan_at", "delay", "samples", "fate") if key in options}
+    apart = options.pop("apart", False)
     resume, at = bool(options.pop("resume", False)), options.pop("at", {})
     try:
         plan = make_plan(options, resume=resume)
         session = open_session(plan.compute)
         opening = RunFolder.open_existing if resume else RunFolder.open_new
-        with opening(folder, rank=session.rank) as run:
+        if apart:  # nodes that do not share their disks
+            folder = folder / str(session.rank)
+        with opening(folder, rank=0 if apart else session.rank) as run:
             task = make_task(session, options, **more)
             train(task, session, plan, run, Told(at))
             save_file(final_state(task), folder / f"rank-{session.rank}.safetensors")

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,16 @@ def test_a_signal_stops_all_ranks_after_the_same_step_and_one_process_goes_on(se
     state = in_process(session, folder, steps=40, resume=True)
     for key, value in expected.items():
         torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_ranks_that_find_different_checkpoints_are_refused(
+    session: Session, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    in_process(session, tmp_path / "0", steps=6, checkpoint_every=2)
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    shutil.rmtree(tmp_path / "1" / "checkpoints" / "step-000006")
+    assert relaunch(tmp_path, steps=6, checkpoint_every=2, resume=True, apart=True) == 7
+    assert "error: rank 1 does not have the checkpoint of rank 0 | " in capfd.readouterr().err
 
 
 @pytest.mark.fault(48)

@@ -154,7 +154,7 @@ def test_held_out_loss_is_the_mean_over_items(session: Session, tmp_path: Path) 
     outcome, _, task = go(session, tmp_path / "run", dropout=0.5, evaluate_every=5)
     task.model.eval()
     with torch.no_grad():
-        losses = [task.loss(task.model, task.batch([EXAMPLES + i])) for i in range(HELD_OUT)]
+        losses = [task.loss(task.batch([EXAMPLES + i])) for i in range(HELD_OUT)]
     assert outcome.last_held_out == pytest.approx(sum(losses).item() / sum(task.lengths[EXAMPLES:]), rel=1e-6)
     rows = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "held_out_loss" in row]
     assert [row["step"] for row in rows] == [0, 5, 10, 12]
@@ -262,7 +262,7 @@ def order_keys() -> list[int]:
 def test_an_infinite_gradient_of_a_finite_loss_is_caught(session: Session, tmp_path: Path) -> None:
     task = TinyTask(Layout(0, 8), share=0.0)
     gentle = task.loss
-    task.loss = lambda model, batch: Steepest.apply(gentle(model, batch))
+    task.loss = lambda batch: Steepest.apply(gentle(batch))
     before = {key: value.detach().clone() for key, value in task.adapter_state().items()}
     with RunFolder.open_new(tmp_path / "run") as run, pytest.raises(NonFiniteError, match="gradient of step 1"):
         train(task, session, make_plan({"steps": 2, "name": "adamw"}), run, Silent())
@@ -301,7 +301,7 @@ def test_a_loader_error_comes_through(session: Session, tmp_path: Path) -> None:
 @pytest.mark.fault(49)
 def test_too_little_memory_says_what_to_lower(session: Session, tmp_path: Path) -> None:
     task = TinyTask(Layout(0, 8), share=0.0)
-    task.loss = lambda _model, _batch: torch.zeros(1 << 60)
+    task.loss = lambda _batch: torch.zeros(1 << 60)
     with RunFolder.open_new(tmp_path / "run") as run, pytest.raises(ResourceError) as caught:
         train(task, session, make_plan({"steps": 1, "name": "adamw"}), run, Silent())
     assert "gradient_accumulation" in caught.value.hint

@@ -21,6 +21,8 @@ def ends() -> dict[str, list[int]]:
     [
         ("leave", [0, 0]),
         ("busy", [0, 0]),
+        ("one failed", [RankError.exit_code, 3]),
+        ("all failed", [3, 3]),
         ("killed", [RankError.exit_code, -9]),
         ("frozen", [RankError.exit_code, -9]),
         ("no launcher", [RankError.exit_code, RankError.exit_code]),

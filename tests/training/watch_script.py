@@ -36,6 +36,19 @@ def compute_with_the_lock_held(rank: int, watching: watch.Watch) -> None:
     watching.close()
 
 
+def fail_one(rank: int, watching: watch.Watch) -> None:
+    """Rank 0 waits for the one that has failed, as NCCL would have it."""
+    if rank == 0:
+        wait_forever(rank, watching)
+    fail(rank, watching)
+
+
+def fail(rank: int, watching: watch.Watch) -> None:
+    time.sleep(1 + 0.5 * LOOKS_SECONDS * rank)
+    watching.close(failed=True)
+    os._exit(3)
+
+
 def wait_forever(_rank: int, _watching: watch.Watch) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(600)
@@ -45,6 +58,8 @@ def wait_forever(_rank: int, _watching: watch.Watch) -> None:
 SCENARIOS: dict[str, tuple[Callable[[int, watch.Watch], None], int, int]] = {
     "leave": (leave_one_after_the_other, 0, 0),
     "busy": (compute_with_the_lock_held, 0, 0),
+    "one failed": (fail_one, 0, 0),
+    "all failed": (fail, 0, 0),
     "killed": (wait_forever, 1, signal.SIGKILL),
     "frozen": (wait_forever, 1, signal.SIGSTOP),
     "no launcher": (wait_forever, -1, signal.SIGKILL),

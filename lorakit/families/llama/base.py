@@ -26,7 +26,7 @@ def find_base(base: LlamaBase, dtype: torch.dtype) -> tuple[BaseLocation, BaseLo
     location = resolve(base.model, base.revision)
     if location.family != "llama":
         raise RecipeError(
-            f"{location.name} is a Stable Diffusion", where="base.model", hint="lorakit train-sd trains those"
+            f"{location.name} is a Stable Diffusion model", where="base.model", hint="lorakit train-sd trains those"
         )
     if location.layout == "gguf" and base.quantization != "none":
         raise RecipeError(
@@ -51,14 +51,22 @@ def as_folder(location: BaseLocation, dtype: torch.dtype) -> BaseLocation:
     return BaseLocation(location.name, found.path, found.family, found.layout)
 
 
-def logit_factor(config: Any) -> float:
-    """What the head's logits are multiplied with (Cohere's and Granite's scaling), 1 for most.
+OWN_ATTENTION = {"stablelm"}
+"""Models whose attention no other function can take the place of in transformers, so that no packing is told it."""
 
-    Raises ModelError for logits that are not linear in the hidden state (soft-capping).
-    """
+
+def check_trainable(config: Any) -> None:
+    """Raises ModelError for a base that only merges and generates: its logits are not linear in the hidden state
+    (soft-capping), or its attention cannot be told where a chat ends."""
     for name in ("final_logit_softcapping", "attn_logit_softcapping"):
         if getattr(config, name, None) is not None:
             raise ModelError(f"{config.model_type} caps its logits ({name}), which lorakit does not train")
+    if config.model_type in OWN_ATTENTION:
+        raise ModelError(f"{config.model_type} has an attention of its own, which lorakit does not train")
+
+
+def logit_factor(config: Any) -> float:
+    """What the head's logits are multiplied with (Cohere's and Granite's scaling), 1 for most."""
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 

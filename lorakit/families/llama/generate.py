@@ -44,7 +44,7 @@ def choose(logits: Tensor, settings: Settings, generator: torch.Generator) -> in
         raise NonFiniteError("the model's logits are not finite")
     if settings.temperature == 0:
         return int(logits.argmax())
-    shares = (logits / settings.temperature).softmax(-1)
+    shares = ((logits - logits.max()).double() / settings.temperature).softmax(-1).float()
     # All tokens below the second bound together have less than 1 - top_p: sorting starts without them.
     least = max(settings.min_p * float(shares.max()), (1 - settings.top_p) / len(shares))
     tokens = (shares >= least).nonzero()[:, 0]
@@ -166,7 +166,7 @@ def open_chat(
     Raises ModelError when base or adapter cannot be read or do not fit.
     """
     folder = as_folder(location, place.dtype)
-    model = load_model(folder, place, "none", attention="sdpa")
+    model = load_model(folder, place, "none", attention=None)
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, model.config, location)
     for number, (path, weight) in enumerate(adapters):

@@ -58,11 +58,11 @@ def load_data(location: BaseLocation, data: ChatData, seed: int) -> tuple[Any, A
 
 
 def load_model(
-    location: BaseLocation, place: Place, quantization: Quantization, *, attention: str = packed.NAME
+    location: BaseLocation, place: Place, quantization: Quantization, *, attention: str | None = packed.NAME
 ) -> Any:
     """The whole model of a base's folder on its device, in eval mode.
 
-    ``attention`` is the attention kernel: ``packed.NAME`` to train, "sdpa" to generate.
+    ``attention`` is the attention kernel: ``packed.NAME`` to train, None for the fastest that the model can take.
     Raises ModelError when it cannot be read.
     """
     options: dict[str, Any] = {"dtype": place.dtype, "attn_implementation": attention, "use_safetensors": True}

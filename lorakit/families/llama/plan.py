@@ -10,7 +10,7 @@ from lorakit.adapters.outline import Outline
 from lorakit.adapters.targets import Target, injection
 from lorakit.data.cache import content_key, remembered, versions
 from lorakit.data.chat_set import ChatSet
-from lorakit.families.llama.base import GROUPS, find_base, logit_factor, read_chats
+from lorakit.families.llama.base import GROUPS, check_trainable, find_base, read_chats
 from lorakit.families.place import Place
 from lorakit.numerics.cross_entropy import CHUNK_NUMBERS
 from lorakit.numerics.order import Layout
@@ -57,7 +57,7 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
         return load_fitting_tokenizer(folder, config)
 
     chats = read_chats(folder, config, data, layout.seed, tokenizer)
-    logit_factor(config)
+    check_trainable(config)
     targets = injection(outline, adapter, GROUPS).targets
     trainable = sum(outline.layers[t.name].lora_parameters(t.rank, dora=adapter.dora) for t in targets)
     lengths = sorted((len(row.tokens) for row in chats.train), reverse=True)

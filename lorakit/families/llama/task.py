@@ -21,7 +21,7 @@ from lorakit.data.chat_set import ChatSet
 from lorakit.data.tokens import Renderer
 from lorakit.errors import RecipeError
 from lorakit.families.llama import packed
-from lorakit.families.llama.base import GROUPS, find_base, logit_factor
+from lorakit.families.llama.base import GROUPS, check_trainable, find_base, logit_factor
 from lorakit.families.llama.batch import ChatBatch, held_out_batches, train_batches
 from lorakit.families.llama.generate import Chat, Settings
 from lorakit.families.llama.library import load_data, load_model
@@ -74,10 +74,10 @@ class LlamaTask:
             return train_batches(self.chats.train, self._layout, start, packing=self._packing, sharing=sharing)
         return held_out_batches(self.chats.held_out, self._layout, packing=self._packing)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Sum over labelled tokens of -log p(token | the tokens before it in its chat)."""
         chats = cast(ChatBatch, batch)
-        return cast(Tensor, model(chats.tokens, chats.positions, chats.documents, chats.rows, chats.targets))
+        return cast(Tensor, self.model(chats.tokens, chats.positions, chats.documents, chats.rows, chats.targets))
 
     def plain_loss(self, batch: Batch, dtype: torch.dtype) -> Tensor:
         """transformers' model with PEFT's layers and eager attention, a chat at a time, and all its logits."""
@@ -165,13 +165,23 @@ def load(
     """
     location, folder = find_base(base, place.dtype)
     config, tokenizer, chats = load_data(folder, data, layout.seed)
-    factor = logit_factor(config)
+    check_trainable(config)
     for note in chats.notes():
         log.warning("%s", note)
     lm = load_model(folder, place, base.quantization)
+    _without_dropout(lm)
     injection = inject(lm, adapter, GROUPS, seed=mix(layout.seed, 6))
     if not packed.head_is_frozen(lm):
         raise RecipeError("the head (lm_head) cannot have an adapter", where="adapter.targets")
     renderer = Renderer(tokenizer, data.chat_template, int(config.max_position_embeddings))
-    loaded = Loaded(location, lm, injection, chats, renderer, factor, place.gradient_checkpointing)
+    loaded = Loaded(location, lm, injection, chats, renderer, logit_factor(config), place.gradient_checkpointing)
     return LlamaTask(loaded, sample, layout, learning_rate=learning_rate, packing=data.packing)
+
+
+def _without_dropout(lm: Any) -> None:
+    """The base's own dropout, of attention and of what a block adds, was for training it; LoRA has its own, and chats
+    that share their beginning would share its masks."""
+    for part in (lm.config, *lm.modules()):
+        for name, value in vars(part).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(part, name, 0.0)

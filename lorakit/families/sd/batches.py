@@ -130,7 +130,7 @@ class BatchMaker:
             weight = float(diffusion.min_snr_weights(self.kind, snr, self.diffusion.min_snr_gamma))
         caption = "" if dropped else example.caption
         if self.data.shuffle_tags and caption:
-            keep = self.data.keep_tags + bool(self.data.trigger)
+            keep = self.data.keep_tags + (self.data.trigger.count(",") + 1 if self.data.trigger else 0)
             caption = shuffle_tags(caption, keep, torch.Generator().manual_seed(mix(draw.seed, 1)))
         return self._noisy(example, timestep, (weight, self.diffusion.noise_offset), caption, generator)
 

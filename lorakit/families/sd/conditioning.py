@@ -4,6 +4,7 @@ Legend: B captions, E text encoders, L tokens, W width of the states, P width of
 Which kind a base has is chosen once, when it is loaded; nothing else asks.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from lorakit.errors import ModelError
 
 Text = dict[str, Tensor]
 """Captions encoded: ``states`` [B, L, W], and SDXL's ``pooled`` [B, P]; or not yet: ``ids`` int64 [B, E, L]."""
+
+_TOKENIZING = threading.Lock()
+"""A tokenizer is set anew for each call, and both the loop and the thread that makes its batches call it."""
 
 
 class Conditioning(Protocol):
@@ -52,9 +56,8 @@ def ids_of(conditioning: Conditioning, captions: Sequence[str]) -> Tensor:
     """int64 [B, E, L]: every caption padded or cut to the tokenizers' length L."""
     rows = []
     for tokenizer in conditioning.tokenizers:
-        length = tokenizer.model_max_length
-        found = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        rows.append(cast(Tensor, found.input_ids))
+        found = _called(tokenizer, list(captions), padding="max_length", truncation=True, return_tensors="pt")
+        rows.append(cast(Tensor, found["input_ids"]))
     return torch.stack(rows, 1)
 
 
@@ -62,11 +65,23 @@ def cut_captions(conditioning: Conditioning, captions: Sequence[str]) -> int:
     """How many different captions ``ids_of`` cuts."""
     different, cut = list(dict.fromkeys(captions)), set()
     for tokenizer in conditioning.tokenizers:
-        length = tokenizer.model_max_length
-        found = tokenizer(different, truncation=True, max_length=length, return_overflowing_tokens=True)
+        found = _called(tokenizer, different, truncation=True, return_overflowing_tokens=True)
         pieces = Counter(found["overflow_to_sample_mapping"])
         cut |= {place for place, count in pieces.items() if count > 1}
     return len(cut)
+
+
+def unread(conditioning: Conditioning, caption: str) -> str:
+    """What the first tokenizer cuts off; empty for a caption that is read whole."""
+    tokenizer = conditioning.tokenizers[0]
+    ids = _called(tokenizer, caption, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return str(tokenizer.decode(ids[tokenizer.model_max_length - 2 :])).strip()
+
+
+def _called(tokenizer: CLIPTokenizer, text: str | list[str], **how: Any) -> Mapping[str, Any]:
+    with _TOKENIZING:
+        found: Mapping[str, Any] = tokenizer(text, max_length=tokenizer.model_max_length, **how)
+        return found
 
 
 def conditioning_of(

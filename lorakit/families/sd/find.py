@@ -10,6 +10,8 @@ def find_base(base: SDBase) -> BaseLocation:
     location = resolve(base.model, base.revision)
     if location.family != "sd":
         raise RecipeError(
-            f"{location.name} is no Stable Diffusion", where="base.model", hint="lorakit train-llama trains those"
+            f"{location.name} is not a Stable Diffusion model",
+            where="base.model",
+            hint="lorakit train-llama trains those",
         )
     return location

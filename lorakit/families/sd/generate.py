@@ -3,9 +3,10 @@
 Legend: B prompts at once, C latent channels, H and W latent height and width.
 """
 
+import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,16 +18,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lorakit.adapters.pieces import open_pieces
 from lorakit.errors import NonFiniteError
 from lorakit.families.place import Place
 from lorakit.families.sd.attention import text_once
 from lorakit.families.sd.base import Parts, from_latents
-from lorakit.families.sd.conditioning import ids_of
+from lorakit.families.sd.conditioning import ids_of, unread
 from lorakit.families.sd.drawing import SCHEDULERS, DrawSettings
 from lorakit.families.sd.stored import load_with
 from lorakit.families.sd.walk import Walk, can_walk
 from lorakit.numerics.diffusion import guide
-from lorakit.storage.bases import BaseLocation
+from lorakit.storage.bases import BaseLocation, file_digest
 from lorakit.storage.foreign import model_errors
 
 logger = logging.getLogger("lorakit")
@@ -46,13 +48,19 @@ def open_painter(
     Raises: ModelError when the base does not load, or an adapter does not fit it.
     """
     parts = load_with(location, adapters, Place(device, dtype))
-    return Painter(parts, location.name, [(path.name, weight) for path, weight in adapters])
+    told = [{"name": path.name, "weight": weight, "sha256": _digest(path)} for path, weight in adapters]
+    return Painter(parts, location.name, told)
+
+
+def _digest(adapter: Path) -> str:
+    """So much of a SHA-256 over an adapter's weight files as tells it from others of its name."""
+    return hashlib.sha256(b"".join(file_digest(piece.path) for piece in open_pieces(adapter))).hexdigest()[:16]
 
 
 class Painter:
     """Draws with the modules it is given, adapters and all, as they are when it first draws."""
 
-    def __init__(self, parts: Parts, base: str, adapters: Sequence[tuple[str, float]]) -> None:
+    def __init__(self, parts: Parts, base: str, adapters: Sequence[Mapping[str, Any]]) -> None:
         self.parts = parts
         self.base = base
         self.adapters = list(adapters)
@@ -173,14 +181,11 @@ class Painter:
             "seed": seed,
             "scheduler": settings.scheduler or self.parts.schedule["_class_name"],
             "base": self.base,
-            "adapters": [{"name": name, "weight": weight} for name, weight in self.adapters],
+            "adapters": self.adapters,
         }
 
     def _warn_of_cut(self, prompts: Sequence[str]) -> None:
-        tokenizer = self.parts.conditioning.tokenizers[0]
-        room = tokenizer.model_max_length - 2
         for prompt in dict.fromkeys(prompts):
-            ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-            if len(ids) > room:
-                lost = str(tokenizer.decode(ids[room:])).strip()
+            if lost := unread(self.parts.conditioning, prompt):
+                room = self.parts.conditioning.tokenizers[0].model_max_length - 2
                 logger.warning("the prompt is longer than %d tokens; its end is not read: %r", room, lost)

@@ -31,7 +31,7 @@ from lorakit.families.sd.targets import split_adapter
 from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Diffusion, PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
-from lorakit.storage.atomic import new_folder
+from lorakit.storage.atomic import new_file, new_folder
 from lorakit.storage.bases import BaseLocation, digest, texts
 
 logger = logging.getLogger("lorakit")
@@ -72,6 +72,12 @@ class Denoiser(nn.Module):
             predictions.append(predicted.float())
         return predictions
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """torch.compile what does not change shape but in its tokens: each transformer block's feed-forward."""
+        for name, module in self.unet.named_modules():
+            if name.endswith(".ff"):
+                module.compile(*args, dynamic=True, **kwargs)
+
 
 class SDTask:
     """A Stable Diffusion with LoRA, and the pictures it trains on (``families.task.Task``)."""
@@ -102,10 +108,10 @@ class SDTask:
         maker = self._loaded.maker
         return maker.train(self._layout, start) if split == "train" else maker.held_out(self._layout)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Sum over pictures of weight times the mean squared error of a picture's latents."""
         groups = cast(SDBatch, batch).groups
-        predictions = model([(g.noisy, g.timesteps, g.text, g.frames) for g in groups])
+        predictions = self.model([(g.noisy, g.timesteps, g.text, g.frames) for g in groups])
         sums = [
             (g.weight * (predicted - g.target).square().mean((1, 2, 3))).sum()
             for g, predicted in zip(groups, predictions, strict=True)
@@ -119,7 +125,7 @@ class SDTask:
         if denoiser.dtype != dtype:
             denoiser.to(dtype).dtype = dtype
         with plain_layers(denoiser), diffusers_attention(unet), diffusers_layers(unet), without_checkpointing(unet):
-            return self.loss(denoiser, batch)
+            return self.loss(batch)
 
     def metrics(self, held_out_loss: float) -> Mapping[str, float]:  # noqa: ARG002 (the loss says it all)
         return {}
@@ -158,15 +164,17 @@ class SDTask:
                 state, injection = adapter_state(module), self._loaded.injections[component]
                 write_peft(folder / component, state, injection, base_name=base_name, metadata=strings)
                 changes[component] = deltas(state, injection)
-        write_kohya(
-            out / f"{name}.safetensors",
-            changes,
-            version=version_of(self.parts.adaptable),
-            prediction_type=self._loaded.maker.kind,
-            resolution=resolution_of(self._loaded.maker.data, self.parts.size),
-            models=self.parts.adaptable,
-            metadata=strings,
-        )
+        with new_file(out / f"{name}.safetensors", replace=True) as path:
+            write_kohya(
+                path,
+                changes,
+                title=name,
+                version=version_of(self.parts.adaptable),
+                prediction_type=self._loaded.maker.kind,
+                resolution=resolution_of(self._loaded.maker.data, self.parts.size),
+                models=self.parts.adaptable,
+                metadata=strings,
+            )
 
 
 @dataclass(frozen=True)
@@ -226,7 +234,7 @@ def _tell_cut_captions(parts: Parts, examples: Examples) -> None:
     captions = [example.caption for example in (*examples.train, *examples.held_out)]
     if cut := cut_captions(parts.conditioning, captions):
         length = min(tokenizer.model_max_length for tokenizer in parts.conditioning.tokenizers)
-        logger.warning("%d captions are longer than the text encoder's %d tokens, which see no more", cut, length)
+        logger.warning("%d captions are longer than %d tokens; the text encoder does not see their ends", cut, length)
 
 
 def _let_go(parts: Parts, *, words: bool) -> None:
