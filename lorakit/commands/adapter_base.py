@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.errors import ModelError
 
@@ -70,11 +70,7 @@ def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":
         from lorakit.families.sd.skeleton import skeleton as sd_skeleton
 
         return sd_skeleton(location, torch.float32).adaptable
-    from transformers import AutoModelForCausalLM
-
+    from lorakit.adapters.skeleton import skeleton
     from lorakit.families.llama.base import as_folder
-    from lorakit.families.llama.library import load_config
 
-    causal: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        return {"model": causal.from_config(load_config(as_folder(location, torch.float16)))}
+    return skeleton(as_folder(location, torch.float16))

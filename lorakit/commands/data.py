@@ -71,47 +71,26 @@ def painted(row: "ShownRow", *, marks: bool) -> Text:
 
 
 def _pictures(recipe: SDRecipe, rows: int, console: Console) -> None:
-    from lorakit.data.arrange import held_out_ids, sizes_of
+    from lorakit.data.arrange import sizes_of, survey
     from lorakit.data.captions import with_trigger
-    from lorakit.data.images import choose_bucket, decode
-    from lorakit.data.pictures import Picture, Rejects, find_pictures
-    from lorakit.errors import DataError
+    from lorakit.data.images import decode
     from lorakit.families.sd.facts import facts_of
     from lorakit.families.sd.find import find_base
 
-    data = recipe.data
-    rejects = Rejects(data.on_bad)
-    base = facts_of(find_base(recipe.base))
+    data, base = recipe.data, facts_of(find_base(recipe.base))
     sizes = sizes_of(data, base.factor, base.size)
-    counts = [0] * len(sizes)
-    usable: list[tuple[Picture, tuple[int, int], int]] = []
-    for picture in find_pictures(data, rejects):
-        try:
-            size = decode(picture.read(), picture.id).size
-        except DataError as error:
-            rejects.report(error)
-            continue
-        bucket = choose_bucket(size, sizes)
-        usable.append((picture, size, bucket))
-    if not usable:
-        raise DataError("no picture can be used", where=data.path)
-    aside = held_out_ids([picture for picture, *_ in usable], data.held_out, recipe.train.seed)
-    training = [entry for entry in usable if entry[0].id not in aside]
-    for picture, size, bucket in spread(training, rows):
-        width, height = sizes[bucket]
-        console.print(f"[bold]{unmarked(visible(picture.id))}[/]: {size[0]} x {size[1]} -> {width} x {height} pixels")
+    found = survey(data, sizes, recipe.train.seed, lambda picture: decode(picture.read(), picture.id).size)
+    for picture, (wide, high), (width, height) in spread(found.training, rows):
+        console.print(f"[bold]{unmarked(visible(picture.id))}[/]: {wide} x {high} -> {width} x {height} pixels")
         caption = visible(with_trigger(picture.caption, data.trigger))
         console.print(Text(f"  {caption}") if caption else Text("  no caption", MASKED))
-    for _, _, bucket in training:
-        counts[bucket] += data.repeats * (2 if data.flip else 1)
     console.print()
-    listed = [(f"{sizes[i][0]} x {sizes[i][1]}", count) for i, count in enumerate(counts) if count]
-    histogram(console, "size", listed)
-    held_out = f"{len(usable) - len(training)} held out"
-    console.print(f"{sum(counts)} examples an epoch from {len({p.id for p, *_ in training})} pictures; {held_out}")
+    histogram(console, "size", [(f"{w} x {h}", found.examples[w, h]) for w, h in sizes if (w, h) in found.examples])
+    pictures = len({picture.id for picture, *_ in found.training})
+    console.print(f"{found.examples.total()} examples an epoch from {pictures} pictures; {found.held_out} held out")
     if data.caption_dropout:
         console.print(f"{100 * data.caption_dropout:.0f} % of the examples of a step get an empty caption")
-    for left_out in rejects.errors:
+    for left_out in found.left_out:
         console.print(f"[yellow]left out: {unmarked(visible(str(left_out)))}[/]")
 
 

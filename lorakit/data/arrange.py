@@ -1,12 +1,14 @@
 """Which sizes pictures are brought to, and which of them are held out."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from lorakit.data.cache import content_key
-from lorakit.data.images import Size, bucket_sizes
-from lorakit.data.pictures import Picture
-from lorakit.errors import RecipeError
+from lorakit.data.images import Size, bucket_sizes, choose_bucket
+from lorakit.data.pictures import Picture, Rejects, find_pictures
+from lorakit.errors import DataError, RecipeError
 from lorakit.recipe.schema import PictureData
 
 
@@ -40,3 +42,39 @@ def held_out_ids(pictures: Sequence[Picture], share: float, seed: int) -> set[st
     names = {picture.id for picture in pictures}
     count = min(len(names) - 1, max(1, round(share * len(names)))) if share else 0
     return set(sorted(names, key=lambda name: content_key(seed, name))[:count])
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A recipe's pictures as training takes them, by their sizes alone."""
+
+    training: Sequence[tuple[Picture, Size, Size]]
+    """Each with the size (width, height) that it has, and the one that it is brought to."""
+    held_out: int
+    examples: Counter[Size]
+    """Of one epoch, by the size that they are brought to: mirrored ones and repeats counted."""
+    left_out: Sequence[DataError]
+    """With on_bad "skip"."""
+
+
+def survey(data: PictureData, sizes: Sequence[Size], seed: int, size_of: Callable[[Picture], Size]) -> Survey:
+    """What ``data`` holds; ``size_of`` reads as much of a picture as is to be checked.
+
+    Raises: DataError at the first bad picture, or with on_bad "skip" when none is left.
+    """
+    rejects = Rejects(data.on_bad)
+    found: list[tuple[Picture, Size, Size]] = []
+    for picture in find_pictures(data, rejects):
+        try:
+            size = size_of(picture)
+            found.append((picture, size, sizes[choose_bucket(size, sizes)]))
+        except DataError as error:
+            rejects.report(error)
+    if not found:
+        raise DataError("no picture can be used", where=data.path)
+    aside = held_out_ids([picture for picture, *_ in found], data.held_out, seed)
+    training = [entry for entry in found if entry[0].id not in aside]
+    examples: Counter[Size] = Counter()
+    for *_, size in training:
+        examples[size] += data.repeats * (2 if data.flip else 1)
+    return Survey(training, len(found) - len(training), examples, rejects.errors)

@@ -1,11 +1,11 @@
 """Sources to the training and held-out examples: formats told, bad rows counted, split and weights by the seed."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from lorakit.data.cache import content_key
 from lorakit.data.chat import Chat, Example, parse, tell, unfold
 from lorakit.data.records import OnBad, Record, fail, read_records
 from lorakit.errors import DataError, shown
@@ -41,12 +41,12 @@ def read_split(data: ChatData, seed: int) -> Split:
     sources = [(source, _some(source, on_bad, skipped)) for source in data.train]
     if isinstance(data.held_out, list):
         held_out = [example for source in data.held_out for example in _some(source, on_bad, skipped)]
-        keys = {content_key(example) for example in held_out}
-        repeated = sum(content_key(example) in keys for _, rows in sources for example in rows)
+        keys = {said(example) for example in held_out}
+        repeated = sum(said(example) in keys for _, rows in sources for example in rows)
     else:
         apart = held_out_keys((row for _, rows in sources for row in rows), data.held_out, seed)
-        held_out = [row for _, rows in sources for row in rows if content_key(row) in apart]
-        sources = [(source, [row for row in rows if content_key(row) not in apart]) for source, rows in sources]
+        held_out = [row for _, rows in sources for row in rows if said(row) in apart]
+        sources = [(source, [row for row in rows if said(row) not in apart]) for source, rows in sources]
         repeated = 0
     train = [row for n, (source, rows) in enumerate(sources) for row in weighted(rows, source.weight, mix(seed, 5, n))]
     if not train:
@@ -84,21 +84,19 @@ def _unfolded(record: Record, on_bad: OnBad) -> Iterator[Record]:
         on_bad(error)
 
 
-def content_key(example: Example) -> bytes:
-    """SHA-256 of what an example says, wherever it stands."""
+def said(example: Example) -> str:
+    """A key for what an example says, wherever it stands."""
     if isinstance(example, Chat):
-        parts = [part for message in example.messages for part in (message.role, message.content)]
-    else:
-        parts = ["", example.prompt, example.completion]
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).digest()
+        return content_key(*(part for message in example.messages for part in (message.role, message.content)))
+    return content_key("", example.prompt, example.completion)
 
 
-def held_out_keys(rows: Iterable[Example], share: float, seed: int) -> set[bytes]:
+def held_out_keys(rows: Iterable[Example], share: float, seed: int) -> set[str]:
     """The contents set aside: the ``share`` of all different ones (at least one) that a keyed hash ranks first.
 
     Equal rows go to the same side. Raises DataError when that leaves nothing to train on.
     """
-    keys = {content_key(row) for row in rows}
+    keys = {said(row) for row in rows}
     if share == 0:
         return set()
     count = max(1, round(share * len(keys)))
@@ -106,8 +104,7 @@ def held_out_keys(rows: Iterable[Example], share: float, seed: int) -> set[bytes
         raise DataError(
             f"too few different rows to hold any out: {len(keys)}", where="data.held_out", hint="held_out: 0"
         )
-    salt = seed.to_bytes(8, "little")
-    return set(sorted(keys, key=lambda key: hashlib.sha256(salt + key).digest())[:count])
+    return set(sorted(keys, key=lambda key: content_key(seed, key))[:count])
 
 
 def weighted(rows: Sequence[Example], weight: float, seed: int) -> list[Example]:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lorakit.data.chat import Chat, Completion, Message, parse, tell, unfold
-from lorakit.data.chat_sources import content_key, read_split, weighted
+from lorakit.data.chat_sources import read_split, said, weighted
 from lorakit.data.records import Record
 from lorakit.errors import DataError
 from lorakit.recipe.schema import ChatData
@@ -184,5 +184,5 @@ def test_too_few_rows_to_set_some_aside(tmp_path):
 
 
 def test_content_keys_tell_prompt_from_completion():
-    assert content_key(Completion("a", "b", "x")) == content_key(Completion("a", "b", "y"))
-    assert content_key(Completion("a", "b", "")) != content_key(Completion("b", "a", ""))
+    assert said(Completion("a", "b", "x")) == said(Completion("a", "b", "y"))
+    assert said(Completion("a", "b", "")) != said(Completion("b", "a", ""))

@@ -18,14 +18,17 @@ KINDS = frozenset({"LlamaModel", "MistralModel", "Qwen2Model"})
 """transformers' decoders whose block is RMSNorm, rotary grouped-query attention, RMSNorm, SwiGLU, and nothing more."""
 
 
+def of_llama_kind(decoder: Any) -> bool:
+    """Whether transformers' decoder has only such blocks."""
+    return type(decoder).__name__ in KINDS and decoder.config.hidden_act in ("silu", "swish")
+
+
 def are_plain(decoder: Any) -> bool:
-    """Whether ``hidden_states`` computes what the decoder itself does."""
-    if type(decoder).__name__ not in KINDS:
+    """Whether ``hidden_states`` computes what the decoder itself does, and all gradients that it gives."""
+    if not of_llama_kind(decoder) or decoder.config.attention_dropout:
         return False
     norms = (decoder.norm, *(norm for layer in decoder.layers for norm in _norms(layer)))
-    config = decoder.config
-    silu = config.hidden_act in ("silu", "swish")
-    return silu and not config.attention_dropout and not any(norm.weight.requires_grad for norm in norms)
+    return not any(norm.weight.requires_grad for norm in norms)
 
 
 def _norms(layer: Any) -> tuple[Any, Any]:

@@ -9,15 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
+from transformers import DynamicCache
 
 from lorakit.adapters.inference import Stacked, stackable
 from lorakit.families.llama.base import longest_document
+from lorakit.families.llama.blocks import of_llama_kind
 from lorakit.numerics.attention import causal_attention
 from lorakit.numerics.elementwise import signed
 
-PLAIN = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
-"""RMSNorm, rotary positions, grouped queries, SwiGLU, each with or without biases; no scaling of states or logits."""
 ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary frequencies that do not depend on the length of the text."""
 GROWTH = 256
@@ -82,7 +81,7 @@ def decoder(model: Any) -> Decoder:
 
 def _is_plain(model: Any) -> bool:
     config = model.config
-    if type(model) not in PLAIN or config.hidden_act != "silu" or model.training:
+    if not of_llama_kind(model.get_decoder()) or model.training:
         return False
     rotary = model.model.rotary_emb
     if rotary.rope_type not in ROPES or 2 * len(rotary.inv_freq) != model.model.layers[0].self_attn.head_dim:

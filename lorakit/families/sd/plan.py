@@ -1,15 +1,12 @@
 """What a Stable Diffusion recipe would do, worked out without reading any weights."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorakit.adapters.targets import Target, injection
-from lorakit.data.arrange import held_out_ids, sizes_of
+from lorakit.data.arrange import sizes_of, survey
 from lorakit.data.cache import content_key, remembered
-from lorakit.data.images import Size, choose_bucket, read_size
-from lorakit.data.pictures import Picture, Rejects, find_pictures
-from lorakit.errors import DataError
+from lorakit.data.images import Size, read_size
 from lorakit.families.place import Place
 from lorakit.families.sd.drawing import DrawSettings
 from lorakit.families.sd.facts import facts_of, identity
@@ -60,8 +57,8 @@ def plan(base: SDBase, adapter: SDAdapter, data: PictureData, sample: SDSample, 
             trainable += layers[target.name].lora_parameters(target.rank, dora=adapter.dora)
             targets.append(target._replace(name=f"{component}.{target.name}"))
     sizes = sizes_of(data, facts.factor, facts.size)
-    counts, held_out, rejects = _count(data, sizes, layout.seed)
-    largest = max(counts, key=lambda size: size[0] * size[1])
+    found = survey(data, sizes, layout.seed, lambda picture: read_size(picture.read(), picture.id))
+    largest = max(found.examples, key=lambda size: size[0] * size[1])
     adaptable = sum(outline.parameters for outline in facts.outlines.values())
     memory = {
         "base weights": adaptable * place.dtype.itemsize + facts.vae_parameters * 4,
@@ -69,37 +66,18 @@ def plan(base: SDBase, adapter: SDAdapter, data: PictureData, sample: SDSample, 
         "gradients": 4 * trainable,
         "activations": _activation_bytes(location, adapter, targets, largest, layout.micro_batch, place),
     }
-    pictures = sum(counts.values())
+    pictures = found.examples.total()
     return SDPlan(
         modules=tuple(targets),
         total_parameters=adaptable + facts.vae_parameters,
         trainable_parameters=trainable,
         memory=memory,
         pictures=pictures,
-        held_out=held_out,
-        buckets=dict(counts),
-        notes=tuple(str(error) for error in rejects.errors),
+        held_out=found.held_out,
+        buckets=dict(found.examples),
+        notes=tuple(map(str, found.left_out)),
         steps_per_epoch=pictures / layout.batch_size,
     )
-
-
-def _count(data: PictureData, sizes: tuple[Size, ...], seed: int) -> tuple[Counter[Size], int, Rejects]:
-    """Examples of one epoch by size, and held-out pictures, from the pictures' headers."""
-    rejects = Rejects(data.on_bad)
-    found: list[tuple[Picture, Size]] = []
-    for picture in find_pictures(data, rejects):
-        try:
-            found.append((picture, sizes[choose_bucket(read_size(picture.read(), picture.id), sizes)]))
-        except DataError as error:
-            rejects.report(error)
-    if not found:
-        raise DataError("no picture can be used", where=data.path)
-    aside = held_out_ids([picture for picture, _ in found], data.held_out, seed)
-    counts: Counter[Size] = Counter()
-    for picture, size in found:
-        if picture.id not in aside:
-            counts[size] += data.repeats * (2 if data.flip else 1)
-    return counts, sum(picture.id in aside for picture, _ in found), rejects
 
 
 def _activation_bytes(
