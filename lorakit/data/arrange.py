@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from lorakit.data.cache import content_key
 from lorakit.data.images import Size, bucket_sizes, choose_bucket
-from lorakit.data.pictures import Picture, Rejects, find_pictures
+from lorakit.data.pictures import Picture, find_pictures
+from lorakit.data.records import Rejects
 from lorakit.errors import DataError, RecipeError
 from lorakit.recipe.schema import PictureData
 
@@ -69,7 +70,7 @@ def survey(data: PictureData, sizes: Sequence[Size], seed: int, size_of: Callabl
             size = size_of(picture)
             found.append((picture, size, sizes[choose_bucket(size, sizes)]))
         except DataError as error:
-            rejects.report(error)
+            rejects(error)
     if not found:
         raise DataError("no picture can be used", where=data.path)
     aside = held_out_ids([picture for picture, *_ in found], data.held_out, seed)

@@ -8,7 +8,6 @@ from typing import Any
 from lorakit.data.cache import content_key
 from lorakit.data.chat_sources import read_split
 from lorakit.data.encoded import encode
-from lorakit.data.records import OnBad, fail
 from lorakit.data.templates import named_source
 from lorakit.data.tokens import Encoded, Renderer
 from lorakit.errors import DataError
@@ -70,11 +69,10 @@ def load_chats(data: ChatData, tokenizer: Callable[[], Any], seed: int, identity
     template that will not do.
     """
     split = read_split(data, seed)
-    on_bad: OnBad = split.skipped if data.on_bad == "skip" else fail
     renderer = cache(lambda: Renderer(tokenizer(), data.chat_template, data.max_tokens))
     identity = content_key(identity, named_source(data.chat_template), data.max_tokens)
-    rows = encode((*split.train, *split.held_out), renderer, identity, on_bad)
+    rows = encode((*split.train, *split.held_out), renderer, identity, split.rejects)
     train, held_out = (tuple(row for e in part for row in rows[id(e)]) for part in (split.train, split.held_out))
     if not train:
         raise DataError("no training row is left", where="data.train", hint="the skipped rows say why")
-    return ChatSet(train, held_out, tuple(split.skipped.errors), split.repeated)
+    return ChatSet(train, held_out, tuple(split.rejects.errors), split.repeated)

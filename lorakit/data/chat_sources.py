@@ -1,26 +1,16 @@
 """Sources to the training and held-out examples: formats told, bad rows counted, split and weights by the seed."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from lorakit.data.cache import content_key
 from lorakit.data.chat import Chat, Example, parse, tell, unfold
-from lorakit.data.records import OnBad, Record, fail, read_records
+from lorakit.data.records import OnBad, Record, Rejects, read_records
 from lorakit.errors import DataError, shown
 from lorakit.numerics.order import mix
 from lorakit.recipe.schema import ChatData, ChatSource
-
-
-@dataclass
-class Skipped:
-    """Bad rows, counted and listed; an ``OnBad`` that goes on."""
-
-    errors: list[DataError] = field(default_factory=list)
-
-    def __call__(self, error: DataError) -> None:
-        self.errors.append(error)
 
 
 @dataclass(frozen=True)
@@ -29,18 +19,18 @@ class Split:
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
-    skipped: Skipped
+    rejects: Rejects
+    """Bad rows."""
     repeated: int
     """Training rows that also stand in held-out sources of their own: they flatter the held-out loss."""
 
 
 def read_split(data: ChatData, seed: int) -> Split:
     """Read every source of a recipe. Raises DataError for a bad row (``on_bad: fail``), or when nothing is left."""
-    skipped = Skipped()
-    on_bad: OnBad = skipped if data.on_bad == "skip" else fail
-    sources = [(source, _some(source, on_bad, skipped)) for source in data.train]
+    rejects = Rejects(data.on_bad)
+    sources = [(source, _some(source, rejects)) for source in data.train]
     if isinstance(data.held_out, list):
-        held_out = [example for source in data.held_out for example in _some(source, on_bad, skipped)]
+        held_out = [example for source in data.held_out for example in _some(source, rejects)]
         keys = {said(example) for example in held_out}
         repeated = sum(said(example) in keys for _, rows in sources for example in rows)
     else:
@@ -51,14 +41,14 @@ def read_split(data: ChatData, seed: int) -> Split:
     train = [row for n, (source, rows) in enumerate(sources) for row in weighted(rows, source.weight, mix(seed, 5, n))]
     if not train:
         raise DataError("no training example is left", where="data.train", hint="see the bad rows that were skipped")
-    return Split(tuple(train), tuple(held_out), skipped, repeated)
+    return Split(tuple(train), tuple(held_out), rejects, repeated)
 
 
-def _some(source: ChatSource, on_bad: OnBad, skipped: Skipped) -> list[Example]:
+def _some(source: ChatSource, rejects: Rejects) -> list[Example]:
     """A source's examples; DataError when it has no row, not even a bad one."""
-    before = len(skipped.errors)
-    found = list(examples(source, on_bad))
-    if not found and len(skipped.errors) == before:
+    before = len(rejects.errors)
+    found = list(examples(source, rejects))
+    if not found and len(rejects.errors) == before:
         raise DataError("there is no row in it", where=shown(source.path))
     return found
 

@@ -11,10 +11,10 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from lorakit.data.captions import clean, read_caption
-from lorakit.data.records import HUB_ID, Stamp, read_records
+from lorakit.data.records import HUB_ID, Rejects, Stamp, read_records
 from lorakit.data.tables import ParquetTable, load_datasets_folder, load_hub
 from lorakit.errors import DataError, shown
 from lorakit.recipe.schema import PictureData
@@ -41,20 +41,6 @@ class Picture:
     id: str
     caption: str
     read: Callable[[], bytes]
-
-
-class Rejects:
-    """Keeps the rule for pictures that cannot be used: stop at the first, or list them and go on."""
-
-    def __init__(self, policy: Literal["fail", "skip"]) -> None:
-        self.policy = policy
-        self.errors: list[DataError] = []
-
-    def report(self, error: DataError) -> None:
-        """Raise ``error``, or list it."""
-        if self.policy == "fail":
-            raise error
-        self.errors.append(error)
 
 
 class Table(Protocol):
@@ -133,7 +119,7 @@ def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir())
     for link in sorted(p for p in root.rglob("*") if p.is_symlink() and p.is_dir()):
         error = DataError("a link to a folder, which is not followed", where=shown(link.relative_to(root).as_posix()))
-        rejects.report(error)
+        rejects(error)
     known = set(names)
     if repeats := {part for name in names for part in Path(name).parts[:-1] if re.match(r"\d+_", part)}:
         told = "%s: the number is no repeat count here; every picture counts once, data.repeats repeats them all"
@@ -153,14 +139,14 @@ def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
                 raise DataError("the caption lies outside the data set's folder", where=shown(caption))
             text = read_caption(root / caption, shown(caption))
         except DataError as error:
-            rejects.report(error)
+            rejects(error)
             continue
         yield Picture(label, text, _FileReader(root, name, label))
 
 
 def _from_metadata(path: Path, column: str, rejects: Rejects) -> Iterator[Picture]:
     """Rows {"file_name": ..., caption column: ...}, files relative to the table."""
-    for row, where in read_records(str(path), on_bad=rejects.report):
+    for row, where in read_records(str(path), on_bad=rejects):
         try:
             for field in ("file_name", column):
                 if field not in row:
@@ -170,7 +156,7 @@ def _from_metadata(path: Path, column: str, rejects: Rejects) -> Iterator[Pictur
                 raise DataError("file_name is not a name", where=where)
             caption = clean(row[column], where)
         except DataError as error:
-            rejects.report(error)
+            rejects(error)
             continue
         yield Picture(shown(name), caption, _FileReader(path.parent, name, where))
 
@@ -181,7 +167,7 @@ def _from_table(table: Table, rejects: Rejects) -> Iterator[Picture]:
         try:
             text = clean(caption, where)
         except DataError as error:
-            rejects.report(error)
+            rejects(error)
             continue
         yield Picture(where, text, _RowReader(table, row, where))
 

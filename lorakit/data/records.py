@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lorakit.data.dataset_folder import first_line, load_folder, plain_rows
 from lorakit.errors import DataError, shown
@@ -32,6 +32,19 @@ OnBad = Callable[[DataError], None]
 def fail(error: DataError) -> None:
     """The ``OnBad`` that stops at the first bad row."""
     raise error
+
+
+class Rejects:
+    """The ``OnBad`` of a recipe's ``on_bad``: raises the first error, or lists all and goes on."""
+
+    def __init__(self, policy: Literal["fail", "skip"]) -> None:
+        self.policy = policy
+        self.errors: list[DataError] = []
+
+    def __call__(self, error: DataError) -> None:
+        if self.policy == "fail":
+            raise error
+        self.errors.append(error)
 
 
 def read_records(

@@ -166,7 +166,7 @@ def test_bad_rows_stop_the_run_or_are_listed(tmp_path):
     assert caught.value.where == f"{path}:2"
     split = read_split(ChatData(train=[{"path": path}], held_out=0, on_bad="skip"), seed=0)
     assert texts(split.train) == ["one", "two"]
-    assert [error.where for error in split.skipped.errors] == [f"{path}:2", f"{path}:3"]
+    assert [error.where for error in split.rejects.errors] == [f"{path}:2", f"{path}:3"]
 
 
 @pytest.mark.parametrize("share", [0, 0.1])

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from lorakit.data.arrange import held_out_ids
-from lorakit.data.pictures import Picture, Rejects, find_pictures
+from lorakit.data.pictures import Picture, find_pictures
+from lorakit.data.records import Rejects
 from lorakit.errors import DataError
 from lorakit.recipe.schema import PictureData
 

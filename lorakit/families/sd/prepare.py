@@ -13,7 +13,8 @@ from lorakit.data.arrange import held_out_ids
 from lorakit.data.cache import TensorCache, checksum, content_key, default_folder
 from lorakit.data.captions import with_trigger
 from lorakit.data.images import Size, choose_bucket, cut_out, decode, fit, read_size
-from lorakit.data.pictures import Picture, Rejects, find_pictures
+from lorakit.data.pictures import Picture, find_pictures
+from lorakit.data.records import Rejects
 from lorakit.errors import DataError
 from lorakit.families.sd.base import Parts, vae_factor
 from lorakit.families.sd.conditioning import Text, ids_of
@@ -70,7 +71,7 @@ def prepare_examples(data: PictureData, vae: Any, sizes: tuple[Size, ...], layou
         try:
             found[number] = maker.entries(pictures[number])
         except DataError as error:
-            rejects.report(error)
+            rejects(error)
     if rejects.errors:
         listed = "; ".join(str(error) for error in rejects.errors[:20])
         logger.warning("%d pictures left out: %s", len(rejects.errors), listed)
