@@ -53,7 +53,7 @@ def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) ->
     others = {*llama, "fuse"} if location.family == "sd" else set(sd)
     for name in sorted(others & request.given):
         raise RecipeError(f"is not for {location.name}", where=f"--{name.replace('_', '-')}", hint="leave it out")
-    with warnings_to(console), stopping_at_once("stopped before anything was made", ""):
+    with warnings_to(console), stopping_at_once("stopped", ""):
         if location.family == "sd":
             _draw(request, location, prompts, adapters, sd, console)
         else:

@@ -73,7 +73,7 @@ cli.main({words})
 """
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert done.returncode == code
-    assert done.stderr.splitlines() == [f"lorakit: error: {number.name}: stopped before anything was made"]
+    assert done.stderr.splitlines() == [f"lorakit: error: {number.name}: stopped"]
 
 
 def test_ranks_are_for_a_run_that_is_resumed(sd: Path) -> None:
