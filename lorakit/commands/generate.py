@@ -13,7 +13,7 @@ from rich.console import Console
 from lorakit.commands.progress import warnings_to
 from lorakit.errors import INTERRUPTED, TERMINATED, ConflictError, DataError, RecipeError, Stopped
 from lorakit.storage.atomic import disk_errors, write_bytes
-from lorakit.training.stop import StopSignals, stopping_at_once
+from lorakit.training.stop import Beginning, StopSignals, stopping_at_once
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,11 +53,11 @@ def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) ->
     others = {*llama, "fuse"} if location.family == "sd" else set(sd)
     for name in sorted(others & request.given):
         raise RecipeError(f"is not for {location.name}", where=f"--{name.replace('_', '-')}", hint="leave it out")
-    with warnings_to(console), stopping_at_once("stopped", ""):
+    with warnings_to(console), stopping_at_once("stopped", "") as beginning:
         if location.family == "sd":
-            _draw(request, location, prompts, adapters, sd, console)
+            _draw(request, location, prompts, adapters, sd, beginning)
         else:
-            _answer(request, location, prompts, adapters, llama, console)
+            _answer(request, location, prompts, adapters, llama, beginning)
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
@@ -105,7 +105,7 @@ def _draw(
     prompts: list[str],
     adapters: list[tuple[Path, float]],
     options: Mapping[str, Any],
-    console: Console,
+    beginning: Beginning,
 ) -> None:
     """Numbered PNG files after those that are there already, and a grid when there are several pictures."""
 
@@ -129,7 +129,7 @@ def _draw(
     first = 1 + max((int(p.stem) for p in out.glob("*.png") if p.stem.isdigit()), default=0)
     drawn: list[Image] = []
     labels: list[str] = []
-    with _stoppable(console) as signals:
+    with _stoppable(beginning) as signals:
         for number, (picture, metadata) in enumerate(painter.paint(jobs, settings), start=first):
             save_picture(picture, metadata, out / f"{number:04d}.png")
             print(out / f"{number:04d}.png", flush=True)
@@ -148,7 +148,7 @@ def _answer(
     prompts: list[str],
     adapters: list[tuple[Path, float]],
     options: Mapping[str, Any],
-    console: Console,
+    beginning: Beginning,
 ) -> None:
     """Stream to the terminal; with ``--out`` or ``--prompts`` also write {"prompt", "answer"} lines as they finish."""
     from lorakit.families.llama.generate import Settings, open_chat
@@ -172,7 +172,7 @@ def _answer(
     settings = Settings(seed=request.seed, **{name: options[name] for name in names})
     questions = [prompt if options["raw"] else _messages(prompt, options["system"]) for prompt in prompts]
     pieces: list[str] = []
-    with _stoppable(console) as signals:
+    with _stoppable(beginning) as signals:
         for number, piece in chat.answers(questions, settings):
             if not pieces and len(prompts) > 1:
                 print(f"> {prompts[number]}")
@@ -211,9 +211,11 @@ def _unanswered(out: Path, prompts: list[str]) -> list[str]:
     return prompts[len(answered) :]
 
 
-def _stoppable(console: Console) -> StopSignals:
+def _stoppable(beginning: Beginning) -> StopSignals:
+    """The end of ``beginning``: from now on a signal is noted, for ``_check_stop``."""
+    beginning.check()
     told = "stopping after this; a second signal stops at once"
-    return StopSignals(lambda _: console.print(told), world=1)
+    return StopSignals(lambda _: Console(stderr=True).print(told), world=1)
 
 
 def _check_stop(signals: StopSignals, kept: Path | None) -> None:

@@ -94,6 +94,7 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
                 allow=mode.allow,
                 resume_command=resume_command,
             )
+            beginning.check()
             outcome = loop.train(task, session, plan, run_folder, terminal)
             beginning.over = True
             finished_before = mode.resume and not terminal.trained

@@ -67,6 +67,12 @@ class Beginning:
     """What ``stopping_at_once`` yields. Once ``over``, there is nothing left to stop."""
 
     over: bool = False
+    received: int = 0
+
+    def check(self) -> None:
+        """Stop if a signal came: Python ignores what is raised while it frees an object."""
+        if self.received:
+            raise _Interrupted(self.received)
 
 
 @contextmanager
@@ -79,6 +85,7 @@ def stopping_at_once(told: str, hint: str) -> Iterator[Beginning]:
 
     def stop(number: int, _frame: FrameType | None) -> None:
         if not beginning.over:
+            beginning.received = number
             raise _Interrupted(number)
 
     if threading.current_thread() is not threading.main_thread():

@@ -48,6 +48,29 @@ sys.exit(guarded(command))
     assert done.returncode == code, done.stderr
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_an_object_is_freed_is_not_lost(number: signal.Signals, code: int) -> None:
+    """Python ignores what is raised there."""
+    program = f"""
+import os, sys
+from lorakit.commands.report import guarded
+from lorakit.training.stop import stopping_at_once
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        for _ in range(10**6):
+            pass
+def command():
+    with stopping_at_once("stopped", "again") as beginning:
+        Last()
+        print("goes on", flush=True)
+        beginning.check()
+sys.exit(guarded(command))
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "goes on\n"), done.stderr
+
+
 def test_allow_is_for_a_run_that_is_resumed(sd: Path) -> None:
     lorakit("train-sd", sd / "recipe.yaml", "--allow").refused(2, "--allow: is for a run that is resumed")
     assert not (sd / "runs").exists()
