@@ -96,7 +96,8 @@ def injection(outline: Outline, adapter: Adapter, groups: Mapping[str, Sequence[
     """The recipe's section worked out against a model. RecipeError as ``inject`` says."""
     names = _select(outline, adapter, groups)
     if not names:
-        raise RecipeError("no layer of the model is left to train", where="adapter.targets")
+        field = "adapter.targets" if adapter.layers is None else "adapter.layers"
+        raise RecipeError("no layer of the model is left to train", where=field)
     ranks = _by_pattern("adapter.rank_pattern", adapter.rank_pattern, names)
     alphas = _by_pattern("adapter.alpha_pattern", adapter.alpha_pattern, names)
     targets = []

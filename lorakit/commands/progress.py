@@ -1,11 +1,13 @@
 """What a run shows on the terminal: a bar with step, loss, rate and time left; plain lines where there is none."""
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import median
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,11 +26,30 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+class Lasting:
+    """Stderr for a run that goes on when nobody reads it any more: a closed pipe, a lost connection."""
+
+    def __init__(self) -> None:
+        self._file = sys.stderr
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 class Terminal:
     """The training loop's Progress, by rich on a terminal; else a line now and then, fit for a log file."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = Console(file=cast(IO[str], Lasting()), quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),

@@ -36,12 +36,22 @@ def guarded(command: Callable[[], object]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_output()
         return ResourceError.exit_code
     except Exception as error:
         if os.environ.get("LORAKIT_DEBUG"):
             traceback.print_exc()
-        return tell(error if isinstance(error, LorakitError) else _named(error))
+        told = error if isinstance(error, LorakitError) else _named(error)
+        try:
+            return tell(told)
+        except OSError:
+            _let_go_of_output()
+            return told.exit_code
+
+
+def _let_go_of_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def tell(error: LorakitError) -> int:

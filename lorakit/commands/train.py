@@ -51,7 +51,6 @@ def run(kind: type[SDRecipe] | type[LlamaRecipe], path: Path, overrides: list[st
 def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None:
     from lorakit.families.place import Place
     from lorakit.numerics.order import Layout
-    from lorakit.storage import atomic
     from lorakit.storage.runs import RunFolder
     from lorakit.training import launch, loop, optim
     from lorakit.training.stop import stopping_at_once
@@ -81,8 +80,6 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
             )
             place = Place(session.device, session.dtype, recipe.compute.gradient_checkpointing)
             task = load_task(recipe, layout, place)
-            if session.is_main and not run_folder.saved():
-                atomic.write_text(run_folder.recipe, load.dump(recipe))
             plan = loop.Plan(
                 train=recipe.train,
                 optimizer=recipe.optimizer,
@@ -90,6 +87,7 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
                 sample_every=recipe.sample.every,
                 track=recipe.output.track,
                 recipe=load.as_dict(recipe),
+                recipe_text=load.dump(recipe),
                 resume=mode.resume,
                 allow=mode.allow,
                 resume_command=resume_command,

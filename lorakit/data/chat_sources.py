@@ -38,7 +38,7 @@ def read_split(data: ChatData, seed: int) -> Split:
         held_out = [row for _, rows in sources for row in rows if said(row) in apart]
         sources = [(source, [row for row in rows if said(row) not in apart]) for source, rows in sources]
         repeated = 0
-    train = [row for n, (source, rows) in enumerate(sources) for row in weighted(rows, source.weight, mix(seed, 5, n))]
+    train = [row for n, (source, rows) in enumerate(sources) for row in _weighed(source, rows, mix(seed, 5, n))]
     if not train:
         raise DataError("no training example is left", where="data.train", hint="see the bad rows that were skipped")
     return Split(tuple(train), tuple(held_out), rejects, repeated)
@@ -91,10 +91,17 @@ def held_out_keys(rows: Iterable[Example], share: float, seed: int) -> set[str]:
         return set()
     count = max(1, round(share * len(keys)))
     if count >= len(keys):
-        raise DataError(
-            f"too few different rows to hold any out: {len(keys)}", where="data.held_out", hint="held_out: 0"
-        )
+        reason = f"a share of {share:g} of {len(keys)} different rows leaves none to train on"
+        raise DataError(reason, where="data.held_out", hint="a lower share, or 0")
     return set(sorted(keys, key=lambda key: content_key(seed, key))[:count])
+
+
+def _weighed(source: ChatSource, rows: Sequence[Example], seed: int) -> list[Example]:
+    """``weighted``; DataError when a weight leaves none of a source's rows."""
+    found = weighted(rows, source.weight, seed)
+    if rows and not found:
+        raise DataError(f"a weight of {source.weight:g} leaves none of its {len(rows)} rows", where=shown(source.path))
+    return found
 
 
 def weighted(rows: Sequence[Example], weight: float, seed: int) -> list[Example]:

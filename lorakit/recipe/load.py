@@ -199,7 +199,7 @@ def _folder_faults(recipe: SDRecipe | LlamaRecipe, root: Mapping, source: str) -
         named |= {f"data.train.{i}.path": s.path for i, s in enumerate(recipe.data.train)}
         if isinstance(recipe.data.held_out, list):
             named |= {f"data.held_out.{i}.path": s.path for i, s in enumerate(recipe.data.held_out)}
-    # Bases and data may start with ~, the run folder is taken as it stands.
+    # Bases and data may start with ~; of the run folder it is expanded already.
     named = {field: os.path.expanduser(text) for field, text in named.items()} | {"output.folder": str(run)}
     loops = {field: loop for field, text in named.items() if (loop := _loop(Path(text)))}
     for field, loop in loops.items():

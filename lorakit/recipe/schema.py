@@ -4,10 +4,11 @@
 ``data`` and ``sample`` are a family's own. Unknown keys are refused. Every field says what it means and in which unit.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -90,7 +91,7 @@ class Optimizer(Section):
 
 
 class Output(Section):
-    folder: Path = Path("runs")
+    folder: Annotated[Path, AfterValidator(lambda folder: Path(os.path.expanduser(folder)))] = Path("runs")
     """The run folder is made in here, relative to where the command runs."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
     """Name of the run folder and of the adapter file."""

@@ -32,6 +32,7 @@ from lorakit.errors import (
 )
 from lorakit.recipe.schema import Compute
 from lorakit.training.device import choose, make_deterministic
+from lorakit.training.stop import caught
 from lorakit.training.watch import Watch
 
 OWN_EXIT_CODES = frozenset({*range(10), TERMINATED, INTERRUPTED} - {1})
@@ -185,7 +186,7 @@ def relaunch(argv: Sequence[str], processes: int, *, device: str = "auto", modul
                 return INTERRUPTED
             rank, failure = failed.get_first_failure()
             if received and failure.exitcode == -received[0]:  # it had only begun to start
-                return TERMINATED if received[0] == signal.SIGTERM else INTERRUPTED
+                return INTERRUPTED if received[0] == signal.SIGINT else TERMINATED
             if failure.exitcode in OWN_EXIT_CODES:
                 return int(failure.exitcode)
             raise _lost(rank, failure.exitcode) from failed
@@ -201,7 +202,7 @@ def _lost(rank: int, code: int) -> RankError:
 
 @contextmanager
 def _forwarded_signals() -> Iterator[list[int]]:
-    """Pass SIGTERM and SIGINT on to all children, which have process groups of their own; yields those received."""
+    """Pass signals that stop a run on to the children, which have their own process groups; yields those received."""
     import psutil
 
     received: list[int] = []
@@ -211,7 +212,7 @@ def _forwarded_signals() -> Iterator[list[int]]:
         for child in psutil.Process().children():
             child.send_signal(number)
 
-    earlier = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    earlier = {number: signal.signal(number, forward) for number in caught()}
     try:
         yield received
     finally:

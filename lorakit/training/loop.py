@@ -15,6 +15,7 @@ from lorakit.errors import ConflictError, DataError, NonFiniteError, ResourceErr
 from lorakit.families.task import Batch, Task
 from lorakit.numerics.order import mix
 from lorakit.recipe.schema import Compute, Optimizer, Train
+from lorakit.storage import atomic
 from lorakit.storage.runs import RunFolder
 from lorakit.training import checkpoint, measure, optim
 from lorakit.training.bucket import Bucket
@@ -37,6 +38,8 @@ class Plan:
     track: Sequence[str]
     recipe: Mapping[str, Any]
     """The whole resolved recipe as plain JSON, for checkpoints; the loop itself takes nothing from it."""
+    recipe_text: str
+    """The same for people, as it stands in the run folder."""
     resume: bool = False
     allow: bool = False
     """Resume though fields changed that do not change what is learned."""
@@ -104,12 +107,14 @@ class _Loop:
         found = checkpoint.newest(run) if plan.resume else None
         self.check_alike(found)
         if found is None:
-            session.on_main(lambda: task.fingerprint.write(run.data))
+            session.on_main(self.write_down)
         else:
             checkpoint.check_resumable(found.state, self.state, allow=plan.allow)
             checkpoint.check_data(run, found.state, task.fingerprint)
             self.state = dataclasses.replace(found.state, world=session.world, recipe=plan.recipe)
             task.load_adapter_state(found.adapter)
+            if plan.recipe != found.state.recipe:
+                session.on_main(self.write_down)
         groups = task.parameter_groups()
         self.bucket = Bucket([parameter for parameters, _ in groups for parameter in parameters], numbers=5)
         self.optimizer, self.scheduler = optim.build(groups, plan.optimizer, self.total, self.state.step)
@@ -140,6 +145,11 @@ class _Loop:
             for what in (name for name in here if there[name] != told[0][name]):
                 hint = "all nodes need the same files, and one output.folder that they share"
                 raise ConflictError(f"rank {rank} does not have the {what} of rank 0", hint=hint)
+
+    def write_down(self) -> None:
+        """What the run is made from, beside its checkpoints."""
+        atomic.write_text(self.folder.recipe, self.plan.recipe_text)
+        self.task.fingerprint.write(self.folder.data)
 
     @contextmanager
     def prefetching(self) -> Iterator[None]:

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT as a wish that the loop fulfils after its step."""
+"""SIGTERM, SIGINT and SIGHUP as a wish that the loop fulfils after its step.
+
+SIGHUP, which a lost connection sends, counts as SIGTERM; where nohup has it ignored, it stays so.
+"""
 
 import os
 import signal
@@ -11,8 +14,14 @@ from types import FrameType
 from lorakit.errors import INTERRUPTED, TERMINATED, Stopped
 
 
+def caught() -> list[signal.Signals]:
+    """The signals that stop a run."""
+    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGINT, *hung_up]
+
+
 class StopSignals:
-    """While entered, the first SIGTERM or SIGINT is noted in ``received``; a second one ends the process at once.
+    """While entered, the first signal is noted in ``received``; a second one ends the process at once.
 
     ``tell`` is called with a line for the user. In a run of many ranks the launcher sends SIGTERM to the others as soon
     as one of them has ended; a rank that is leaving with the same error must not be cut off while it reports, so there
@@ -27,7 +36,7 @@ class StopSignals:
 
     @property
     def sigterm(self) -> bool:
-        return self.received == signal.SIGTERM
+        return self.received in (signal.SIGTERM, signal.SIGHUP)
 
     @property
     def sigint(self) -> bool:
@@ -35,7 +44,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in caught():
                 self._earlier[number] = signal.signal(number, self._note)
         return self
 
@@ -91,12 +100,13 @@ def stopping_at_once(told: str, hint: str) -> Iterator[Beginning]:
     if threading.current_thread() is not threading.main_thread():
         yield beginning
         return
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    earlier = {number: signal.signal(number, stop) for number in caught()}
     try:
         yield beginning
     except KeyboardInterrupt as error:
-        name, code = ("SIGTERM", TERMINATED) if error.args == (signal.SIGTERM,) else ("SIGINT", INTERRUPTED)
-        raise Stopped(f"{name}: {told}", exit_code=code, hint=hint) from None
+        number = signal.Signals(*error.args or (signal.SIGINT,))
+        code = INTERRUPTED if number == signal.SIGINT else TERMINATED
+        raise Stopped(f"{number.name}: {told}", exit_code=code, hint=hint) from None
     finally:
         for number, handler in earlier.items():
             if signal.getsignal(number) is stop:

@@ -193,6 +193,7 @@ def test_a_convolutions_change_has_the_rank_of_its_matrix(sd: Path) -> None:
         ),
         (Adapter(rank=4, rank_pattern={"k_proj": 17}), "adapter.rank_pattern: rank 17 is more than", "16 or less"),
         (Adapter(rank=4, layers=[2]), "layer 2: the model has 2", "counted from 0"),
+        (Adapter(rank=4, layers=[]), "adapter.layers: no layer of the model is left", ""),
         (Adapter(rank=4, targets=["lm_head"]), "shares its weight", ""),
         (Adapter(rank=4, targets=[]), "no layer of the model is left", ""),
     ],

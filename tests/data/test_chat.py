@@ -177,10 +177,18 @@ def test_a_source_without_rows_is_named(tmp_path, share):
     assert caught.value.where.endswith("b.jsonl")
 
 
-def test_too_few_rows_to_set_some_aside(tmp_path):
-    path = source(tmp_path / "a.jsonl", [{"text": "one"}])
-    with pytest.raises(DataError, match="too few"):
-        read_split(ChatData(train=[{"path": path}]), seed=0)
+@pytest.mark.parametrize(("rows", "share"), [(1, 0.1), (23, 0.99)])
+def test_a_share_that_leaves_nothing_to_train_on(tmp_path, rows, share):
+    path = source(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(rows)])
+    with pytest.raises(DataError, match=f"a share of {share} of {rows} different rows leaves none"):
+        read_split(ChatData(train=[{"path": path}], held_out=share), seed=0)
+
+
+def test_a_weight_that_leaves_nothing_of_a_source(tmp_path):
+    big, small = (source(tmp_path / f"{n}.jsonl", [{"text": f"{n} {i}"} for i in range(n)]) for n in (40, 6))
+    with pytest.raises(DataError, match=r"a weight of 0\.01 leaves none of its 6 rows") as caught:
+        read_split(ChatData(train=[{"path": big}, {"path": small, "weight": 0.01}], held_out=0), seed=0)
+    assert caught.value.where == small
 
 
 def test_content_keys_tell_prompt_from_completion():

@@ -144,3 +144,37 @@ def test_a_base_that_changes_is_looked_at_anew(
     (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | change))
     with pytest.raises(error):
         plan(LlamaBase(model=str(base)), Adapter(rank=2), data, LAYOUT, PLACE)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "base", "where"),
+    [
+        (Adapter(rank=2, targets=["lm_head", "q_proj"]), {}, "adapter.targets"),
+        (Adapter(rank=2, dora=True), {"quantization": "int8"}, "base.quantization"),
+    ],
+)
+def test_plan_and_load_refuse_alike(tmp_path: Path, adapter: Adapter, base: dict[str, Any], where: str) -> None:
+    tiny_llama(tmp_path / "base", tied=False)
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    data = ChatData(train=[{"path": str(tmp_path / "chats.jsonl")}], held_out=0, max_tokens=64)  # type: ignore[list-item]
+    section = LlamaBase(model=str(tmp_path / "base"), **base)
+    with pytest.raises(RecipeError) as caught:
+        plan(section, adapter, data, LAYOUT, PLACE)
+    assert caught.value.where == where
+    with pytest.raises(RecipeError) as caught:
+        llama.load(section, adapter, data, LlamaSample(), LAYOUT, PLACE, learning_rate=1e-3)
+    assert caught.value.where == where
+
+
+def test_dora_keeps_more(tmp_path: Path) -> None:
+    """[tokens, out] of each of its layers, in float32."""
+    tiny_llama(tmp_path / "base")
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    data = ChatData(train=[{"path": str(tmp_path / "chats.jsonl")}], held_out=0, max_tokens=64)  # type: ignore[list-item]
+    base = LlamaBase(model=str(tmp_path / "base"))
+    plain, dora = (plan(base, Adapter(rank=2, dora=on), data, LAYOUT, PLACE) for on in (False, True))
+    tokens = sum(len(chat.tokens) for chat in plain.chats.train)
+    kept = 4 * tokens * sum(target.outputs for target in dora.modules)
+    assert dora.memory["activations"] - plain.memory["activations"] == kept

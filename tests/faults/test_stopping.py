@@ -1,9 +1,13 @@
 """A run stopped while it loads, as people stop one, and options that do not go together."""
 
+import fcntl
+import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -69,6 +73,46 @@ sys.exit(guarded(command))
 """
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, "goes on\n"), done.stderr
+
+
+def test_a_lost_connection_stops_a_run_like_sigterm(llama: Path) -> None:
+    """A real terminal that goes: SIGHUP, and from then on nothing can be written to it."""
+    keeper, terminal = pty.openpty()
+    words = [sys.executable, "-m", "lorakit", "train-llama", str(llama / "recipe.yaml"), "--set", "train.steps=100000"]
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    with subprocess.Popen(words, **streams, preexec_fn=take_terminal, env={**os.environ, "TERM": "xterm"}) as run:
+        os.close(terminal)
+        told = b""
+        while b"steps/s" not in told:
+            told += os.read(keeper, 4096)
+        os.close(keeper)
+        assert run.wait(60) == 75
+    assert lorakit("train-llama", llama / "recipe.yaml", "--resume").refused(2, "train.steps")
+    (state,) = (llama / "runs").glob("*/checkpoints/*/state.json")
+    assert json.loads(state.read_text())["step"] > 0
+
+
+def test_nohup_keeps_a_run_from_being_hung_up(llama: Path) -> None:
+    words = [sys.executable, "-m", "lorakit", "train-llama", str(llama / "recipe.yaml"), "--set", "train.steps=40"]
+    with subprocess.Popen(["nohup", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+        while not any((llama / "runs").glob("*/metrics.jsonl")):
+            assert run.poll() is None
+            time.sleep(0.01)
+        run.send_signal(signal.SIGHUP)
+        err = run.stderr.read()
+    assert run.returncode == 0, err
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(llama: Path) -> None:
+    words = f"{sys.executable} -m lorakit train-llama {llama / 'recipe.yaml'}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {words} 2>&1 >/dev/null | head -c 1"], check=False)
+    assert done.returncode == 0
+    assert list((llama / "runs").glob("*/adapter/adapter_model.safetensors"))
 
 
 def test_allow_is_for_a_run_that_is_resumed(sd: Path) -> None:

@@ -167,6 +167,7 @@ output: {name: 2024}
 
 def test_environment_variables_stay_literal(recipe, monkeypatch):
     monkeypatch.setenv("SECRET", "told")
+    assert recipe("data: {path: a}\noutput: {folder: ~/runs}\n").output.folder == Path.home() / "runs"
     found = recipe("data: {path: '${SECRET}/a'}\nbase: {model: $SECRET}\noutput: {folder: ~x}\n")
     assert (found.data.path, found.base.model, found.output.folder) == ("${SECRET}/a", "$SECRET", Path("~x"))
 

@@ -65,7 +65,7 @@ def go(
     session: Session, folder: Path, progress: Silent | None = None, **given: Any
 ) -> tuple[Outcome, dict[str, Tensor], TinyTask]:
     task_options = {key: given.pop(key) for key in ("nan_at", "delay", "samples") if key in given}
-    call = {key: given.pop(key) for key in ("resume", "allow", "sample_every", "track") if key in given}
+    call = {key: given.pop(key) for key in ("resume", "allow", "sample_every", "track", "recipe_text") if key in given}
     options = {"steps": STEPS, "batch_size": 8, "name": "adamw", **given}
     task = make_task(session, options, **task_options)
     opening = RunFolder.open_existing if call.get("resume") else RunFolder.open_new
@@ -239,6 +239,19 @@ def test_a_finished_run_can_be_resumed_without_harm(session: Session, tmp_path: 
     again, _, _ = go(session, tmp_path / "run", resume=True)
     assert same(load_file(tmp_path / "run" / "run.safetensors"), saved)
     assert again == first
+
+
+def test_the_recipe_in_the_run_folder_is_that_of_the_newest_start(session: Session, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        go(session, folder, Signal(2))
+    assert (folder / "recipe.yaml").read_text() == "tiny\n"
+    changed = {"resume": True, "checkpoint_every": 3, "recipe_text": "changed\n"}
+    with pytest.raises(RecipeError):
+        go(session, folder, **changed)
+    assert (folder / "recipe.yaml").read_text() == "tiny\n"
+    go(session, folder, **changed, allow=True)
+    assert (folder / "recipe.yaml").read_text() == "changed\n"
 
 
 @pytest.mark.fault(48)

@@ -136,7 +136,7 @@ def make_plan(options: Mapping[str, Any], **more: Any) -> Plan:
     recipe = {"adapter": {"dropout": options.get("dropout", 0.0)}}
     recipe |= {"train": train.model_dump(mode="json"), "optimizer": optimizer.model_dump(mode="json")}
     recipe |= {"compute": compute.model_dump(mode="json")}
-    defaults = {"sample_every": 0, "track": [], "resume_command": "lorakit train --resume"}
+    defaults = {"sample_every": 0, "track": [], "resume_command": "lorakit train --resume", "recipe_text": "tiny\n"}
     return Plan(train=train, optimizer=optimizer, compute=compute, recipe=recipe, **{**defaults, **more})
 
 

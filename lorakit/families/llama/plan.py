@@ -10,7 +10,14 @@ from lorakit.adapters.outline import Outline
 from lorakit.adapters.targets import Target, injection
 from lorakit.data.cache import content_key, remembered, versions
 from lorakit.data.chat_set import ChatSet
-from lorakit.families.llama.base import GROUPS, check_trainable, find_base, read_chats
+from lorakit.families.llama.base import (
+    GROUPS,
+    check_adapter,
+    check_trainable,
+    find_base,
+    head_has_an_adapter,
+    read_chats,
+)
 from lorakit.families.place import Place
 from lorakit.numerics.cross_entropy import CHUNK_NUMBERS
 from lorakit.numerics.order import Layout
@@ -48,6 +55,7 @@ class LlamaPlan:
 
 def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, place: Place) -> LlamaPlan:
     """Raises what ``load`` would raise, but for weights that cannot be read."""
+    check_adapter(base, adapter)
     _, folder = find_base(base, place.dtype)
     config, outline = _known(folder)
 
@@ -59,11 +67,18 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
     chats = read_chats(folder, config, data, layout.seed, tokenizer)
     check_trainable(config)
     targets = injection(outline, adapter, GROUPS).targets
+    if any(outline.layers[target.name].head for target in targets):
+        raise head_has_an_adapter()
     trainable = sum(outline.layers[t.name].lora_parameters(t.rank, dora=adapter.dora) for t in targets)
     lengths = sorted((len(row.tokens) for row in chats.train), reverse=True)
     rows = max(1, layout.micro_batch)
     tokens = sum(lengths[:rows]) if data.packing else lengths[0] * rows
     size = place.dtype.itemsize
+    # DoRA keeps what each of its layers gives before the magnitude; with checkpointing those of one block.
+    directions = sum(target.outputs for target in targets) * tokens * size * adapter.dora
+    if place.gradient_checkpointing:
+        directions //= config.num_hidden_layers
+    hidden = hidden_bytes(config, tokens, size, checkpointing=place.gradient_checkpointing)
     logits = min(CHUNK_NUMBERS, tokens * config.vocab_size) * (size if size >= 4 else 4 + size)
     return LlamaPlan(
         targets,
@@ -73,7 +88,7 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
             "base weights": _weight_bytes(outline, base.quantization, size),
             "adapter": 4 * trainable,
             "gradients": 4 * trainable,
-            "activations": hidden_bytes(config, tokens, size, checkpointing=place.gradient_checkpointing) + logits,
+            "activations": hidden + directions + logits,
         },
         chats,
         len(chats.train) / layout.batch_size,

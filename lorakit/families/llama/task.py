@@ -19,9 +19,15 @@ from lorakit.adapters.write import write_peft
 from lorakit.data.chat import Message
 from lorakit.data.chat_set import ChatSet
 from lorakit.data.tokens import Renderer
-from lorakit.errors import RecipeError
 from lorakit.families.llama import packed
-from lorakit.families.llama.base import GROUPS, check_trainable, find_base, logit_factor
+from lorakit.families.llama.base import (
+    GROUPS,
+    check_adapter,
+    check_trainable,
+    find_base,
+    head_has_an_adapter,
+    logit_factor,
+)
 from lorakit.families.llama.batch import ChatBatch, held_out_batches, train_batches
 from lorakit.families.llama.generate import Chat, Settings
 from lorakit.families.llama.library import load_data, load_model
@@ -163,6 +169,7 @@ def load(
 
     Raises ModelError, RecipeError or DataError as the parts say; what a user should know is logged as a warning.
     """
+    check_adapter(base, adapter)
     location, folder = find_base(base, place.dtype)
     config, tokenizer, chats = load_data(folder, data, layout.seed)
     check_trainable(config)
@@ -172,7 +179,7 @@ def load(
     _without_dropout(lm)
     injection = inject(lm, adapter, GROUPS, seed=mix(layout.seed, 6))
     if not packed.head_is_frozen(lm):
-        raise RecipeError("the head (lm_head) cannot have an adapter", where="adapter.targets")
+        raise head_has_an_adapter()
     renderer = Renderer(tokenizer, data.chat_template, int(config.max_position_embeddings))
     loaded = Loaded(location, lm, injection, chats, renderer, logit_factor(config), place.gradient_checkpointing)
     return LlamaTask(loaded, sample, layout, learning_rate=learning_rate, packing=data.packing)
