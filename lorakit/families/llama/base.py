@@ -19,8 +19,8 @@ GROUPS = {
 
 
 def check_adapter(base: LlamaBase, adapter: Adapter) -> None:
-    """Raises RecipeError for what does not train together: bitsandbytes 0.50's int8 layers under PEFT 0.20's DoRA fail in
-    their second forward pass."""
+    """Raises RecipeError for what does not train together: bitsandbytes 0.50's int8 layers under PEFT 0.21's DoRA fail
+    in their second forward pass."""
     if base.quantization == "int8" and adapter.dora:
         raise RecipeError("int8 and adapter.dora do not go together", where="base.quantization", hint="nf4 does")
 
