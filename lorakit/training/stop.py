@@ -103,8 +103,11 @@ def stopping_at_once(told: str, hint: str) -> Iterator[Beginning]:
     earlier = {number: signal.signal(number, stop) for number in caught()}
     try:
         yield beginning
-    except KeyboardInterrupt as error:
-        number = signal.Signals(*error.args or (signal.SIGINT,))
+    except BaseException as error:  # Python makes another one of what is raised in some hooks
+        interrupted = signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0
+        if not (beginning.received or interrupted):
+            raise
+        number = signal.Signals(beginning.received or interrupted)
         code = INTERRUPTED if number == signal.SIGINT else TERMINATED
         raise Stopped(f"{number.name}: {told}", exit_code=code, hint=hint) from None
     finally:
