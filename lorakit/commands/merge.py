@@ -61,7 +61,8 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
     with warnings_to(console):
         opened = _open(location, out)
         if options.as_adapter is not None:
-            combine.run(location.name, opened.models, parsed, out, options)
+            _check_combining(options)
+            combine.run(location.name, opened.models, parsed, out, options.as_adapter, dry_run=options.dry_run)
             return
         plan = _plan(location, opened, parsed, out, options)
         if options.quant_base is not None:
@@ -113,3 +114,11 @@ def _plan(
 
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     return plan_merge(location, opened, adapters, out, Settings(dtype, options.quant_base or "original"))
+
+
+def _check_combining(options: Options) -> None:
+    """RecipeError for options that are a merged model's alone."""
+    given = {"--dtype": options.dtype, "--quant-base": options.quant_base, "--overwrite": options.overwrite}
+    for option, value in given.items():
+        if value:
+            raise RecipeError(f"--as-adapter and {option} do not go together", hint=f"leave {option} out")
