@@ -182,11 +182,19 @@ def _family(root: Mapping) -> type[SDRecipe] | type[LlamaRecipe] | None:
 def _finish(path: Path, kind: type[R], root: Mapping, faults: list[Fault]) -> R:
     recipe = build(kind, root, faults)
     if recipe is not None:
-        faults += _folder_faults(recipe, root, escape(str(path), 300))
+        source = escape(str(path), 300)
+        faults += _quantization_faults(recipe, root, source)
+        faults += _folder_faults(recipe, root, source)
     family = _family(root)
     raise_faults(faults, HINT if family in (None, kind) else OTHER_FAMILY[kind])
     assert recipe is not None
     return recipe
+
+
+def _quantization_faults(recipe: SDRecipe | LlamaRecipe, root: Mapping, source: str) -> Iterator[Fault]:
+    """int8 with DoRA: bitsandbytes 0.50's int8 layers under PEFT 0.21's DoRA fail in their second forward pass too."""
+    if isinstance(recipe, LlamaRecipe) and recipe.base.quantization == "int8" and recipe.adapter.dora:
+        yield Fault(_place(root, "base.quantization", source), "int8 and adapter.dora do not go together; nf4 does")
 
 
 def _folder_faults(recipe: SDRecipe | LlamaRecipe, root: Mapping, source: str) -> Iterator[Fault]:

@@ -106,6 +106,14 @@ def test_a_fault_is_told_with_its_place(recipe, text, expected):
     assert line.startswith(expected)
 
 
+def test_int8_with_dora_is_told_where_int8_stands(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("data: {train: [{path: a}]}\nbase: {quantization: int8}\nadapter: {dora: true}\n")
+    with pytest.raises(RecipeError) as caught:
+        load(path, LlamaRecipe)
+    assert str(caught.value).startswith(f"{path}:2:22 base.quantization: int8 and adapter.dora do not go together")
+
+
 def test_an_alias_bomb_is_refused_before_it_is_written_out(recipe):
     rows = ["a0: &a0 [x,x,x,x,x,x,x,x,x,x]"]
     rows += [f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]

@@ -8,7 +8,7 @@ import torch
 from lorakit.data.cache import content_key, default_folder, versions
 from lorakit.data.chat_set import ChatSet, load_chats
 from lorakit.errors import ModelError, RecipeError
-from lorakit.recipe.schema import Adapter, ChatData, LlamaBase
+from lorakit.recipe.schema import ChatData, LlamaBase
 from lorakit.storage.bases import BaseLocation, description, digest, resolve
 
 GROUPS = {
@@ -16,13 +16,6 @@ GROUPS = {
     "attention+mlp": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 """Module names behind the recipe's adapter.targets."""
-
-
-def check_adapter(base: LlamaBase, adapter: Adapter) -> None:
-    """Raises RecipeError for what does not train together: bitsandbytes 0.50's int8 layers under PEFT 0.21's DoRA fail
-    in their second forward pass."""
-    if base.quantization == "int8" and adapter.dora:
-        raise RecipeError("int8 and adapter.dora do not go together", where="base.quantization", hint="nf4 does")
 
 
 def head_has_an_adapter() -> RecipeError:

@@ -12,7 +12,6 @@ from lorakit.data.cache import content_key, remembered, versions
 from lorakit.data.chat_set import ChatSet
 from lorakit.families.llama.base import (
     GROUPS,
-    check_adapter,
     check_trainable,
     find_base,
     head_has_an_adapter,
@@ -55,7 +54,6 @@ class LlamaPlan:
 
 def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, place: Place) -> LlamaPlan:
     """Raises what ``load`` would raise, but for weights that cannot be read."""
-    check_adapter(base, adapter)
     _, folder = find_base(base, place.dtype)
     config, outline = _known(folder)
 

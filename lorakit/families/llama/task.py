@@ -22,7 +22,6 @@ from lorakit.data.tokens import Renderer
 from lorakit.families.llama import packed
 from lorakit.families.llama.base import (
     GROUPS,
-    check_adapter,
     check_trainable,
     find_base,
     head_has_an_adapter,
@@ -169,7 +168,6 @@ def load(
 
     Raises ModelError, RecipeError or DataError as the parts say; what a user should know is logged as a warning.
     """
-    check_adapter(base, adapter)
     location, folder = find_base(base, place.dtype)
     config, tokenizer, chats = load_data(folder, data, layout.seed)
     check_trainable(config)
