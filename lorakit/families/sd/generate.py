@@ -106,7 +106,7 @@ class Painter:
     def _denoise(self, prompts: Sequence[str], seeds: Sequence[int], settings: DrawSettings) -> Tensor:
         """Latents, float32 [B, C, H, W], from each seed's noise."""
         scheduler = self._scheduler(settings.scheduler)
-        scheduler.set_timesteps(settings.steps, device=self.device)
+        scheduler.set_timesteps(settings.steps)  # on the CPU, where a step that looks into them waits for no GPU
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         width, height = settings.size(self.parts.size)
         channels = cast(Any, self.parts.unet).config.in_channels
@@ -122,7 +122,7 @@ class Painter:
         step = scheduler.step
         if "generator" in inspect.signature(step).parameters:
             step = partial(step, generator=generators)
-        with self._predictor(scheduler.timesteps, told) as predict:
+        with self._predictor(scheduler.timesteps.to(self.device), told) as predict:
             for number, t in enumerate(scheduler.timesteps):
                 predicted = predict(scheduler.scale_model_input(latents, t).to(self.dtype), number).float()
                 if guided:
