@@ -148,6 +148,9 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="SD: by name, such as ddim, euler, dpm++2m, unipc.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="LLaMA: continue the prompt, without the chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="LLaMA: a system message.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="LLaMA: chatml, llama2, llama3 or a .jinja file; default: the adapter's own.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="LLaMA: 0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="LLaMA: nucleus.")] = 0.9,
     min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="LLaMA: least share of the top probability.")] = 0.0,
@@ -175,6 +178,7 @@ def generate(
         llama={
             "raw": raw,
             "system": system,
+            "chat_template": chat_template,
             "temperature": temperature,
             "top_p": top_p,
             "min_p": min_p,
@@ -297,9 +301,12 @@ def _run(arguments: Sequence[str] | None) -> object:
     try:
         return app(arguments, prog_name="lorakit", standalone_mode=False)
     except typer.TyperException as error:
-        told = error.format_message() if hasattr(error, "format_message") else str(error)
+        told = " ".join((error.format_message() if hasattr(error, "format_message") else str(error)).split())
+        if not told:  # the command line was empty, and the help is shown
+            return RecipeError.exit_code
         path = getattr(getattr(error, "ctx", None), "command_path", "lorakit")
-        raise RecipeError(told.rstrip(".").replace("Input should be", "must be"), hint=f"see {path} --help") from error
+        told = told.rstrip(".").replace("Input should be", "must be").replace("Value error, ", "")
+        raise RecipeError(told, hint=f"see {path} --help") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

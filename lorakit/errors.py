@@ -29,6 +29,12 @@ def shown(name: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, or its error's name when it says nothing."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return shown(lines[0].strip() if lines else type(error).__name__)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether Python, torch or the operating system says that memory is short."""
     words = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")

@@ -48,6 +48,33 @@ def test_a_wrong_recipe_exits_2_with_each_error_on_a_line_and_no_traceback(tmp_p
     assert "Traceback" not in done.stderr
 
 
+def test_no_command_shows_the_help_and_no_error() -> None:
+    done = lorakit()
+    assert done.returncode == 2
+    assert "train-llama" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("words", "told"), [(("init",), "sd, llama"), (("init", "foo"), "'foo' is not one of")])
+def test_what_typer_says_is_one_plain_line(words: tuple[str, ...], told: str) -> None:
+    done = lorakit(*words)
+    assert done.returncode == 2
+    first, *_ = done.stderr.splitlines()
+    assert told in first
+    assert "Value error" not in first
+    assert "\\n" not in first
+
+
+def test_a_reader_that_has_gone_ends_it_with_a_code_of_the_list() -> None:
+    command = [sys.executable, "-m", "lorakit", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        run.stdout.close()
+        assert run.wait(120) == 6
+        assert run.stderr is not None
+        assert run.stderr.read() == ""
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = lorakit("--debug", "train-sd", tmp_path / "absent.yaml")
     assert done.returncode == 2

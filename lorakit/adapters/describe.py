@@ -157,4 +157,5 @@ def _summary(name: str, group: Sequence[_Module]) -> Block:
 def _kind(pieces: Sequence[Piece], modules: Mapping[str, _Module]) -> str:
     if any(module.delta.magnitude is not None for module in modules.values()):
         return "DoRA"
-    return "rsLoRA" if any(piece.config.get("use_rslora") for piece in pieces) else "LoRA"
+    configs = [piece.component_config(key.component) or {} for piece in pieces for key in piece.keys.values()]
+    return "rsLoRA" if any(config.get("use_rslora") for config in configs) else "LoRA"

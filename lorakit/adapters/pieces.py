@@ -4,7 +4,8 @@ Only safetensors, GGUF and JSON are opened, never a pickle.
 """
 
 import json
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,17 @@ from torch import Tensor
 from lorakit.adapters import formats, gguf_lora
 from lorakit.adapters.whole import Tokens, embeddings_as_layers, take_biases, take_tokens, whole_tensors
 from lorakit.errors import ModelError
-from lorakit.storage.checks import PICKLES, read_json
+from lorakit.storage.checks import PICKLES, read_json, read_text
 from lorakit.storage.headers import read_header
 
+LOG = logging.getLogger("lorakit")
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
+TEMPLATE = "chat_template.jinja"
+"""The chat template that an adapter was trained with, as transformers and TRL leave it beside a model."""
+TEMPLATE_KEY = "lorakit_chat_template"
+"""The same among the metadata."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _WHOLE = {"I64", "I32"}
@@ -37,7 +43,7 @@ class Piece:
     keys: dict[str, formats.Key]
     """What each tensor is."""
     metadata: dict[str, str]
-    """The file's own strings."""
+    """The file's own strings, and the chat template beside it."""
     config: dict[str, Any]
     """PEFT's adapter_config.json, or diffusers' ``lora_adapter_metadata`` with its prefixes; else empty."""
     whole: dict[str, str] = field(default_factory=dict)
@@ -65,6 +71,15 @@ class Piece:
             return self.config
         prefix = f"{component}."
         return {k.removeprefix(prefix): v for k, v in self.config.items() if k.startswith(prefix)} or None
+
+
+def trained_template(adapters: Iterable[Mapping[str, str]]) -> str | None:
+    """The chat template that adapters, given by their metadata, were trained with; of several the first, with a
+    warning."""
+    found = list(dict.fromkeys(metadata[TEMPLATE_KEY] for metadata in adapters if TEMPLATE_KEY in metadata))
+    if len(found) > 1:
+        LOG.warning("the adapters were trained with %d different chat templates: the first one's is taken", len(found))
+    return found[0] if found else None
 
 
 def open_pieces(path: Path) -> list[Piece]:
@@ -103,6 +118,8 @@ def _open_peft(component: str, folder: Path) -> Piece:
     config = read_json(folder / CONFIG)
     whole = whole_tensors(read_header(folder / WEIGHTS).tensors, config)
     tensors, metadata = _tensors(folder / WEIGHTS, set(whole.values()))
+    if (folder / TEMPLATE).is_file():
+        metadata[TEMPLATE_KEY] = read_text(folder / TEMPLATE)
     biases, tokens = take_biases(tensors, config), take_tokens(tensors, config)
     tensors, embeddings = embeddings_as_layers(tensors)
     if (form := formats.detect(tensors)) != "peft":

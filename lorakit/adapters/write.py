@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorakit.adapters.delta import Delta, rescaled
 from lorakit.adapters.formats import diffusers_name, is_xl, kohya_names
 from lorakit.adapters.outline import adaptable
-from lorakit.adapters.pieces import CONFIG, WEIGHTS
+from lorakit.adapters.pieces import CONFIG, TEMPLATE, TEMPLATE_KEY, WEIGHTS
 from lorakit.adapters.targets import Injection, Target, suffixes
 from lorakit.errors import ModelError
 from lorakit.recipe.schema import Adapter
@@ -104,15 +104,20 @@ def write_peft(
 ) -> None:
     """Write one component as PEFT does: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    ``state`` is ``adapter_state``'s, ``metadata`` goes into the safetensors header. LLaMA's adapter goes directly
-    into its folder with ``task="CAUSAL_LM"``; SD's into one sub-folder a component. ModelError for NaN or infinity.
+    ``state`` is ``adapter_state``'s; ``metadata`` goes into the safetensors header, but for the chat template, which is
+    a file. LLaMA's adapter goes directly into its folder with ``task="CAUSAL_LM"``; SD's into one sub-folder a
+    component. ModelError for NaN or infinity.
     """
+    strings = {"format": "pt", **(metadata or {})}
+    template = strings.pop(TEMPLATE_KEY, None)
     _check_finite(state)
     table = peft_config(injection, base_name, task)
     tensors = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt", **(metadata or {})}))
+    (folder / WEIGHTS).write_bytes(save(tensors, strings))
     (folder / CONFIG).write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if template is not None:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def peft_config(injection: Injection, base_name: str, task: Literal["CAUSAL_LM"] | None = None) -> dict[str, Any]:

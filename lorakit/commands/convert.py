@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lorakit.commands.adapter_base import base_for, named_base
+from lorakit.commands.adapters import base_for, named_base
 from lorakit.commands.progress import warnings_to
 
 if TYPE_CHECKING:

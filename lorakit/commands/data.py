@@ -31,13 +31,15 @@ def run(path: Path, overrides: Sequence[str], rows: int) -> None:
 
 def _chats(recipe: LlamaRecipe, rows: int, console: Console) -> None:
     from lorakit.data.show import show_row, token_histogram
-    from lorakit.families.llama.base import find_base
-    from lorakit.families.llama.library import load_data
+    from lorakit.families.llama.base import find_base, read_chats
+    from lorakit.families.llama.library import load_config, load_fitting_tokenizer
     from lorakit.training.device import choose
 
     _, dtype = choose(recipe.compute)
     _, folder = find_base(recipe.base, dtype)
-    _, tokenizer, chats = load_data(folder, recipe.data, recipe.train.seed)
+    config = load_config(folder)
+    tokenizer = load_fitting_tokenizer(folder, config)
+    chats = read_chats(folder, config, recipe.data, recipe.train.seed, lambda: tokenizer)
     for row in spread(chats.train, rows):
         shown = show_row(row, tokenizer)
         cut = f", {shown.cut} cut" if shown.cut else ""

@@ -10,7 +10,7 @@ from typing import Literal
 
 from packaging.version import Version
 
-from lorakit.errors import LorakitError, ModelError
+from lorakit.errors import LorakitError, ModelError, first_line
 
 LITTLE_DISK = 5 * 10**9
 LITTLE_MEMORY = 3 * 10**9
@@ -56,9 +56,9 @@ class Finding:
     meaning: str = ""
 
 
-def examine(folder: Path = Path()) -> list[Finding]:
-    """Everything worth knowing before a run whose output goes below ``folder``. Never raises."""
-    return [*versions(), *_compute(), *_bases(), _disk(folder), _memory()]
+def examine() -> list[Finding]:
+    """Everything worth knowing before a run whose output goes below the current folder. Never raises."""
+    return [*versions(), *_compute(), *_bases(), _disk(Path()), _memory()]
 
 
 def run() -> int:
@@ -106,7 +106,7 @@ def _compute() -> Iterator[Finding]:
 
         session = open_session(Compute())
     except (ImportError, OSError, LorakitError) as error:
-        yield Finding("device", "none", "broken", f"training cannot start: {_first_line(error)}")
+        yield Finding("device", "none", "broken", f"training cannot start: {first_line(error)}")
         return
     try:
         device, dtype = session.device, session.dtype
@@ -142,7 +142,7 @@ def _eight_bit_step(device: str) -> Finding:
         kinds = [item.dtype for item in optimizer.state[weight].values() if isinstance(item, torch.Tensor)]
         stepped = bool(torch.isfinite(weight).all()) and bool((weight < 1).all())
     except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as error:
-        return Finding(subject, "fail", "broken", f"use optimizer.name=adamw: {_first_line(error)}")
+        return Finding(subject, "fail", "broken", f"use optimizer.name=adamw: {first_line(error)}")
     if torch.uint8 in kinds and stepped:
         return Finding(subject, "uint8 state after a real step", "works", f"adamw_8bit and lion_8bit run on {device}")
     return Finding(subject, "no uint8 state" if stepped else "no step", "broken", "use optimizer.name=adamw")
@@ -178,8 +178,3 @@ def _memory() -> Finding:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

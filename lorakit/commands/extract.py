@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lorakit.commands.adapter_base import meta_models
+from lorakit.commands.adapters import meta_models
 from lorakit.commands.progress import counted
 from lorakit.errors import RecipeError
 

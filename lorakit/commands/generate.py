@@ -3,15 +3,26 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lorakit.commands.adapters import parse_adapter
 from lorakit.commands.progress import warnings_to
-from lorakit.errors import INTERRUPTED, TERMINATED, ConflictError, DataError, RecipeError, Stopped
+from lorakit.errors import (
+    INTERRUPTED,
+    TERMINATED,
+    ConflictError,
+    DataError,
+    RecipeError,
+    ResourceError,
+    Stopped,
+    shown,
+)
 from lorakit.storage.atomic import disk_errors, write_bytes
 from lorakit.training.stop import Beginning, StopSignals, stopping_at_once
 
@@ -45,6 +56,7 @@ class Request:
 def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) -> None:
     """Generate for every prompt; ``sd`` and ``llama`` are the family's own settings, of which one is used."""
     prompts = _prompts(request)
+    _check_texts({"prompt": prompts, "system": [llama["system"]], "negative-prompt": [sd["negative_prompt"]]})
     adapters = [parse_adapter(text) for text in request.adapters]
 
     from lorakit.storage.bases import resolve
@@ -60,24 +72,6 @@ def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) ->
             _answer(request, location, prompts, adapters, llama, beginning)
 
 
-def parse_adapter(text: str) -> tuple[Path, float]:
-    """``PATH`` or ``PATH:WEIGHT``; RecipeError when there is nothing at the path."""
-    path, weight = Path(text), 1.0
-    head, colon, tail = text.rpartition(":")
-    if colon and not path.exists():
-        try:
-            path, weight = Path(head), float(tail)
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight):
-            raise RecipeError(f"{tail!r} is not a weight", where=f"--adapter {text}", hint="PATH:0.8, say")
-    if not path.exists():
-        raise RecipeError(
-            "there is no such adapter", where=str(path), hint="give a run folder, a PEFT folder or a file"
-        )
-    return path, weight
-
-
 def _prompts(request: Request) -> list[str]:
     prompts = list(request.prompts)
     if request.prompts_file is not None:
@@ -89,6 +83,25 @@ def _prompts(request: Request) -> list[str]:
     if not prompts:
         raise RecipeError("there is no prompt", hint="give --prompt TEXT or --prompts FILE")
     return prompts
+
+
+def _check_texts(given: Mapping[str, Iterable[str | None]]) -> None:
+    """RecipeError for an option that is not UTF-8: Python makes half a character of such a byte."""
+    for option, texts in given.items():
+        for text in texts:
+            if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
+                raise RecipeError(f"not UTF-8: {shown(text[:80])}", where=f"--{option}")
+
+
+def _make_folder(folder: Path, out: Path) -> None:
+    """Make the folder that ``out`` is or goes into; ResourceError when there can be no such place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            out.lstat()  # a name may be too long
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}"
+        raise ResourceError(reason, where=str(out), hint="give another place with --out") from error
 
 
 def _place(device: str) -> "Place":
@@ -114,7 +127,7 @@ def _draw(
     from lorakit.families.sd.pictures import grid, read_settings, save_picture
 
     out = request.out or Path("pictures")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir()):
         raise ConflictError("is not a folder", where=str(out), hint="give a folder for the pictures with --out")
     place = _place(request.device)
     painter = open_painter(location, adapters, place.device, place.dtype)
@@ -124,8 +137,7 @@ def _draw(
     if request.resume:
         done = [metadata for path in sorted(out.glob("*.png")) if (metadata := read_settings(path)) is not None]
         jobs = [job for job in jobs if painter.metadata(*job, settings) not in done]
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    _make_folder(out, out)
     first = 1 + max((int(p.stem) for p in out.glob("*.png") if p.stem.isdigit()), default=0)
     drawn: list[Image] = []
     labels: list[str] = []
@@ -154,20 +166,23 @@ def _answer(
     from lorakit.families.llama.generate import Settings, open_chat
 
     out = request.out or (Path("answers.jsonl") if request.prompts_file else None)
-    if options["raw"] and options["system"] is not None:
-        raise RecipeError("--raw and --system do not go together", hint="a raw prompt has no system message")
+    for name in ("system", "chat_template"):
+        if options["raw"] and options[name] is not None:
+            option = f"--{name.replace('_', '-')}"
+            hint = "a raw prompt goes through no chat template"
+            raise RecipeError(f"--raw and {option} do not go together", hint=hint)
     if request.resume and out is None:
         raise RecipeError("has no answers to go on after", where="--resume", hint="give their file with --out")
     prompts = _unanswered(out, prompts) if out is not None and request.resume else prompts
     if out is not None and not request.resume and os.path.lexists(out):
         raise ConflictError("exists already", where=str(out), hint="give another file with --out, or --resume")
     if out is not None:
-        with disk_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(out.parent, out)
     for name in ("temperature", "top_p", "min_p"):
         if not math.isfinite(options[name]):
             raise RecipeError(f"{options[name]} is not a finite number", where=name)
-    chat = open_chat(location, adapters, _place(request.device), fuse=request.fuse)
+    template = options["chat_template"]
+    chat = open_chat(location, adapters, _place(request.device), chat_template=template, fuse=request.fuse)
     names = ("temperature", "top_p", "min_p", "max_new_tokens")
     settings = Settings(seed=request.seed, **{name: options[name] for name in names})
     questions = [prompt if options["raw"] else _messages(prompt, options["system"]) for prompt in prompts]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from lorakit.commands.adapter_base import find_base, named_base
+from lorakit.commands.adapters import find_base, named_base
 from lorakit.commands.data import visible
 from lorakit.errors import LorakitError, ModelError
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorakit.commands import combine
-from lorakit.commands.generate import parse_adapter
+from lorakit.commands.adapters import parse_adapter
 from lorakit.commands.merge_told import compare_with, tell, tell_plan
 from lorakit.commands.progress import warnings_to
 from lorakit.errors import RecipeError
@@ -85,19 +85,16 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
 
 
 def _open(location: "BaseLocation", out: Path) -> "OpenBase":
-    from lorakit.adapters.merging.base import open_base
-
-    if location.layout == "single-file":
-        from lorakit.families.sd.original import open_original
-
-        return open_base(location, open_original(location))
-    if location.layout == "gguf":
+    if location.family == "llama":
         import torch
 
+        from lorakit.adapters.merging.base import open_base
         from lorakit.families.llama.base import as_folder
 
         return open_base(as_folder(location, torch.float32))
-    opened = open_base(location)
+    from lorakit.families.sd.original import open_stable_diffusion
+
+    opened = open_stable_diffusion(location)
     if location.layout == "diffusers" and out.suffix == ".safetensors":
         from lorakit.families.sd.pack import packed_names
 

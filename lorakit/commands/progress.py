@@ -81,7 +81,7 @@ class Terminal:
         self._last, self._total = time.monotonic(), total
         self._task = self._bar.add_task("training", total=total, completed=done, loss="-", rate="")
 
-    def step(self, step: int, loss: float, learning_rate: float) -> None:  # noqa: ARG002 (the protocol's)
+    def step(self, step: int, loss: float) -> None:
         """Update ``step`` was made; the loss shown is a moving average."""
         self.trained = True
         self._average = loss if self._average is None else 0.9 * self._average + 0.1 * loss

@@ -15,6 +15,7 @@ from lorakit.errors import (
     RecipeError,
     ResourceError,
     Stopped,
+    first_line,
     is_out_of_memory,
     shown,
 )
@@ -35,9 +36,11 @@ def guarded(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain once more when it flushes at exit.
-        _let_go_of_output()
-        return ResourceError.exit_code
+        return _nobody_reads()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # which typer makes an exit code of its own of
+            return _nobody_reads()
+        raise
     except Exception as error:
         if os.environ.get("LORAKIT_DEBUG"):
             traceback.print_exc()
@@ -47,6 +50,12 @@ def guarded(command: Callable[[], object]) -> int:
         except OSError:
             _let_go_of_output()
             return told.exit_code
+
+
+def _nobody_reads() -> int:
+    """Whoever read our output has gone; Python would complain once more when it flushes at exit."""
+    _let_go_of_output()
+    return ResourceError.exit_code
 
 
 def _let_go_of_output() -> None:
@@ -78,7 +87,7 @@ def _in_colour() -> bool:
 
 def _named(error: Exception) -> LorakitError:
     """An exception of Python's or a library's as an error of lorakit's."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     if is_out_of_memory(error):
         return ResourceError("out of memory", hint="free some memory, or take a smaller model or smaller examples")
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lorakit.commands.adapter_base import base_for, named_base
+from lorakit.commands.adapters import base_for, named_base
 from lorakit.commands.progress import counted, warnings_to
 
 

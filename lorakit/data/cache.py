@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from torch import Tensor, uint8
 from lorakit.errors import DataError, ResourceError
 
 logger = logging.getLogger("lorakit")
+TMP = ".tmp-"
+DAY = 86400
+"""Seconds."""
 
 
 def default_folder() -> Path:
@@ -56,10 +61,15 @@ def versions(*libraries: str) -> str:
 
 
 class TensorCache:
-    """Entries of one kind below ``folder``; safe for several processes at once, each writing whole files only."""
+    """Entries of one kind below ``folder``; safe for several processes at once, each writing whole files only. What a
+    killed process left half-written is removed after a day."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        for partial in folder.glob(f"*/{TMP}*"):
+            with suppress(OSError):  # another process may remove it too
+                if partial.stat().st_mtime < time.time() - DAY:
+                    partial.unlink()
 
     def path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -98,7 +108,7 @@ class TensorCache:
         """Store an entry. Raises: ResourceError when the disk is full or the folder cannot be written."""
         path = self.path(key)
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        partial = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+        partial = path.parent / f"{TMP}{os.getpid()}-{secrets.token_hex(4)}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -1,8 +1,4 @@
-"""Captions: reading a .txt file, and what a caption becomes in one step (trigger word, shuffled tags, dropout)."""
-
-import os
-import stat
-from pathlib import Path
+"""Captions: what a .txt file says, and what a caption becomes in one step (trigger word, shuffled tags, dropout)."""
 
 import torch
 
@@ -21,13 +17,8 @@ def clean(text: object, where: str) -> str:
     return " ".join(text.split())
 
 
-def read_caption(path: Path, where: str) -> str:
-    """The caption in a UTF-8 file, on one line. Raises: DataError when it is no such file, or too long."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise DataError("the caption is not a regular file", where=where)
-        data = file.read(CAPTION_BYTES + 4)
+def decoded(data: bytes, where: str) -> str:
+    """The caption in a file's bytes, on one line. Raises: DataError when they are not UTF-8, or too long."""
     try:
         return clean(data.decode("utf-8-sig"), where)
     except UnicodeDecodeError as error:

@@ -70,7 +70,7 @@ def load_chats(data: ChatData, tokenizer: Callable[[], Any], seed: int, identity
     """
     split = read_split(data, seed)
     renderer = cache(lambda: Renderer(tokenizer(), data.chat_template, data.max_tokens))
-    identity = content_key(identity, named_source(data.chat_template), data.max_tokens)
+    identity = content_key(identity, named_source(data.chat_template) or repr(data.chat_template), data.max_tokens)
     rows = encode((*split.train, *split.held_out), renderer, identity, split.rejects)
     train, held_out = (tuple(row for e in part for row in rows[id(e)]) for part in (split.train, split.held_out))
     if not train:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import DataError, shown
+from lorakit.errors import DataError, first_line, shown
 
 PLAIN = frozenset({"Value", "ClassLabel", "Json", "Translation", "TranslationVariableLanguages"})
 """Kinds of columns that are what they hold; the others (Image, Audio, Video, ...) name files, which reading opens."""
@@ -37,6 +37,17 @@ def load_folder(path: Path, split: str) -> Any:
         raise DataError(f"the data set cannot be read: {first_line(error)}", where=where) from error
 
 
+def load_hub(path: str, split: str, revision: str | None) -> Any:
+    """A data set of the hub; its code is never run, as the library has no way to. Raises DataError."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, split=split, revision=revision)
+    except Exception as error:
+        reason = f"not here, and not to be had from the hub: {first_line(error)}"
+        raise DataError(reason, where=shown(path), hint="check the name and the network") from error
+
+
 def plain_rows(dataset: Any) -> Iterator[dict[str, Any]]:
     """A data set's rows without the columns that name files."""
     return iter(dataset.remove_columns([name for name, kind in dataset.features.items() if names_files(kind)]))
@@ -51,11 +62,6 @@ def names_files(kind: Any) -> bool:
     if hasattr(kind, "feature"):
         return names_files(kind.feature)
     return type(kind).__name__ not in PLAIN
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what a library says."""
-    return shown((str(error) or type(error).__name__).splitlines()[0])
 
 
 def _names(path: Path, field: str) -> list[str]:

@@ -66,8 +66,8 @@ def _opened(data: bytes, where: str) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise DataError(f"not a PNG, JPEG or WebP picture{_guess(data)}", where=where) from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"too many pixels: {error}", where=where, hint="scale the picture down") from error
+    except Image.DecompressionBombError as error:  # by Pillow's own cap, which is higher
+        raise DataError(f"over the cap of {PIXEL_CAP:,} pixels", where=where, hint="scale the picture down") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others
         raise DataError(f"the picture is damaged or cut off: {error}", where=where) from error
 

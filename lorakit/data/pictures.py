@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lorakit.data.captions import clean, read_caption
+from lorakit.data.captions import CAPTION_BYTES, clean, decoded
 from lorakit.data.records import HUB_ID, Rejects, Stamp, read_records
-from lorakit.data.tables import ParquetTable, load_datasets_folder, load_hub
+from lorakit.data.tables import ParquetTable, load_datasets_folder, load_hub_table
 from lorakit.errors import DataError, shown
 from lorakit.recipe.schema import PictureData
 
@@ -73,7 +73,7 @@ def find_pictures(data: PictureData, rejects: Rejects) -> list[Picture]:
     elif path.is_file() and path.suffix in (".jsonl", ".csv"):
         found = list(_from_metadata(path, data.caption_column, rejects))
     elif not path.exists() and HUB_ID.fullmatch(data.path):
-        found = list(_from_table(load_hub(data), rejects))
+        found = list(_from_table(load_hub_table(data), rejects))
     else:
         raise DataError("neither a folder nor a .parquet, .jsonl or .csv file", where=shown(data.path))
     if not found:
@@ -82,11 +82,11 @@ def find_pictures(data: PictureData, rejects: Rejects) -> list[Picture]:
     return found
 
 
-def read_inside(root: Path, name: str, where: str) -> bytes:
+def read_inside(root: Path, name: str, where: str, most: int = FILE_CAP) -> bytes:
     """The bytes of a regular file ``name`` below ``root``.
 
     Raises: DataError for a URL, an absolute path, a path or link that leads outside, a pipe, a device, a missing file,
-    or one of more than 256 MiB.
+    or one of more than ``most`` bytes.
     """
     label = shown(name)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name) or name.startswith("data:"):
@@ -104,9 +104,9 @@ def read_inside(root: Path, name: str, where: str) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise DataError(f"not a regular file: {label}", where=where)
-            if status.st_size > FILE_CAP:
-                raise DataError(f"larger than {FILE_CAP >> 20} MiB: {label}", where=where)
-            content = file.read(FILE_CAP)
+            if status.st_size > most:
+                raise DataError(f"longer than {most >> 20} MiB: {label}", where=where)
+            content = file.read(most)
             Stamp.of(status).check(os.fstat(file.fileno()), where)
             return content
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the name; RuntimeError: a loop of links
@@ -126,7 +126,8 @@ def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
         logger.warning(told, ", ".join(map(shown, sorted(repeats)[:3])))
     for name in names:
         path = Path(name)
-        caption = path.with_suffix(".txt").as_posix()
+        beside = [path.with_suffix(suffix).as_posix() for suffix in (".txt", ".TXT")]
+        caption = next((other for other in beside if other in known), beside[0])
         if any(part.startswith(".") for part in path.parts) or path.suffix.lower() in BESIDE:
             continue
         if path.suffix.lower() not in SUFFIXES and caption not in known:
@@ -135,9 +136,7 @@ def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
         try:
             if caption not in known:
                 raise DataError(f"no caption: there is no {shown(caption)}", where=label)
-            if not (root / caption).resolve().is_relative_to(root.resolve()):
-                raise DataError("the caption lies outside the data set's folder", where=shown(caption))
-            text = read_caption(root / caption, shown(caption))
+            text = decoded(read_inside(root, caption, shown(caption), most=CAPTION_BYTES + 3), shown(caption))
         except DataError as error:
             rejects(error)
             continue

@@ -13,8 +13,8 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lorakit.data.dataset_folder import first_line, load_folder, plain_rows
-from lorakit.errors import DataError, shown
+from lorakit.data.dataset_folder import load_folder, load_hub, plain_rows
+from lorakit.errors import DataError, first_line, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CSV_FIELD_CHARACTERS = 16 << 20
@@ -262,21 +262,13 @@ def _parquet(path: Path, _on_bad: OnBad) -> Iterator[Record]:
                     number += 1
                     yield Record(row, f"{name}:{number}")
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"corrupt parquet after row {number}: {reason}", where=name) from None
+        raise DataError(f"corrupt parquet after row {number}: {first_line(error)}", where=name) from None
 
 
 def _hub(path: str, split: str, revision: str | None) -> Iterator[Record]:
     if not HUB_ID.fullmatch(path) or Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet"):
         raise DataError("no such file or folder", where=shown(path))
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(path, split=split, revision=revision)
-    except Exception as error:
-        reason = f"neither a local file nor a data set of the hub that can be loaded: {first_line(error)}"
-        raise DataError(reason, where=shown(path)) from error
-    return _numbered(plain_rows(loaded), path)
+    return _numbered(plain_rows(load_hub(path, split, revision)), path)
 
 
 def _numbered(rows: Iterator[dict[str, Any]], name: str) -> Iterator[Record]:

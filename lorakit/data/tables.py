@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorakit.data.dataset_folder import first_line, load_folder, names_files
+from lorakit.data.dataset_folder import load_folder, load_hub, names_files
 from lorakit.data.records import Stamp
-from lorakit.errors import DataError
+from lorakit.errors import DataError, first_line
 from lorakit.recipe.schema import PictureData
 
 if TYPE_CHECKING:
@@ -94,16 +94,11 @@ def load_datasets_folder(path: Path, data: PictureData) -> DatasetTable:
     return DatasetTable(load_folder(path, data.split), path.name, (path,), data)
 
 
-def load_hub(data: PictureData) -> DatasetTable:
-    """A data set of the hub at ``data.revision``; its code is never run, as the library has no way to."""
+def load_hub_table(data: PictureData) -> DatasetTable:
+    """A data set of the hub at ``data.revision``."""
+    loaded = load_hub(data.path, data.split, data.revision)
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        loaded = datasets.load_dataset(data.path, split=data.split, revision=data.revision)
-    except (pa.ArrowException, OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
-        reason = f"not a folder here, and not to be had from the hub: {first_line(error)}"
-        raise DataError(reason, where=data.path, hint="check the name and the network") from error
     roots = (Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
     return DatasetTable(loaded, data.path, roots, data)

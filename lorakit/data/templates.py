@@ -12,6 +12,7 @@ from lorakit.data import template_worker
 from lorakit.data.bounded import Bounded
 from lorakit.data.chat import Message
 from lorakit.errors import DataError, ModelError
+from lorakit.storage.checks import read_text
 
 
 @dataclass(frozen=True)
@@ -46,39 +47,40 @@ NAMED = {
 }
 
 
-def named_source(name: str | None) -> str:
-    """The source of a template that is not the tokenizer's own: of ``NAMED``, or a file's; else what it was called."""
+def named_source(name: str | None) -> str | None:
+    """The source of a template that is not the tokenizer's own: of ``NAMED``, or a file's; None for any other name.
+
+    Raises ModelError for a file that is no text.
+    """
     if name in NAMED:
         return NAMED[name].source
-    return Path(name).read_text(encoding="utf-8") if name is not None and _is_file(name) else repr(name)
+    return read_text(Path(name)) if name is not None and _is_file(name) else None
 
 
 def _is_file(name: str) -> bool:
     return name.endswith(".jinja") and Path(name).is_file()
 
 
-def find_template(tokenizer: Any, name: str | None) -> "ChatTemplate":
+def find_template(tokenizer: Any, name: str | None, setting: str) -> "ChatTemplate":
     """The tokenizer's own template (``name`` None), one of ``NAMED``, or a ``.jinja`` file's.
 
-    Raises ModelError when the tokenizer has none or lacks a mark of the named one, DataError for an unknown name.
+    Raises ModelError when the tokenizer has none or lacks a mark of the named one, DataError for an unknown name;
+    ``setting`` is where the user names it.
     """
     if name is None:
         if not isinstance(tokenizer.chat_template, str):
             reason = "the tokenizer has no chat template" if not tokenizer.chat_template else "several chat templates"
-            raise ModelError(reason, where="data.chat_template", hint=f"name one: {', '.join(NAMED)}, or a .jinja file")
+            raise ModelError(reason, where=setting, hint=f"name one: {', '.join(NAMED)}, or a .jinja file")
         return ChatTemplate(tokenizer, tokenizer.chat_template, str(tokenizer.name_or_path) or "the tokenizer")
     if name in NAMED:
         missing = [mark for mark in NAMED[name].marks if mark not in tokenizer.get_added_vocab()]
         if missing:
-            raise ModelError(
-                f"the tokenizer has no {' '.join(missing)}, which {name} needs", where="data.chat_template"
-            )
-        return ChatTemplate(tokenizer, named_source(name), name)
-    if not _is_file(name):
-        raise DataError(
-            f"no template {name!r}", where="data.chat_template", hint=f"{', '.join(NAMED)}, or a .jinja file's path"
-        )
-    return ChatTemplate(tokenizer, named_source(name), name)
+            raise ModelError(f"the tokenizer has no {' '.join(missing)}, which {name} needs", where=setting)
+    source = named_source(name)
+    if source is None:
+        hint = f"{', '.join(NAMED)}, or a .jinja file's path"
+        raise DataError(f"no template {name!r}", where=setting, hint=hint)
+    return ChatTemplate(tokenizer, source, name)
 
 
 class ChatTemplate:
@@ -110,7 +112,5 @@ class ChatTemplate:
         if "refused" in answer:
             raise DataError(f"the chat template refuses it: {answer['refused']}")
         if "over" in answer:
-            raise ModelError(
-                f"the chat template {answer['over']}", where=self.name, hint="name another: data.chat_template"
-            )
+            raise ModelError(f"the chat template {answer['over']}", where=self.name, hint="name another one")
         return str(answer["text"])

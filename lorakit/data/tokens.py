@@ -51,10 +51,18 @@ class Span(NamedTuple):
 class Renderer:
     """A tokenizer with its template: ``encode`` for training, ``prompt`` for generation.
 
+    ``template`` is a name or file for ``find_template``, given in ``setting``, or one found already.
+
     Raises ModelError for a tokenizer without character offsets, or a template that does not fit it.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | ChatTemplate | None,
+        max_tokens: int,
+        setting: str = "data.chat_template",
+    ) -> None:
         if not tokenizer.is_fast:
             raise ModelError("the tokenizer gives no character offsets", hint="one with tokenizer.json does")
         if tokenizer.eos_token_id is None:
@@ -62,7 +70,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self._encoder = Encoder(tokenizer)
-        self._template_name = template
+        self._given, self._setting = template, setting
         self._template: ChatTemplate | None = None
         self._marks = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         empty = tokenizer("", add_special_tokens=True)["input_ids"]
@@ -73,7 +81,10 @@ class Renderer:
     def template(self) -> ChatTemplate:
         """Looked for at the first chat, since plain text needs none."""
         if self._template is None:
-            self._template = find_template(self.tokenizer, self._template_name)
+            given = self._given
+            if not isinstance(given, ChatTemplate):
+                given = find_template(self.tokenizer, given, self._setting)
+            self._template = given
         return self._template
 
     def stops(self, *, chat: bool) -> frozenset[int]:

@@ -12,7 +12,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Literal
 
-from lorakit.errors import ModelError
+from lorakit.errors import ModelError, first_line
 from lorakit.storage import checks
 from lorakit.storage.gguf_base import check_gguf
 from lorakit.storage.headers import read_text
@@ -151,7 +151,7 @@ def _download(model: str, revision: str | None) -> Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"not here and not to be had from the hub: {str(error).splitlines()[0]}",
+            f"not here and not to be had from the hub: {first_line(error)}",
             where=model,
             hint="check the network, or give a local folder",
         ) from error

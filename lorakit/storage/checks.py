@@ -82,6 +82,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_text(path: Path) -> str:
+    """A text file of at most 1 MB in UTF-8."""
+    try:
+        if path.stat().st_size > 1_000_000:
+            raise ValueError("larger than 1 MB")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"not readable as text: {error}", where=str(path)) from error
+
+
 def _field(table: dict[str, Any], key: str, path: Path) -> Any:
     if key not in table:
         raise ModelError(f"{key} is missing", where=str(path))

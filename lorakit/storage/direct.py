@@ -6,8 +6,8 @@ import ctypes
 import errno
 import mmap
 import os
-import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -149,27 +149,29 @@ class Rooms:
     """Memory that is taken again once nobody has a view of it: new pages cost more than reading into old ones."""
 
     def __init__(self) -> None:
-        self._owners: list[Bytes] = []
+        self._kept: list[tuple[mmap.mmap, weakref.ref[Bytes]]] = []
         self._lock = threading.Lock()
 
     def take(self, size: int) -> Bytes:
         """uint8 [size], aligned."""
         whole = (1 << max(size - _AROUND - 1, 0).bit_length()) + _AROUND
         with self._lock:
-            for owner in self._owners:
-                if len(owner) == whole and sys.getrefcount(owner) == _UNUSED:
+            for number, (pages, last) in enumerate(self._kept):
+                if len(pages) == whole and last() is None:
+                    owner = np.frombuffer(pages, np.uint8)
+                    self._kept[number] = pages, weakref.ref(owner)
                     return owner[:size]
             # Pages of its own: malloc would keep them when nobody needs them any more.
             pages = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            owner = np.frombuffer(pages, np.uint8)
+            owner = np.frombuffer(pages, np.uint8)  # which every view of it keeps alive
             if size <= WRITE + _AROUND:
-                self._owners = [*self._owners[1 - KEPT :], owner]
+                self._kept = [*self._kept[1 - KEPT :], (pages, weakref.ref(owner))]
             return owner[:size]
 
     def release(self) -> None:
         """Give back to the system what nobody has a view of, and the rest as soon as that is so."""
         with self._lock:
-            self._owners = []
+            self._kept = []
 
 
 ROOMS = Rooms()
@@ -177,5 +179,3 @@ ROOMS = Rooms()
 
 _AROUND = 2 * ALIGN
 """What a transfer in whole blocks may have before and behind what was asked for."""
-_UNUSED = 3
-"""References to memory that is not in use: the list's, the loop's, the call's."""

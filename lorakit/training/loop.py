@@ -244,7 +244,7 @@ class _Loop:
         values |= {"examples_per_second": size / seconds, "count_per_second": update.count / seconds}
         values |= {"seconds": self.state.seconds}
         self.metrics.write(self.state.step, {k: v for k, v in values.items() if math.isfinite(v)})
-        self.progress.step(self.state.step, update.loss, update.learning_rate)
+        self.progress.step(self.state.step, update.loss)
 
     def is_due(self, every: int) -> bool:
         return self.state.step in (0, self.total) or (every > 0 and self.state.step % every == 0)

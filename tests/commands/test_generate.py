@@ -5,11 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.commands.generate import Request, parse_adapter, run
-from lorakit.errors import ConflictError, DataError, RecipeError
+from lorakit.commands.adapters import parse_adapter
+from lorakit.commands.generate import Request, run
+from lorakit.errors import ConflictError, DataError, RecipeError, ResourceError
 from tests.tiny import tiny_llama, tiny_sd
 
-LLAMA = {"raw": False, "system": None, "temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "max_new_tokens": 3}
+LLAMA = {
+    "raw": False,
+    "system": None,
+    "chat_template": None,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "max_new_tokens": 3,
+}
 SD = {
     "negative_prompt": "",
     "steps": 2,
@@ -71,3 +80,26 @@ def test_pictures_are_numbered_on_and_never_named_by_their_prompt(tmp_path: Path
     (tmp_path / "link").symlink_to(out)
     with pytest.raises(ConflictError):
         run(request(base, tmp_path / "link"), sd=SD, llama=LLAMA)
+
+
+@pytest.mark.parametrize("place", ["file/x", "link/x", "n" * 300], ids=["a file", "a dead link", "too long"])
+def test_a_place_that_cannot_be(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama, sd = tiny_llama(tmp_path / "llama"), tiny_sd(tmp_path / "sd")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.setattr("lorakit.families.llama.generate.open_chat", None)  # nothing is loaded before it is seen
+    for base, out in ((llama, tmp_path / f"{place}.jsonl"), (sd, tmp_path / place)):
+        with pytest.raises(ResourceError, match="cannot be written") as caught:
+            run(request(base, out), sd=SD, llama=LLAMA)
+        assert caught.value.where == str(out)
+
+
+@pytest.mark.parametrize("option", ["prompt", "system", "negative-prompt"])
+def test_texts_that_are_not_utf8(tmp_path: Path, option: str) -> None:
+    broken = b"caf\xe9".decode(errors="surrogateescape")
+    prompts = (broken,) if option == "prompt" else ("a",)
+    sd = SD | ({"negative_prompt": broken} if option == "negative-prompt" else {})
+    llama = LLAMA | ({"system": broken} if option == "system" else {})
+    with pytest.raises(RecipeError, match="not UTF-8") as caught:
+        run(request(tmp_path, prompts=prompts), sd=sd, llama=llama)
+    assert caught.value.where == f"--{option}"

@@ -15,7 +15,7 @@ from lorakit.adapters.known import known_models
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.write import taken_apart, write_kohya, write_peft
 from lorakit.cli import app
-from lorakit.commands.adapter_base import meta_models
+from lorakit.commands.adapters import meta_models
 from lorakit.errors import LorakitError
 from lorakit.families.task import origin
 from lorakit.recipe.load import as_dict, dump
@@ -76,6 +76,18 @@ def test_a_description_as_json(kohya: Path) -> None:
         assert block["norm"] == pytest.approx(sum(inside) ** 0.5, rel=1e-5)
     assert told["norm"] == pytest.approx(sum(squares.values()) ** 0.5, rel=1e-5)
     assert told["metadata"]["ss_base_model_version"] == "sd_v1"
+
+
+def test_rslora_of_a_diffusers_file_is_told(tmp_path: Path) -> None:
+    layers = adaptable(known_models("sd_v1")["unet"])
+    path = next(path for path in layers if path.endswith("attn2.to_k"))
+    delta = random_delta(layers[path], 4, 4.0, torch.float32, dora=False, seed=0)
+    config = {"unet.r": 4, "unet.lora_alpha": 4, "unet.use_rslora": True}
+    tensors = {f"unet.{path}.lora_A.weight": delta.A, f"unet.{path}.lora_B.weight": delta.B}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    told = json.loads(lorakit("inspect", tmp_path / "a.safetensors", "--json"))
+    assert told["kind"] == "rsLoRA"
+    assert told["blocks"][0]["alphas"] == [4.0]
 
 
 def test_dead_and_broken_modules_are_named(kohya: Path, tmp_path: Path) -> None:

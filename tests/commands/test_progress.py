@@ -12,7 +12,7 @@ def test_plain_lines_with_step_loss_rate_and_time_left(capsys: pytest.CaptureFix
         terminal.start(total=3, done=1)
         terminal.held_out(1, 2.5, {"perplexity": 12.18})
         for step in (2, 3):
-            terminal.step(step, 1.0, 1e-4)
+            terminal.step(step, 1.0)
     told = capsys.readouterr().err
     assert "held-out loss after 1 steps: 2.5000  perplexity 12.18" in told
     assert "step 3/3  loss 1.0000" in told
@@ -30,7 +30,7 @@ def test_a_line_is_one_however_long_and_said_as_it_is(capsys: pytest.CaptureFixt
 def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Terminal(quiet=True) as terminal, warnings_to(terminal.console):
         terminal.start(total=1, done=0)
-        terminal.step(1, 1.0, 1e-4)
+        terminal.step(1, 1.0)
         logging.getLogger("lorakit").warning("once")
     assert capsys.readouterr().err == ""
 

@@ -1,8 +1,5 @@
 """Captions: what is read, what is refused, and what a caption becomes in a step."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,27 +7,16 @@ from lorakit.data import captions
 from lorakit.errors import DataError
 
 
-def test_reading(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes("\ufeff a cat,\r\n  with a  é\n".encode())
-    assert captions.read_caption(path, "a.txt") == "a cat, with a é"
-    path.write_bytes(b"")
-    assert captions.read_caption(path, "a.txt") == ""
+def test_decoding() -> None:
+    assert captions.decoded("\ufeff a cat,\r\n  with a  é\n".encode(), "a.txt") == "a cat, with a é"
+    assert captions.decoded(b"", "a.txt") == ""
 
 
 @pytest.mark.parametrize(("data", "reason"), [(b"a \xff cat", "not UTF-8"), (b"x" * (2**20 + 1), "1 MiB")])
-def test_bad_captions(tmp_path: Path, data: bytes, reason: str) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(data)
+def test_bad_captions(data: bytes, reason: str) -> None:
     with pytest.raises(DataError, match=reason) as caught:
-        captions.read_caption(path, "a.txt")
+        captions.decoded(data, "a.txt")
     assert caught.value.where == "a.txt"
-
-
-def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(DataError, match="not a regular file"):
-        captions.read_caption(tmp_path / "a.txt", "a.txt")
 
 
 @pytest.mark.parametrize("value", [None, 3, ["a"], {"a": 1}])

@@ -192,5 +192,5 @@ def test_a_file_named_by_the_recipe_and_the_tokenizers_own(tokenizer, tmp_path):
     path = tmp_path / "x.jinja"
     path.write_text("{{ 'a' * 10 ** 10 }}")
     with pytest.raises(ModelError) as caught:
-        find_template(tokenizer, str(path)).render(TURNS, answer_next=False)
+        find_template(tokenizer, str(path), "data.chat_template").render(TURNS, answer_next=False)
     assert caught.value.where == str(path)

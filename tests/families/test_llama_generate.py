@@ -59,6 +59,29 @@ def test_greedy_answers_equal_transformers_generate(base):
         assert "".join(chat.stream(prompt, GREEDY)) == answer
 
 
+def test_the_end_of_an_answer_may_be_part_of_a_character(base):
+    """Bytes that are not yet a character are told at the end as transformers tells them."""
+    chat = open_chat(resolve(str(base)), (), PLACE)
+    bytes_of_a_flag = chat.renderer.tokenizer("🇨🇭", add_special_tokens=False)["input_ids"][:-1]
+    assert len(bytes_of_a_flag) > 4
+
+    class Speller:
+        rows, limit, ends = 1, 512, frozenset()
+
+        def start(self, row, prompt):  # noqa: ARG002
+            self.left = iter(bytes_of_a_flag)
+            return self.step([0])[0]
+
+        def step(self, tokens):  # noqa: ARG002
+            return torch.nn.functional.one_hot(torch.tensor([next(self.left)]), 400).float()
+
+    chat.decoder = Speller()
+    expected = chat.renderer.tokenizer.decode(bytes_of_a_flag)
+    answer = chat.answer(QUESTION, Settings(temperature=0, max_new_tokens=len(bytes_of_a_flag)))
+    assert answer == expected
+    assert answer.endswith("\N{REPLACEMENT CHARACTER}")
+
+
 def test_answers_do_not_depend_on_what_is_answered_beside(base, adapter):
     chat = open_chat(resolve(str(base)), [(adapter, 1.0)], PLACE)
     prompts = [f"The quick {'brown ' * number}" for number in range(1, 20)]

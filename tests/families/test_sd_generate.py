@@ -162,10 +162,10 @@ def test_a_grid_holds_every_picture_and_its_label() -> None:
     found = {colour for _, colour in sheet.getcolors(10**6)}
     assert {(10 * i, 0, 0) for i in range(5)} <= found
     assert sheet.width == 3 * (128 + 6) + 6
-    one = grid(pictures[:1], ["a"], columns=1)
+    one = grid(pictures[:1], ["a"])
     assert one.getbbox() is not None
     assert one.width == 128 + 12
-    blank = grid(pictures[:1], [""], columns=1)
+    blank = grid(pictures[:1], [""])
     assert one.size == blank.size
     assert one.tobytes() != blank.tobytes()
 

@@ -5,6 +5,7 @@ import os
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -161,6 +162,25 @@ def test_15_odd_pictures_are_converted(sd: Path) -> None:
 def test_16_bad_caption(sd: Path, content: bytes | None, told: str) -> None:
     caption = sd / "pictures/1.txt"
     caption.unlink() if content is None else caption.write_bytes(content)
+    refuse(sd, "1.txt", told)
+    skipped(sd, "1.txt", told)
+
+
+@pytest.mark.fault(16)
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda path: path.symlink_to("absent.txt"), "No such file"),
+        (lambda path: path.symlink_to(path.name), "cannot be read"),
+        (lambda path: os.mkfifo(path), "not a regular file"),
+        (lambda path: path.symlink_to("/etc/hostname"), "outside the data set's folder"),
+    ],
+    ids=["missing", "loop", "pipe", "outside"],
+)
+def test_16_caption_that_is_no_file(sd: Path, make: Callable[[Path], None], told: str) -> None:
+    caption = sd / "pictures/1.txt"
+    caption.unlink()
+    make(caption)
     refuse(sd, "1.txt", told)
     skipped(sd, "1.txt", told)
 

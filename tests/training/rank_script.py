@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from lorakit.errors import LorakitError
@@ -25,8 +26,8 @@ class Told:
     def start(self, total: int, done: int) -> None:
         print(f"start {done}/{total}", flush=True)
 
-    def step(self, step: int, loss: float, learning_rate: float) -> None:
-        print(f"step {step} {loss:.4f} {learning_rate:.6f}", flush=True)
+    def step(self, step: int, loss: float) -> None:
+        print(f"step {step} {loss:.4f}", flush=True)
         if name := self.at.get(str(step)):
             os.kill(os.getpid(), getattr(signal, name))
 
@@ -50,7 +51,8 @@ def main(folder: Path, options: dict[str, Any]) -> int:
         with opening(folder, rank=0 if apart else session.rank) as run:
             task = make_task(session, options, **more)
             train(task, session, plan, run, Told(at))
-            save_file(final_state(task), folder / f"rank-{session.rank}.safetensors")
+            state = {**final_state(task), "seeds": torch.tensor(task.seeds)}
+            save_file(state, folder / f"rank-{session.rank}.safetensors")
         session.close()
     except LorakitError as error:
         print(f"error: {error} | {error.hint} | {getattr(error, '__notes__', [])}", file=sys.stderr, flush=True)

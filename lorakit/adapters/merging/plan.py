@@ -16,7 +16,7 @@ from lorakit.adapters.merging.source import FLOATS, FileSource, Slot, Source
 from lorakit.adapters.merging.stream import OutFile, Span, Target
 from lorakit.adapters.merging.tied import equal_terms, tied_by_config, tied_names, untied
 from lorakit.adapters.merging.turned import Turned, turned
-from lorakit.adapters.pieces import CONFIG, Piece, open_pieces
+from lorakit.adapters.pieces import CONFIG, TEMPLATE, Piece, open_pieces, trained_template
 from lorakit.adapters.whole import added_biases
 from lorakit.errors import ConflictError, ModelError
 from lorakit.storage import checks
@@ -116,6 +116,13 @@ def plan_merge(
             files = untied(files, opened, tied, head)
     config: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     config |= {} if head is None else {"tie_word_embeddings": False}
+    template = trained_template(piece.metadata for adapter in planned for piece in adapter.pieces)
+
+    def write_rest(folder: Path) -> None:
+        opened.write_rest(folder, config)
+        if template is not None:
+            (folder / TEMPLATE).write_text(template, encoding="utf-8")
+
     return MergePlan(
         base=base,
         adapters=planned,
@@ -124,7 +131,7 @@ def plan_merge(
         files={"": files[base.path.name]} if single and opened.packed is None else files,
         changed=len(changes) + (head is not None and bool(head.terms)),
         untied=head is not None,
-        write_rest=lambda folder: opened.write_rest(folder, config),
+        write_rest=write_rest,
     )
 
 

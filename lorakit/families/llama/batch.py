@@ -90,7 +90,7 @@ def train_batches(
 def held_out_batches(examples: Sequence[Encoded], layout: Layout, *, packing: bool) -> Iterator[ChatBatch]:
     """Each example once over all ranks, longest first; every rank yields equally many, empty ones at the end."""
     order = sorted(range(len(examples)), key=lambda i: (-len(examples[i].tokens), i))
-    size = max(1, layout.micro_batch)
+    size = layout.micro_batch
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
     for place in range(0, len(chunks), layout.world):
         mine = place + layout.rank

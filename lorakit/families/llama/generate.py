@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import apply, fold
+from lorakit.adapters.pieces import trained_template
 from lorakit.data.chat import Message
+from lorakit.data.templates import ChatTemplate
 from lorakit.data.tokens import Renderer
 from lorakit.errors import ModelError, NonFiniteError
 from lorakit.families.llama.base import as_folder
@@ -102,12 +104,19 @@ class Chat:
         """
         backend = self.renderer.tokenizer.backend_tokenizer
         decoders = [DecodeStream(skip_special_tokens=True) for _ in prompts]
+        tokens: list[list[int]] = [[] for _ in prompts]
+        lengths = [0] * len(prompts)
         written: list[list[str]] = [[] for _ in prompts]
         turn = 0
         for number, token in self._tokens(prompts, settings):
-            piece = "" if token is None else decoders[number].step(backend, token)
-            if piece or token is None:
-                written[number].append(piece or "")
+            if token is None:  # the stream holds back the bytes of a character that is not whole
+                rest = backend.decode(tokens[number], skip_special_tokens=True)[lengths[number] :]
+                written[number] += [rest, ""] if rest else [""]
+            else:
+                tokens[number].append(token)
+                if piece := decoders[number].step(backend, token):
+                    lengths[number] += len(piece)
+                    written[number].append(piece)
             while turn < len(prompts) and written[turn]:
                 piece = written[turn].pop(0)
                 yield turn, piece
@@ -163,17 +172,24 @@ def open_chat(
 ) -> Chat:
     """Load a base with adapters on it, each taken ``weight`` times; ``fuse`` adds them to the weights, in their dtype.
 
+    ``chat_template`` is a name or a file; without it that of the adapters' training is taken, or else the tokenizer's.
     Raises ModelError when base or adapter cannot be read or do not fit.
     """
     folder = as_folder(location, place.dtype)
     model = load_model(folder, place, "none", attention=None)
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, model.config, location)
+    trained = []
     for number, (path, weight) in enumerate(adapters):
         saved = read_adapter(path, {"model": model})
         if saved.family != "llama":
             raise ModelError("an adapter for Stable Diffusion, not for a language model", where=str(path))
         apply(model, saved.components["model"], weight=weight, name=f"adapter{number}")
+        trained.append(saved.metadata)
     if fuse:
         fold(model)
-    return Chat(decoder(model), Renderer(tokenizer, chat_template, int(model.config.max_position_embeddings)))
+    template: str | ChatTemplate | None = chat_template
+    if chat_template is None and (source := trained_template(trained)) is not None:
+        template = ChatTemplate(tokenizer, source, "the adapter's chat template")
+    limit = int(model.config.max_position_embeddings)
+    return Chat(decoder(model), Renderer(tokenizer, template, limit, setting="--chat-template"))

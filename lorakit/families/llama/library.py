@@ -4,14 +4,11 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lorakit.data.chat_set import ChatSet
 from lorakit.data.encoder import check_loads
 from lorakit.errors import ModelError
 from lorakit.families.llama import packed
-from lorakit.families.llama.base import read_chats
 from lorakit.families.llama.readable import readable
 from lorakit.families.place import Place
-from lorakit.recipe.schema import ChatData
 from lorakit.storage.bases import BaseLocation
 from lorakit.storage.foreign import check_complete
 
@@ -48,13 +45,6 @@ def check_tokenizer(tokenizer: Any, config: Any, location: BaseLocation) -> None
             f"the tokenizer goes up to token {highest}, the model has {config.vocab_size} embeddings",
             where=location.name,
         )
-
-
-def load_data(location: BaseLocation, data: ChatData, seed: int) -> tuple[Any, Any, ChatSet]:
-    """The base's config and tokenizer, checked against each other, and the encoded chats. No weights are read."""
-    config = load_config(location)
-    tokenizer = load_fitting_tokenizer(location, config)
-    return config, tokenizer, read_chats(location, config, data, seed, lambda: tokenizer)
 
 
 def load_model(

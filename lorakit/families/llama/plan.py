@@ -56,6 +56,7 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
     """Raises what ``load`` would raise, but for weights that cannot be read."""
     _, folder = find_base(base, place.dtype)
     config, outline = _known(folder)
+    check_trainable(config)
 
     def tokenizer() -> Any:
         from lorakit.families.llama.library import load_fitting_tokenizer  # with transformers
@@ -63,13 +64,12 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
         return load_fitting_tokenizer(folder, config)
 
     chats = read_chats(folder, config, data, layout.seed, tokenizer)
-    check_trainable(config)
     targets = injection(outline, adapter, GROUPS).targets
     if any(outline.layers[target.name].head for target in targets):
         raise head_has_an_adapter()
     trainable = sum(outline.layers[t.name].lora_parameters(t.rank, dora=adapter.dora) for t in targets)
     lengths = sorted((len(row.tokens) for row in chats.train), reverse=True)
-    rows = max(1, layout.micro_batch)
+    rows = layout.micro_batch
     tokens = sum(lengths[:rows]) if data.packing else lengths[0] * rows
     size = place.dtype.itemsize
     # DoRA keeps what each of its layers gives before the magnitude; with checkpointing those of one block.

@@ -14,10 +14,12 @@ from torch.nn import functional
 
 from lorakit.adapters.inject import adapter_parameters, adapter_state, inject, load_adapter_state
 from lorakit.adapters.linear import plain_layers
+from lorakit.adapters.pieces import TEMPLATE_KEY
 from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import write_peft
 from lorakit.data.chat import Message
 from lorakit.data.chat_set import ChatSet
+from lorakit.data.templates import named_source
 from lorakit.data.tokens import Renderer
 from lorakit.families.llama import packed
 from lorakit.families.llama.base import (
@@ -26,10 +28,11 @@ from lorakit.families.llama.base import (
     find_base,
     head_has_an_adapter,
     logit_factor,
+    read_chats,
 )
 from lorakit.families.llama.batch import ChatBatch, held_out_batches, train_batches
 from lorakit.families.llama.generate import Chat, Settings
-from lorakit.families.llama.library import load_data, load_model
+from lorakit.families.llama.library import load_config, load_fitting_tokenizer, load_model
 from lorakit.families.place import Place
 from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix
@@ -49,6 +52,8 @@ class Loaded:
     injection: Injection
     chats: ChatSet
     renderer: Renderer
+    template: str | None
+    """Source of the chat template that the recipe names."""
     logit_factor: float
     checkpointing: bool
 
@@ -142,7 +147,10 @@ class LlamaTask:
         load_adapter_state(self._loaded.lm, state)
 
     def save(self, out: Path, name: str, recipe: Mapping[str, Any] | None = None) -> None:
-        """``adapter/`` as PEFT has it: config and safetensors."""
+        """``adapter/`` as PEFT has it: config and safetensors, and the chat template that the recipe names."""
+        metadata = origin(name, self.base_id, recipe)
+        if self._loaded.template is not None:
+            metadata[TEMPLATE_KEY] = self._loaded.template
         with new_folder(out / "adapter", manifest=False, replace=True) as folder:
             write_peft(
                 folder,
@@ -150,7 +158,7 @@ class LlamaTask:
                 self._loaded.injection,
                 base_name=self._loaded.location.name,
                 task="CAUSAL_LM",
-                metadata=origin(name, self.base_id, recipe),
+                metadata=metadata,
             )
 
 
@@ -169,8 +177,10 @@ def load(
     Raises ModelError, RecipeError or DataError as the parts say; what a user should know is logged as a warning.
     """
     location, folder = find_base(base, place.dtype)
-    config, tokenizer, chats = load_data(folder, data, layout.seed)
+    config = load_config(folder)
     check_trainable(config)
+    tokenizer = load_fitting_tokenizer(folder, config)
+    chats = read_chats(folder, config, data, layout.seed, lambda: tokenizer)
     for note in chats.notes():
         log.warning("%s", note)
     lm = load_model(folder, place, base.quantization)
@@ -179,7 +189,8 @@ def load(
     if not packed.head_is_frozen(lm):
         raise head_has_an_adapter()
     renderer = Renderer(tokenizer, data.chat_template, int(config.max_position_embeddings))
-    loaded = Loaded(location, lm, injection, chats, renderer, logit_factor(config), place.gradient_checkpointing)
+    template, factor = named_source(data.chat_template), logit_factor(config)
+    loaded = Loaded(location, lm, injection, chats, renderer, template, factor, place.gradient_checkpointing)
     return LlamaTask(loaded, sample, layout, learning_rate=learning_rate, packing=data.packing)
 
 

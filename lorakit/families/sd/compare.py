@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapters.merging.base import open_base
 from lorakit.adapters.merging.plan import PlannedAdapter
 from lorakit.adapters.merging.reference import difference, parameters_on_meta, run_from_files
 from lorakit.families.sd.base import load_conditioning
 from lorakit.families.sd.conditioning import ids_of
-from lorakit.families.sd.original import open_original
+from lorakit.families.sd.original import open_stable_diffusion
 from lorakit.families.sd.skeleton import Skeleton, skeleton
 from lorakit.storage.bases import BaseLocation, resolve
 
@@ -35,7 +34,7 @@ def compare(base: BaseLocation, adapters: Sequence[PlannedAdapter], out: Path) -
 
 
 def _running(location: BaseLocation, adapters: Sequence[PlannedAdapter]) -> Skeleton:
-    opened = open_base(location, open_original(location) if location.layout == "single-file" else None)
+    opened = open_stable_diffusion(location)
     bones = skeleton(location, torch.float32, parameters_on_meta())
     run_from_files(replace(opened, models=bones.adaptable), adapters)
     return bones

@@ -12,7 +12,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from lorakit.adapters.merging.base import Original, Packed
+from lorakit.adapters.merging.base import OpenBase, Original, Packed, open_base
 from lorakit.errors import ModelError
 from lorakit.families.sd.kinds import Kind, kind_of
 from lorakit.families.sd.single_file import load_tokenizers, rename
@@ -48,6 +48,11 @@ def open_original(location: BaseLocation) -> Original:
             part.save_pretrained(out / name)
 
     return Original(models, original_names(kind, shapes, models, location.name), write_rest)
+
+
+def open_stable_diffusion(location: BaseLocation) -> OpenBase:
+    """The headers of a folder or a single file, for a merge."""
+    return open_base(location, open_original(location) if location.layout == "single-file" else None)
 
 
 def original_names(

@@ -55,12 +55,12 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-def grid(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int | None = None) -> Image.Image:
-    """All pictures on one white sheet, each with its label below, near square or in ``columns`` columns.
+def grid(pictures: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
+    """All pictures on one white sheet, each with its label below, near square.
 
     A label takes at most three lines and is cut with an ellipsis after them.
     """
-    across = columns or math.ceil(math.sqrt(len(pictures)))
+    across = math.ceil(math.sqrt(len(pictures)))
     down = math.ceil(len(pictures) / across)
     width, height = (max(p.size[axis] for p in pictures) for axis in (0, 1))
     scale = math.ceil(TILE / max(width, height))

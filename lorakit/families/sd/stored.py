@@ -9,10 +9,9 @@ from torch import nn
 
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import apply, fold
-from lorakit.adapters.merging.base import open_base
 from lorakit.families.place import Place
 from lorakit.families.sd.base import Parts, load_parts
-from lorakit.families.sd.original import open_original
+from lorakit.families.sd.original import open_stable_diffusion
 from lorakit.storage.bases import BaseLocation
 
 
@@ -41,7 +40,7 @@ def load_with(location: BaseLocation, adapters: Sequence[tuple[Path, float]], pl
 
 def stored_dtypes(location: BaseLocation) -> dict[str, dict[str, torch.dtype]]:
     """What each weight of each component that can be adapted is in the base's file, by the module's own tensor name."""
-    opened = open_base(location, open_original(location) if location.layout == "single-file" else None)
+    opened = open_stable_diffusion(location)
     found: dict[str, dict[str, torch.dtype]] = {}
     for component, model in opened.models.items():
         homes = {name: opened.home(component, name) for name in model.state_dict() if component != "vae"}

@@ -1,10 +1,12 @@
-"""The base behind an adapter on the command line: what its module names are held against. No weights are read."""
+"""Adapters on the command line, and the base that their module names are held against. No weights are read."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.errors import ModelError
+from lorakit.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +22,24 @@ class AdapterBase:
 
     name: str
     models: "dict[str, nn.Module]"
+
+
+def parse_adapter(text: str) -> tuple[Path, float]:
+    """``PATH`` or ``PATH:WEIGHT``; RecipeError when there is nothing at the path."""
+    path, weight = Path(text), 1.0
+    head, colon, tail = text.rpartition(":")
+    if colon and not path.exists():
+        try:
+            path, weight = Path(head), float(tail)
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise RecipeError(f"{tail!r} is not a weight", where=text, hint="PATH:0.8, say")
+    if not path.exists():
+        raise RecipeError(
+            "there is no such adapter", where=str(path), hint="give a run folder, a PEFT folder or a file"
+        )
+    return path, weight
 
 
 def named_base(pieces: "Sequence[Piece]") -> str:

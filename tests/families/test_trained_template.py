@@ -1,0 +1,109 @@
+"""The chat template that a recipe names goes with the adapter: into generation, merges and other formats."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lorakit.adapters.convert import convert
+from lorakit.adapters.files import read_adapter
+from lorakit.adapters.merging.base import open_base
+from lorakit.adapters.merging.merge import merge
+from lorakit.adapters.merging.plan import plan_merge
+from lorakit.adapters.skeleton import skeleton
+from lorakit.data.chat import Message
+from lorakit.errors import ModelError
+from lorakit.families.llama import task as llama
+from lorakit.families.llama.generate import open_chat
+from lorakit.families.place import Place
+from lorakit.numerics.order import Layout
+from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
+from lorakit.storage.bases import resolve
+from tests.tiny import tiny_llama
+
+PLACE = Place(torch.device("cpu"), torch.float32)
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("base") / "base")
+
+
+def adapter(base: Path, folder: Path, template: str | None) -> Path:
+    """An adapter as a run leaves it, whose recipe names a file with ``template``."""
+    folder.mkdir()
+    chat = [*MESSAGES, {"role": "assistant", "content": "there"}]
+    (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': chat})}\n")
+    source = folder / "own.jinja"
+    source.write_text(template or "")
+    named = str(source) if template else None
+    table = {"train": [{"path": str(folder / "chats.jsonl")}], "held_out": 0, "max_tokens": 64, "chat_template": named}
+    data, sample, layout = ChatData.model_validate(table), LlamaSample(), Layout(seed=0, batch_size=1)
+    task = llama.load(LlamaBase(model=str(base)), Adapter(rank=2), data, sample, layout, PLACE, learning_rate=1e-3)
+    source.unlink()
+    task.save(folder, "run")
+    return folder / "adapter"
+
+
+def rendered(folder: Path, **more: Any) -> str:
+    text = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=True, **more
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def asked(base: Path, adapters: list[Path], **more: Any) -> str:
+    """What a language model is asked, as text."""
+    chat = open_chat(resolve(str(base)), [(path, 1.0) for path in adapters], PLACE, **more)
+    return str(chat.renderer.tokenizer.decode(chat.renderer.prompt([Message("user", "hello")])))
+
+
+def merged(base: Path, adapters: list[Path], out: Path) -> Path:
+    location = resolve(str(base))
+    merge(plan_merge(location, open_base(location), [(path, 1.0) for path in adapters], out))
+    return out
+
+
+def test_generation_asks_as_training_did(base: Path, tmp_path: Path) -> None:
+    trained, plain = adapter(base, tmp_path / "a", TEMPLATE), adapter(base, tmp_path / "b", None)
+    assert (trained / "chat_template.jinja").read_text() == TEMPLATE
+    assert not (plain / "chat_template.jinja").exists()
+    assert asked(base, [plain]) == rendered(base)
+    assert asked(base, [plain, trained]) == rendered(base, chat_template=TEMPLATE) == "user: hello\n"
+    assert asked(base, [trained], chat_template="chatml") == rendered(base)
+
+
+def test_a_merged_model_has_it(base: Path, tmp_path: Path) -> None:
+    trained, plain = adapter(base, tmp_path / "a", TEMPLATE), adapter(base, tmp_path / "b", None)
+    assert rendered(merged(base, [trained], tmp_path / "one")) == "user: hello\n"
+    assert rendered(merged(base, [plain], tmp_path / "other")) == rendered(base)
+
+
+def test_of_two_the_first_is_taken_with_a_warning(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    both = [adapter(base, tmp_path / "a", TEMPLATE), adapter(base, tmp_path / "b", f"{TEMPLATE}!")]
+    with caplog.at_level(logging.WARNING):
+        assert rendered(merged(base, both, tmp_path / "out")) == "user: hello\n"
+    assert "2 different chat templates" in caplog.text
+
+
+def test_other_formats_carry_it(base: Path, tmp_path: Path) -> None:
+    models = skeleton(resolve(str(base)))
+    path = adapter(base, tmp_path / "a", TEMPLATE)
+    for to, name in (("gguf", "a.gguf"), ("peft", "b")):
+        convert(read_adapter(path, models), tmp_path / name, to, models=models, base_name=str(base))  # type: ignore[arg-type]
+        path = tmp_path / name
+    assert (path / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_a_template_that_is_no_text_is_refused(base: Path, tmp_path: Path) -> None:
+    trained = adapter(base, tmp_path / "a", TEMPLATE)
+    (trained / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja: not readable as text"):
+        read_adapter(trained)
