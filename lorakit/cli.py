@@ -216,15 +216,15 @@ def verify(
 ) -> None:
     """Prove on your own recipe that the fast path is exact, or with --resume that a resumed run is bit-equal."""
     if resume:
-        from lorakit.commands import verify as command
+        from lorakit.commands import verify_resume
 
-        command.resume(recipe, set_ or [], num_processes)
+        verify_resume.run(recipe, set_ or [], num_processes)
     else:
-        from lorakit.commands import exactness
+        from lorakit.commands import verify as command
 
         if num_processes > 1:
             raise RecipeError("goes with --resume", where="--num-processes", hint="leave it out, or add --resume")
-        exactness.run(recipe, set_ or [])
+        command.run(recipe, set_ or [])
 
 
 @app.command()

@@ -42,7 +42,7 @@ ONLY_IN = {
     "typer": ("cli.py",),
     "accelerate": ("training/",),
     "peft": ("adapters/",),
-    "bitsandbytes": ("training/optim.py", "families/llama/base.py", "adapters/merging/nf4.py"),
+    "bitsandbytes": ("training/optim.py", "adapters/merging/nf4.py"),
 }
 
 

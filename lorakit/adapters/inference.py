@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
-from lorakit.numerics.packed import linear
+from lorakit.numerics.onednn import linear
 
 
 def stackable(layer: nn.Module) -> bool:

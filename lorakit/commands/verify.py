@@ -1,129 +1,111 @@
-"""`lorakit verify --resume`: proof, on the user's own recipe and machine, that a stopped run goes on bit for bit.
+"""`lorakit verify`: the recipe's own first batch by the fast path and by plain means, loss and gradients compared.
 
-The recipe is trained twice for a few steps by ``python -m lorakit`` itself, in folders of their own beside the output:
-once without a stop, once stopped by SIGTERM and resumed. Nothing of the recipe changes but where it writes, and that
-every step has a checkpoint, so schedule, data and dropout are those of the real run.
+Plain means are PEFT's layers, eager attention a document at a time, and cross-entropy over all logits (or diffusers'
+attention). In a wider dtype they say what is exact; in the recipe's own they say how much of a difference is rounding.
 """
 
-import hashlib
-import json
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lorakit.errors import TERMINATED, CheckpointError, RecipeError
-from lorakit.recipe import load
-from lorakit.recipe.schema import LlamaRecipe, SDRecipe
-from lorakit.storage import atomic
-from lorakit.storage.runs import RunFolder
+from rich.console import Console
+from rich.table import Table
 
-STEPS_BEFORE, STEPS_AFTER = 2, 3
-_FILES = {"adapter": "adapter.safetensors", "optimizer": "optimizer.safetensors"}
-_MEASURED = ("step", "loss", "learning_rate", "grad_norm")
-"""What metrics.jsonl says of a step itself; the rest are times."""
+from lorakit.errors import ModelError, RecipeError
+from lorakit.recipe.load import load_any
+from lorakit.recipe.schema import LlamaRecipe
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-@dataclass(frozen=True)
-class _Run:
-    """One of the two runs: its folder, and the command that trains it."""
+    from lorakit.families.task import Task
 
-    folder: RunFolder
-    command: Sequence[str]
-
-    def train(self, *more: str, until: Callable[[], bool]) -> bool:
-        """Train in processes of their own until ``until`` holds, then stop by SIGTERM; whether that was in time.
-
-        SystemExit with its code, after what it told, when the run ends in any other way.
-        """
-        with tempfile.TemporaryFile() as told:
-            process = subprocess.Popen([*self.command, *more], stdout=subprocess.DEVNULL, stderr=told)
-            try:
-                while process.poll() is None and not until():
-                    time.sleep(0.01)
-            finally:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGTERM)
-                code = process.wait()
-            if code not in (0, TERMINATED):
-                told.seek(0)
-                sys.stderr.write(told.read().decode(errors="replace"))
-                raise SystemExit(code if code > 0 else 1)
-        return code == TERMINATED
-
-    def last_step(self) -> int:
-        return max((step for step, _ in self.folder.saved()), default=0)
-
-    def hashes(self, step: int) -> dict[str, str]:
-        """SHA-256 of adapter, optimizer state and metrics after ``step`` updates; CheckpointError if not whole."""
-        checkpoint = self.folder.checkpoint(step)
-        atomic.check_manifest(checkpoint)
-        found = {what: atomic.sha256(checkpoint / name) for what, name in _FILES.items()}
-        rows = [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
-        steps = [[row.get(key) for key in _MEASURED] for row in rows if "loss" in row and row["step"] <= step]
-        return {**found, "metrics": hashlib.sha256(json.dumps(steps).encode()).hexdigest()}
+FACTORS = {"loss": 2.0, "gradient": 2.0, "worst tensor": 4.0}
+"""The fast path may be this many times as far from exact as plain means in the same dtype, and a rounding more: in one
+tensor chance weighs more than in all together."""
+SMALLEST = 4 * 2.0**-23
+"""The least of a rounding that is allowed: losses are sums in float32."""
 
 
-def resume(path: Path, overrides: list[str], processes: int) -> None:
-    """Stop and resume a few steps of the recipe, and compare with as many steps that were never stopped.
+def run(path: Path, overrides: list[str]) -> None:
+    """Print both differences. RecipeError for a quantized base, whose plain means are no others; ModelError when the
+    fast path is further from exact than rounding explains."""
+    import torch
 
-    CheckpointError when they differ; the folder with both runs then stays. What the runs themselves fail with is their
-    own exit code.
-    """
-    recipe = load.load_any(path, overrides)
-    recipe.output.folder.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{atomic.TMP}verify-", dir=recipe.output.folder))
-    try:
-        straight, stopped = (_run(recipe, path, overrides, processes, work, name) for name in ("straight", "stopped"))
-        at, step = _train(straight, stopped)
-        expected, found = straight.hashes(step), stopped.hashes(step)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    print(f"stopped by SIGTERM after step {at}, resumed, and compared after step {step} with a run never stopped:")
-    for what in expected:
-        print(f"  {what:10} never stopped {expected[what]}\n  {'':10} resumed       {found[what]}")
-    differing = [what for what in expected if expected[what] != found[what]]
-    if differing:
-        raise CheckpointError(f"the resumed run differs in: {', '.join(differing)}", where=str(work))
-    print("equal, bit for bit")
-    shutil.rmtree(work)
+    from lorakit.commands.train import load_task
+    from lorakit.families.place import Place
+    from lorakit.numerics.order import Layout
+    from lorakit.training.device import choose
 
-
-def _train(straight: _Run, stopped: _Run) -> tuple[int, int]:
-    """Run both; the step of the stop, and the step that both have a checkpoint of after it."""
-    _say("training, to be stopped by SIGTERM")
-    if not stopped.train(until=lambda: stopped.last_step() >= STEPS_BEFORE):
-        reason = f"the run was over after {stopped.last_step()} steps, before it could be stopped"
-        raise RecipeError(reason, where="train", hint="give it more steps: --set train.steps=200")
-    at = stopped.last_step()
-    _say(f"stopped after step {at}; training the same without a stop")
-    straight.train(until=lambda: straight.last_step() >= at + STEPS_AFTER)
-    _say("resuming the stopped run")
-    stopped.train("--resume", until=lambda: stopped.last_step() >= at + STEPS_AFTER)
-    return at, min(at + STEPS_AFTER, straight.last_step(), stopped.last_step())
+    recipe = load_any(path, overrides)
+    if isinstance(recipe, LlamaRecipe) and recipe.base.quantization != "none":
+        hint = "verify the recipe with --set base.quantization=none"
+        raise RecipeError("a quantized base cannot be widened to compare with", where="base.quantization", hint=hint)
+    device, dtype = choose(recipe.compute)
+    layout = Layout(recipe.train.seed, recipe.train.batch_size, recipe.compute.gradient_accumulation)
+    task = load_task(recipe, layout, Place(device, dtype, recipe.compute.gradient_checkpointing))
+    batch = next(task.batches("train", 0)).to(device)
+    _start_from_learned(task)
+    task.model.eval()  # no dropout
+    exact = torch.float64 if dtype == torch.float32 else torch.float32
+    fast = _measured(task, lambda: task.loss(batch))
+    plain = _measured(task, lambda: task.plain_loss(batch, dtype))
+    wanted = _measured(task, lambda: task.plain_loss(batch, exact))
+    rows = {name: _differences(one, wanted, dtype) for name, one in (("fast path", fast), ("plain means", plain))}
+    names = [str(one).removeprefix("torch.") for one in (dtype, exact)]
+    table = Table("", *FACTORS, title=f"{names[0]} beside plain means in {names[1]}")
+    for what, found in rows.items():
+        table.add_row(what, *(f"{found[column]:.1e}" for column in FACTORS))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"relative differences on the first batch ({batch.count} items), of {len(wanted) - 1} gradients")
+    slack = max(torch.finfo(dtype).eps, SMALLEST)
+    if any(rows["fast path"][name] > times * rows["plain means"][name] + slack for name, times in FACTORS.items()):
+        raise ModelError("the fast path is further from exact than rounding explains", where=str(path))
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _start_from_learned(task: "Task") -> None:
+    """B starts at zero, where A has no gradient to compare: move every trained tensor a little, by a fixed seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    state = task.adapter_state()
+    for tensor in state.values():
+        tensor += 0.01 * torch.randn(tensor.shape, generator=generator)
+    task.load_adapter_state(state)
 
 
-def _run(
-    recipe: SDRecipe | LlamaRecipe, path: Path, overrides: list[str], processes: int, work: Path, name: str
-) -> _Run:
-    changes = [*overrides, f"output.folder={json.dumps(str(work))}", f"output.name={name}", "output.track=[]"]
-    changes += ["train.checkpoint_every=1", "train.keep_checkpoints=1000000", "sample.prompts=[]"]
-    command = [
-        sys.executable,
-        "-m",
-        "lorakit",
-        "train-sd" if isinstance(recipe, SDRecipe) else "train-llama",
-        str(path),
-    ]
-    command += [word for change in changes for word in ("--set", change)]
-    return _Run(RunFolder(work / name), [*command, "--num-processes", str(processes)])
+def _measured(task: "Task", loss: "Callable[[], Tensor]") -> "dict[str, Tensor]":
+    """The loss and the gradient of every trained tensor, in float64."""
+    import torch
+
+    for parameters, _ in task.parameter_groups():
+        for parameter in parameters:
+            parameter.grad = None
+    value = loss()
+    torch.autograd.backward(value)
+    found = {"loss": value.detach().double().cpu()}
+    for number, parameter in enumerate(p for parameters, _ in task.parameter_groups() for p in parameters):
+        if parameter.grad is not None:
+            found[str(number)] = parameter.grad.double().cpu()
+    return found
+
+
+def _differences(
+    found: "Mapping[str, Tensor]", wanted: "Mapping[str, Tensor]", dtype: "torch.dtype"
+) -> dict[str, float]:
+    """|found - wanted| / |wanted| of the loss, of all gradients as one vector, and the largest of a tensor's gradient;
+    one that is smaller than a rounding of all together is held against that."""
+    import torch
+
+    if found.keys() != wanted.keys():
+        raise ModelError("the fast path gives gradients to other tensors than plain means do")
+    errors = {key: float((found[key] - wanted[key]).norm()) for key in wanted}
+    norms = {key: max(float(wanted[key].norm()), 1e-30) for key in wanted}
+    loss = errors.pop("loss") / norms.pop("loss")
+    whole = math.hypot(*norms.values())
+    least = torch.finfo(dtype).eps * whole
+    worst = max(error / max(norms[key], least) for key, error in errors.items())
+    return {"loss": loss, "gradient": math.hypot(*errors.values()) / whole, "worst tensor": worst}

@@ -26,7 +26,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """PyTorch's fused kernel, each query seeing the keys up to its own place: q [N, H, T, D], k and v [N, K, T, D] with
-    H a multiple of K -> [N, H, T, D]. Of three dimensions it would make the scores of all tokens, without a word."""
+    H a multiple of K -> [N, H, T, D]. Inputs of three dimensions would have it keep all scores [T, T]."""
     if not shares_keys(q):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     shared = k.shape[1] < q.shape[1]

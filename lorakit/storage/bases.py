@@ -1,6 +1,6 @@
 """Base models: from what a recipe names to a checked local folder or file.
 
-The only module that may use the network: a hub id is downloaded as safetensors and JSON, never as pickles or code.
+A hub id is downloaded as safetensors and JSON, never as pickles or code; no other module downloads a base.
 """
 
 import hashlib

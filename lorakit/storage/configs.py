@@ -22,8 +22,8 @@ MOST_TIMESTEPS = 100_000
 
 def check_sizes(config: Mapping[str, Any], path: Path, tensors: int) -> None:
     """Sizes are whole numbers from 1 to 2^31, no number is larger, and counts of layers and lists of blocks are no
-    longer than the ``tensors`` that the weights have. (From ``max_window_layers`` on Qwen's would attend to windows: a
-    small model keeps a large one's.)"""
+    longer than the ``tensors`` that the weights have. ``max_window_layers`` is exempt: small Qwen models keep the value
+    of a larger one."""
     for key in SIZES:
         value = config.get(key)
         if value is not None and (type(value) is not int or not 0 < value < 2**31):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorakit.families.sd.layers import Block, Convolution, Gate
-from lorakit.numerics import packed
+from lorakit.numerics import onednn
 from lorakit.numerics.attention import full_attention
 from lorakit.numerics.frozen import norm_silu
 
@@ -221,16 +221,16 @@ def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return norm_silu(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
-def _layer(conv: nn.Conv2d) -> packed.Layer:
-    return packed.Convolution(conv.weight, conv.bias, conv.stride[0], int(conv.padding[0]))
+def _layer(conv: nn.Conv2d) -> onednn.Layer:
+    return onednn.Convolution(conv.weight, conv.bias, conv.stride[0], int(conv.padding[0]))
 
 
-def _pointwise(layer: Any) -> packed.Layer:
+def _pointwise(layer: Any) -> onednn.Layer:
     """A 1x1 convolution or a linear layer, over rows."""
-    return packed.linear(layer.weight.flatten(1), layer.bias)
+    return onednn.linear(layer.weight.flatten(1), layer.bias)
 
 
-def _stacked(layers: Sequence[Any]) -> packed.Layer:
+def _stacked(layers: Sequence[Any]) -> onednn.Layer:
     """Linear layers that read the same rows, their outputs side by side; all or none have a bias."""
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    return packed.linear(torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
+    return onednn.linear(torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
