@@ -164,12 +164,14 @@ def test_the_difference_that_is_printed_is_the_one_there_is(tmp_path: Path) -> N
 
 
 def test_what_does_not_survive_the_dtype_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    saved = some_adapter("llama", lambda options: options[0])
-    small = {path: Delta(d.A * 1e-7, d.B, d.scale) for path, d in saved.components["model"].items()}
-    saved = SavedAdapter("llama", {"model": small}, "peft", {})
-    for out, form in ((tmp_path / "a", "peft"), (tmp_path / "a.gguf", "gguf")):
-        with pytest.raises(ModelError, match="more than rounding explains"):
-            convert(saved, out, form, models=MODELS["llama"], base_name="", dtype=torch.float16)  # type: ignore[arg-type]
+    """A that falls to 0, and B whose numbers lose some digits each: none of them too many, but all together."""
+    deltas = some_adapter("llama", lambda options: options[0]).components["model"]
+    for a, b in ((1e-7, 1.0), (1.0, 1e-6)):
+        small = {path: Delta(a * d.A, b * d.B, d.scale) for path, d in deltas.items()}
+        saved = SavedAdapter("llama", {"model": small}, "peft", {})
+        for out, form in ((tmp_path / "a", "peft"), (tmp_path / "a.gguf", "gguf")):
+            with pytest.raises(ModelError, match="more than rounding explains"):
+                convert(saved, out, form, models=MODELS["llama"], base_name="", dtype=torch.float16)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ import torch
 
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.write import taken_apart, write_peft
-from lorakit.commands.adapter_base import meta_models
+from lorakit.commands.adapters import meta_models
 from lorakit.storage.atomic import sha256
 from lorakit.storage.bases import resolve
 from tests.adapters.merging.test_merge_parts import adapter

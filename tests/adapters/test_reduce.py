@@ -15,7 +15,7 @@ from lorakit.adapters.files import read_adapter
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.reduce import extract, resize
 from lorakit.cli import app
-from lorakit.commands.adapter_base import meta_models
+from lorakit.commands.adapters import meta_models
 from lorakit.errors import ModelError
 from lorakit.storage.bases import resolve
 from tests.adapters.test_convert import MODELS, random_delta

@@ -34,3 +34,16 @@ def test_the_blocked_kernel_is_exact_across_its_blocks(tokens, seen, monkeypatch
     got = torch.autograd.grad(out, (q, k, v), pull)
     for ours, theirs in zip(got, torch.autograd.grad(expected, (q, k, v), pull), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_blocked_kernel_sums_over_its_blocks_in_float32(monkeypatch):
+    """A block a query, and terms of one sign: a sum in bfloat16 stops growing."""
+    monkeypatch.setattr(blocked_attention, "BLOCK", 1)
+    torch.manual_seed(0)
+    leaves = [torch.rand(1, n, 4).bfloat16().requires_grad_() for n in (600, 3, 3)]
+    q, k, v = (x.detach().double().requires_grad_() for x in leaves)
+    expected = (q @ k.transpose(1, 2) * 0.5).softmax(-1) @ v
+    pull = torch.rand(expected.shape).bfloat16()
+    got = torch.autograd.grad(blocked_attention.blocked_attention(*leaves, 0.5), leaves[1:], pull)
+    for ours, theirs in zip(got, torch.autograd.grad(expected, (k, v), pull.double()), strict=True):
+        assert (ours.double() - theirs).abs().max() <= 1e-2 * theirs.abs().max()

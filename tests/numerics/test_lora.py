@@ -79,21 +79,35 @@ def test_norms_need_no_sum() -> None:
     torch.testing.assert_close(norms(w, (a, b), 0.7, row_squares(w, torch.float64)), (w + 0.7 * b @ a).norm(dim=1))
 
 
-def test_bfloat16_is_as_near_as_its_digits_allow() -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_bfloat16_is_as_near_as_its_digits_allow(dora: bool) -> None:
     """Inputs rounded to bfloat16 once, then exact arithmetic in float64, is what it is measured against."""
-    w, bias, a, b, _ = (t.detach() for t in tensors(96, 48, 8, torch.float32))
+    w, bias, a, b, m = (t.detach() for t in tensors(96, 48, 8, torch.float32))
     x = torch.randn(200, 96)
     low = [t.bfloat16() for t in (x, w, bias)]
-    a, b = a.requires_grad_(), b.requires_grad_()
-    ours = lora_linear(low[0].requires_grad_(), (low[1], low[2]), (a, b), 0.5)
-    exact = [t.detach().double().requires_grad_() for t in (low[0], a.bfloat16(), b.bfloat16())]
-    theirs = plain(exact[0], low[1].double(), low[2].double(), exact[1], exact[2], 0.5, None)
+    learned = [low[0].requires_grad_(), *(t.requires_grad_() for t in ((a, b, m) if dora else (a, b)))]
+    magnitude = Magnitude(m, row_squares(low[1], m.dtype)) if dora else None
+    ours = lora_linear(low[0], (low[1], low[2]), (a, b), 0.5, 0.0, magnitude)
+    exact = [t.detach().double().requires_grad_() for t in (low[0], a.bfloat16(), b.bfloat16(), *learned[3:])]
+    theirs = plain(exact[0], low[1].double(), low[2].double(), exact[1], exact[2], 0.5, exact[3] if dora else None)
     upstream = torch.randn(200, 48).bfloat16()
-    mine = torch.autograd.grad(ours, (low[0], a, b), upstream)
+    mine = torch.autograd.grad(ours, learned, upstream)
     wanted = torch.autograd.grad(theirs, exact, upstream.double())
-    assert [g.dtype for g in mine] == [torch.bfloat16, torch.float32, torch.float32]
+    assert [g.dtype for g in mine] == [torch.bfloat16, *[torch.float32] * len(learned[1:])]
     for got, expected in zip((ours, *mine), (theirs, *wanted), strict=True):
         assert (got.double() - expected).norm() < 0.01 * expected.norm()
+
+
+def test_doras_sums_over_bfloat16_are_nearer_than_its_digits() -> None:
+    """Norms over 512 columns and the magnitude's gradient over 4,096 rows, of numbers of one sign; B is 0 yet."""
+    torch.manual_seed(0)
+    x, w, upstream = (torch.rand(shape).bfloat16() for shape in ((4096, 512), (16, 512), (4096, 16)))
+    a, b, m = torch.randn(4, 512), torch.zeros(16, 4), torch.ones(16, requires_grad=True)
+    squares, lengths = row_squares(w, m.dtype), w.double().norm(dim=1)
+    torch.testing.assert_close(norms(w, (a, b), 0.5, squares).double(), lengths, rtol=1e-5, atol=0)
+    (found,) = torch.autograd.grad(lora_linear(x, (w, None), (a, b), 0.5, 0.0, Magnitude(m, squares)), m, upstream)
+    expected = (upstream.double() * (x.double() @ w.double().T)).sum(0) / lengths
+    torch.testing.assert_close(found.double(), expected, rtol=5e-4, atol=0)
 
 
 def test_a_base_that_learns_is_refused() -> None:

@@ -69,7 +69,8 @@ def ranks_alive(folder: Path) -> list[str]:
 def test_two_ranks_learn_what_one_process_learns(
     session: Session, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """1 x 8 and 2 ranks x 2 x 2: the last gradient and the adapter after six updates, and the held-out losses."""
+    """1 x 8 and 2 ranks x 2 x 2: the last gradient and the adapter after six updates, and the held-out losses. Each
+    rank draws dropout's masks from seeds of its own."""
     expected = in_process(session, tmp_path / "one", steps=6)
     assert relaunch(tmp_path / "two", steps=6, gradient_accumulation=2) == 0
     assert capfd.readouterr().out.count("step 6 ") == 1
@@ -77,6 +78,7 @@ def test_two_ranks_learn_what_one_process_learns(
     for key, value in expected.items():
         assert torch.equal(ranks[0][key], ranks[1][key])
         torch.testing.assert_close(ranks[0][key], value, rtol=1e-4, atol=2e-6)
+    assert len({seed for rank in ranks for seed in rank["seeds"].tolist()}) == 6 * 2 * 2
     rows = [metrics.read(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     one, two = ([row["held_out_loss"] for row in part if "held_out_loss" in row] for part in rows)
     assert two == pytest.approx(one, rel=1e-5)

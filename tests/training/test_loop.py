@@ -32,10 +32,11 @@ from lorakit.recipe.schema import Compute, Train
 from lorakit.storage import atomic
 from lorakit.storage.fingerprint import Fingerprint
 from lorakit.storage.runs import RunFolder
-from lorakit.training import checkpoint, metrics, optim
+from lorakit.training import checkpoint, loop, metrics, optim
 from lorakit.training.launch import Session, open_session
 from lorakit.training.loop import Outcome, train
 from lorakit.training.metrics import Silent
+from tests.training import tiny_task
 from tests.training.tiny_task import EXAMPLES, HELD_OUT, TinyTask, final_state, make_plan, make_task
 
 STEPS = 12
@@ -139,6 +140,12 @@ def test_dropout_changes_the_run_so_that_the_test_above_means_something(session:
     assert not same(runs[0], go(session, tmp_path / "none", steps=2)[1])
 
 
+def test_every_micro_batch_draws_other_dropout_masks(session: Session, tmp_path: Path) -> None:
+    tasks = [go(session, tmp_path / str(s), gradient_accumulation=2, seed=s, steps=3)[2] for s in (0, 1)]
+    assert [len(task.seeds) for task in tasks] == [6, 6]
+    assert len({seed for task in tasks for seed in task.seeds}) == 12
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_names_the_way_back(session: Session, tmp_path: Path, number: int, code: int) -> None:
     before = signal.getsignal(number)
@@ -180,6 +187,30 @@ def test_checkpoints_by_steps_are_pruned(session: Session, tmp_path: Path) -> No
 def test_checkpoints_by_minutes(session: Session, tmp_path: Path) -> None:
     go(session, tmp_path / "run", steps=4, checkpoint_every=0, checkpoint_minutes=1e-9, keep_checkpoints=9)
     assert steps_of(tmp_path / "run") == [f"step-{step:06d}" for step in (1, 2, 3, 4)]
+
+
+class Clock:
+    """Time that passes where something sleeps, and nowhere else."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_minutes_count_from_the_last_checkpoint(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A minute a loss: the held-out ones before the first update make that one due, and then each third is."""
+    clock = Clock()
+    for module in (loop, tiny_task):
+        monkeypatch.setattr(module, "time", clock)
+    options = {"checkpoint_every": 0, "checkpoint_minutes": 2.5, "keep_checkpoints": 9}
+    go(session, tmp_path / "run", delay=60, **options)
+    assert steps_of(tmp_path / "run") == [f"step-{step:06d}" for step in (1, 4, 7, 10, 12)]
 
 
 @pytest.mark.fault(47)
@@ -272,7 +303,19 @@ def order_keys() -> list[int]:
     return TinyTask(Layout(0, 8), share=0.0).lengths[:EXAMPLES]
 
 
-def test_an_infinite_gradient_of_a_finite_loss_is_caught(session: Session, tmp_path: Path) -> None:
+@pytest.mark.fault(48)
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(session: Session, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="held-out loss after step 0 is not finite"):
+        go(session, tmp_path / "run", steps=2, nan_at=f"line:{EXAMPLES + 2}")
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_an_infinite_gradient_of_a_finite_loss_is_caught(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float | None
+) -> None:
+    """With fp16's loss scale too, where it cannot go lower."""
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    monkeypatch.setattr(session.accelerator, "scaler", scaler)
     task = TinyTask(Layout(0, 8), share=0.0)
     gentle = task.loss
     task.loss = lambda batch: Steepest.apply(gentle(batch))

@@ -56,9 +56,11 @@ def test_8_bit_adamw_follows_the_32_bit_one() -> None:
     assert not torch.equal(exact, quantized)
 
 
-def test_adamw_is_the_formula() -> None:
-    """Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2, in float64."""
-    recipe = Optimizer(name="adamw", schedule="cosine", warmup=3, weight_decay=0.1)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_is_its_formula(name: str) -> None:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2) and Lion (Chen et al. 2023, arXiv:2302.06675,
+    algorithm 2), in float64. Of so few numbers the 8-bit ones keep state in float32."""
+    recipe = Optimizer(name=name, learning_rate=1e-2, schedule="cosine", warmup=3, weight_decay=0.1, betas=(0.8, 0.95))
     params = parameters((5, 7))
     optimizer, scheduler = optim.build([(params, recipe.learning_rate)], recipe, 10)
     w = params[0].detach().double()
@@ -67,12 +69,15 @@ def test_adamw_is_the_formula() -> None:
         gradients(params, step)
         g = params[0].grad.double()
         rate = optim.learning_rate_at(recipe, step, 10)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        unbiased = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-        w = w - rate * 0.1 * w - rate * unbiased
+        if name == "lion_8bit":
+            direction, m = (0.8 * m + 0.2 * g).sign(), 0.95 * m + 0.05 * g
+        else:
+            m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
+            direction = (m / (1 - 0.8 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+        w = w - rate * 0.1 * w - rate * direction
         optimizer.step()
         scheduler.step()
-    torch.testing.assert_close(params[0].detach().double(), w, rtol=0, atol=1e-6)
+    torch.testing.assert_close(params[0].detach().double(), w, rtol=0, atol=2e-6)
 
 
 def test_paged_on_the_cpu_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -137,6 +142,7 @@ def test_schedules() -> None:
 
     assert curve(schedule="constant", warmup=0) == [2.0] * 11
     assert curve(schedule="constant", warmup=3)[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert curve(schedule="constant", warmup=1) == [1.0] + [2.0] * 10
     assert curve(schedule="constant", warmup=0.3) == curve(schedule="constant", warmup=3)
     assert curve(schedule="linear", warmup=0) == pytest.approx([2 - 0.2 * s for s in range(11)])
     cosine = curve(schedule="cosine", warmup=2)

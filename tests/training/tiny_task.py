@@ -49,7 +49,7 @@ class LoRA(nn.Module):
 
 class TinyTask:
     """``nan_at``: name of an example whose input is NaN. ``delay``: seconds that a loss takes. ``fate``: a signal that
-    rank 1 gets as it makes its ninth micro-batch.
+    rank 1 gets as it makes its ninth micro-batch. ``seeds``: torch's, at each loss in training.
     """
 
     base_id = "tiny"
@@ -60,6 +60,7 @@ class TinyTask:
     ) -> None:
         self.layout, self.nan_at, self.delay, self.samples, self.fate = layout, nan_at, delay, samples, fate
         self.base_texts: Mapping[str, str] = {}
+        self.seeds: list[int] = []
         self.steps_per_epoch = EXAMPLES / layout.batch_size
         with torch.random.fork_rng([]):
             torch.manual_seed(layout.seed)
@@ -95,6 +96,8 @@ class TinyTask:
 
     def loss(self, batch: TinyBatch) -> Tensor:
         time.sleep(self.delay)
+        if self.model.training:
+            self.seeds.append(torch.initial_seed())
         return cross_entropy(self.model(batch.x).float(), batch.labels, reduction="sum")
 
     def metrics(self, held_out_loss: float) -> Mapping[str, float]:

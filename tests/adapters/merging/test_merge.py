@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, LlamaForCausalLM
 
 from lorakit.adapters.inject import adapter_state, fold, inject, load_adapter_state
+from lorakit.adapters.merging import change, stream
 from lorakit.adapters.merging.base import open_base
 from lorakit.adapters.merging.merge import MergeReport, Progress
 from lorakit.adapters.merging.merge import merge as write_merge
@@ -65,11 +66,12 @@ def merge(
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    verify: bool = True,
     progress: Progress | None = None,
 ) -> MergeReport:
     opened = open_base(as_folder(base, torch.float32))
     plan = plan_merge(base, opened, [(adapter, scale)], out, Settings(dtype))
-    return write_merge(plan, overwrite=overwrite, progress=progress)
+    return write_merge(plan, overwrite=overwrite, verify=verify, progress=progress)
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -288,6 +290,22 @@ def test_overflow_leaves_nothing(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(ModelError, match=r"o_proj.weight|q_proj.weight|k_proj.weight|v_proj.weight"):
         merge(resolve(str(llama)), tmp_path / "adapter", tmp_path / "out", dtype=torch.float16)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.fault(64)
+def test_overflow_in_the_first_rows_alone(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several blocks that are summed one after the other, and without verifying."""
+    monkeypatch.setattr(change, "WORK", 64)
+    monkeypatch.setattr(stream, "WORK", 64)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    lora = load_file(file)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    lora[key][0] = 1e9
+    save_file(lora, file)
+    with pytest.raises(ModelError, match=r"not finite in torch\.float16") as caught:
+        merge(resolve(str(llama)), tmp_path / "adapter", tmp_path / "out", dtype=torch.float16, verify=False)
+    assert caught.value.where == "model.layers.0.self_attn.q_proj.weight"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.fault(61)

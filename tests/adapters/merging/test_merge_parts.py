@@ -13,9 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from lorakit.adapters.delta import Delta
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.merging import reference, stream
 from lorakit.adapters.merging.base import open_base
+from lorakit.adapters.merging.change import Change
 from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.nf4 import NF4Source
 from lorakit.adapters.merging.plan import MergePlan, Settings, plan_merge
@@ -285,6 +287,15 @@ def test_several_adapters_are_one_sum(tmp_path: Path) -> None:
     wholes = [t["base_model.model.lm_head.weight"].double() for t in (a, b)]
     expected = head + 0.75 * (wholes[0] - head) - 0.5 * (wholes[1] - head)
     torch.testing.assert_close(after["lm_head.weight"].double(), expected, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [(3,), (3, 1), (2, 3, 4)])
+def test_the_size_of_a_sum_is_that_of_the_dense_change(ranks: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(len(ranks))
+    pairs = [[torch.randn(shape, generator=generator) for shape in ((rank, 5), (7, rank))] for rank in ranks]
+    terms = [(Delta(a, b, 0.5 + n), 1 - 0.7 * n) for n, (a, b) in enumerate(pairs)]
+    dense = sum(weight * d.scale * d.B.double() @ d.A.double() for d, weight in terms)
+    assert Change(terms).square == pytest.approx(float(dense.square().sum()), rel=1e-9)
 
 
 def test_dora_does_not_add_up(tmp_path: Path) -> None:
