@@ -87,10 +87,10 @@ def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":
     import torch
 
     if location.family == "sd":
-        from lorakit.families.sd.skeleton import skeleton as sd_skeleton
+        from lorakit.families.sd.skeleton import skeleton
 
-        return sd_skeleton(location, torch.float32).adaptable
-    from lorakit.adapters.skeleton import skeleton
+        return skeleton(location, torch.float32).adaptable
     from lorakit.families.llama.base import as_folder
+    from lorakit.families.llama.skeleton import skeleton as language_model
 
-    return skeleton(as_folder(location, torch.float16))
+    return language_model(as_folder(location, torch.float16))

@@ -88,10 +88,10 @@ def _open(location: "BaseLocation", out: Path) -> "OpenBase":
     if location.family == "llama":
         import torch
 
-        from lorakit.adapters.merging.base import open_base
         from lorakit.families.llama.base import as_folder
+        from lorakit.families.llama.skeleton import open_language_model
 
-        return open_base(as_folder(location, torch.float32))
+        return open_language_model(as_folder(location, torch.float32))
     from lorakit.families.sd.original import open_stable_diffusion
 
     opened = open_stable_diffusion(location)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import lorakit.adapters.skeleton
 import lorakit.families.llama.library
+import lorakit.families.llama.skeleton
 from lorakit.errors import ModelError, RecipeError
 from lorakit.families.llama import task as llama
 from lorakit.families.llama.plan import LlamaPlan, plan
@@ -81,7 +81,7 @@ def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a library is asked")
 
-    monkeypatch.setattr(lorakit.adapters.skeleton, "skeleton", refuse)
+    monkeypatch.setattr(lorakit.families.llama.skeleton, "skeleton", refuse)
     monkeypatch.setattr(lorakit.families.llama.library, "load_fitting_tokenizer", refuse)
 
 

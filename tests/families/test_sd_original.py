@@ -19,7 +19,7 @@ from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import adapter_state, inject, load_adapter_state
 from lorakit.adapters.linear import plain_layers
 from lorakit.adapters.merging import reference
-from lorakit.adapters.merging.base import OpenBase, open_base
+from lorakit.adapters.merging.base import OpenBase, open_single
 from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.plan import plan_merge
 from lorakit.adapters.write import write_peft
@@ -29,7 +29,7 @@ from lorakit.families.sd import compare
 from lorakit.families.sd.base import Parts, load_parts
 from lorakit.families.sd.compare import PROMPTS
 from lorakit.families.sd.conditioning import ids_of
-from lorakit.families.sd.original import open_original
+from lorakit.families.sd.original import open_original, open_stable_diffusion
 from lorakit.families.sd.pack import packed_names
 from lorakit.families.sd.stored import load_with
 from lorakit.families.sd.targets import TEXT_GROUPS, UNET_GROUPS
@@ -113,7 +113,7 @@ def test_it_runs_from_its_file(base: BaseLocation, tmp_path: Path, dora: bool, m
     parts, adapter = load_parts(base, PLACE), tmp_path / "adapter"
     for component, section in SECTIONS.items():
         write_disturbed(parts, component, section.model_copy(update={"dora": dora}), adapter / component)
-    ids, opened = ids_of(parts.conditioning, PROMPTS), open_base(base, open_original(base))
+    ids, opened = ids_of(parts.conditioning, PROMPTS), open_single(base, open_original(base))
     adapters = plan_merge(base, opened, [(adapter, 1.0)], tmp_path / "out").adapters
     (found,) = compare._predictions(compare._running(base, adapters), parts.conditioning, ids, 16)
     bones = compare.Skeleton(parts.unet, parts.conditioning, parts.vae, parts.factor, parts.size, {})
@@ -140,7 +140,7 @@ def equal(found: nn.Module, wanted: nn.Module) -> None:
 
 def test_single_file_to_single_file(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "base" / "merged.safetensors"
-    report = merge(plan_merge(base, open_base(base, open_original(base)), [(adapter, 1.0)], out))
+    report = merge(plan_merge(base, open_single(base, open_original(base)), [(adapter, 1.0)], out))
     before, after = load_file(base.path), load_file(out)
     assert list(before) == list(after)
     with safe_open(base.path, "pt") as one, safe_open(out, "pt") as two:
@@ -156,7 +156,7 @@ def test_single_file_to_single_file(base: BaseLocation, adapter: Path, tmp_path:
 
 
 def test_single_file_to_folder_and_diffusers_reads_both(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
-    opened = open_base(base, open_original(base))
+    opened = open_single(base, open_original(base))
     folder, file = tmp_path / "folder", tmp_path / "base" / "merged.safetensors"
     merge(plan_merge(base, opened, [(adapter, 1.0)], folder))
     merge(plan_merge(base, opened, [(adapter, 1.0)], file))
@@ -173,7 +173,7 @@ def test_single_file_to_folder_and_diffusers_reads_both(base: BaseLocation, adap
 
 
 def test_what_is_refused(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
-    opened = open_base(base, open_original(base))
+    opened = open_single(base, open_original(base))
     with pytest.raises(ConflictError, match="OUT is the base"):
         merge(plan_merge(base, opened, [(adapter, 1.0)], base.path), overwrite=True)
     (tmp_path / "there.safetensors").write_bytes(b"x")
@@ -220,7 +220,7 @@ def test_a_kohya_file_merges_into_a_single_file(base: BaseLocation, adapter: Pat
     found = []
     for number, path in enumerate((adapter, tmp_path / "style.safetensors")):
         out = tmp_path / "base" / f"{number}.safetensors"
-        merge(plan_merge(base, open_base(base, open_original(base)), [(path, 1.0)], out))
+        merge(plan_merge(base, open_single(base, open_original(base)), [(path, 1.0)], out))
         found.append(load_file(out))
     assert found[0].keys() == found[1].keys()
     for key, tensor in found[0].items():
@@ -252,7 +252,7 @@ def test_a_folder_of_sd_2_becomes_a_single_file(models: dict[str, Any], tmp_path
 
 
 def _packable(folder: BaseLocation) -> OpenBase:
-    return replace(open_base(folder), packed=packed_names(folder))
+    return replace(open_stable_diffusion(folder), packed=packed_names(folder))
 
 
 def test_what_a_single_file_cannot_say_is_refused(folder: BaseLocation, tmp_path: Path) -> None:
@@ -261,4 +261,4 @@ def test_what_a_single_file_cannot_say_is_refused(folder: BaseLocation, tmp_path
     with pytest.raises(ModelError, match="attention_head_dim is 4, a single file's readers take it to be 8"):
         packed_names(folder)
     with pytest.raises(ConflictError, match="only a Stable Diffusion"):
-        plan_merge(folder, open_base(folder), [], tmp_path / "out.safetensors")
+        plan_merge(folder, open_stable_diffusion(folder), [], tmp_path / "out.safetensors")

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapters.inject import adapter_state, inject
-from lorakit.adapters.merging.base import open_base
 from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.plan import plan_merge
 from lorakit.adapters.write import write_peft
@@ -17,6 +16,7 @@ from lorakit.families.place import Place
 from lorakit.families.sd.base import load_parts
 from lorakit.families.sd.drawing import DrawSettings
 from lorakit.families.sd.generate import open_painter
+from lorakit.families.sd.original import open_stable_diffusion
 from lorakit.families.sd.targets import TEXT_GROUPS, UNET_GROUPS
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import resolve
@@ -46,7 +46,7 @@ def adapters_for(base: Path, out: Path, *, dora: bool) -> list[tuple[Path, float
 
 def merged(base: Path, adapters: list[tuple[Path, float]], out: Path) -> Path:
     location = resolve(str(base))
-    merge(plan_merge(location, open_base(location), adapters, out))
+    merge(plan_merge(location, open_stable_diffusion(location), adapters, out))
     return out
 
 

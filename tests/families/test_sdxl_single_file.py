@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorakit.adapters.inject import adapter_state, inject
-from lorakit.adapters.merging.base import open_base
+from lorakit.adapters.merging.base import open_single
 from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.plan import plan_merge
 from lorakit.adapters.write import write_peft
@@ -25,7 +25,7 @@ from lorakit.families.sd.compare import compare
 from lorakit.families.sd.conditioning import ids_of
 from lorakit.families.sd.drawing import DrawSettings
 from lorakit.families.sd.generate import open_painter
-from lorakit.families.sd.original import open_original
+from lorakit.families.sd.original import open_original, open_stable_diffusion
 from lorakit.families.sd.pack import packed_names
 from lorakit.families.sd.single_file import read_configs
 from lorakit.families.sd.skeleton import skeleton
@@ -122,7 +122,7 @@ def test_it_draws_what_diffusers_draws_from_it(file: BaseLocation, folder: BaseL
 
 def test_single_file_to_single_file(file: BaseLocation, folder: BaseLocation, adapter: Path) -> None:
     out = file.path.parent / "merged.safetensors"
-    plan = plan_merge(file, open_base(file, open_original(file)), [(adapter, 1.0)], out)
+    plan = plan_merge(file, open_single(file, open_original(file)), [(adapter, 1.0)], out)
     merge(plan)
     before, after = load_file(file.path), load_file(out)
     assert {key: (t.shape, t.dtype) for key, t in before.items()} == {k: (t.shape, t.dtype) for k, t in after.items()}
@@ -140,7 +140,7 @@ def test_single_file_to_single_file(file: BaseLocation, folder: BaseLocation, ad
 
 def test_single_file_to_folder(file: BaseLocation, folder: BaseLocation, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / "folder"
-    merge(plan_merge(file, open_base(file, open_original(file)), [(adapter, 1.0)], out))
+    merge(plan_merge(file, open_single(file, open_original(file)), [(adapter, 1.0)], out))
     wanted = expected(folder, adapter)
     opened: Any = StableDiffusionXLPipeline
     pipe = opened.from_pretrained(out)
@@ -156,7 +156,7 @@ def test_a_folder_becomes_a_single_file(
     file: BaseLocation, folder: BaseLocation, adapter: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "merged.safetensors"
-    opened = replace(open_base(folder), packed=packed_names(folder))
+    opened = replace(open_stable_diffusion(folder), packed=packed_names(folder))
     plan = plan_merge(folder, opened, [(adapter, 1.0)], out)
     merge(plan)
     assert compare(folder, plan.adapters, out)[0] < 1e-4, (
@@ -188,7 +188,7 @@ def test_what_it_predicts_is_told_by_tensors(file: BaseLocation, tmp_path: Path)
     path.write_text(json.dumps(config))
     location = resolve(str(copy))
     out = tmp_path / "packed.safetensors"
-    merge(plan_merge(location, replace(open_base(location), packed=packed_names(location)), [], out))
+    merge(plan_merge(location, replace(open_stable_diffusion(location), packed=packed_names(location)), [], out))
     assert {"v_pred", "ztsnr"} <= load_file(out).keys()
     assert read_configs(out).schedule == schedule
 
@@ -216,7 +216,7 @@ def test_dora_of_the_transposed_projection_is_refused(file: BaseLocation, tmp_pa
     module: nn.Module = load_parts(file, PLACE).adaptable["text_encoder_2"]
     injection = inject(module, Adapter(rank=2, targets=["text_projection"], dora=True), {}, seed=0)
     write_peft(tmp_path / "adapter" / "text_encoder_2", adapter_state(module), injection, base_name="x")
-    opened = open_base(file, open_original(file))
+    opened = open_single(file, open_original(file))
     with pytest.raises(ModelError, match="transposed"):
         plan_merge(file, opened, [(tmp_path / "adapter", 1.0)], tmp_path / "out.safetensors")
     merge(plan_merge(file, opened, [(tmp_path / "adapter", 1.0)], tmp_path / "out"))

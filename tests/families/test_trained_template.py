@@ -11,14 +11,13 @@ from transformers import AutoTokenizer
 
 from lorakit.adapters.convert import convert
 from lorakit.adapters.files import read_adapter
-from lorakit.adapters.merging.base import open_base
 from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.plan import plan_merge
-from lorakit.adapters.skeleton import skeleton
 from lorakit.data.chat import Message
 from lorakit.errors import ModelError
 from lorakit.families.llama import task as llama
 from lorakit.families.llama.generate import open_chat
+from lorakit.families.llama.skeleton import open_language_model, skeleton
 from lorakit.families.place import Place
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
@@ -67,7 +66,7 @@ def asked(base: Path, adapters: list[Path], **more: Any) -> str:
 
 def merged(base: Path, adapters: list[Path], out: Path) -> Path:
     location = resolve(str(base))
-    merge(plan_merge(location, open_base(location), [(path, 1.0) for path in adapters], out))
+    merge(plan_merge(location, open_language_model(location), [(path, 1.0) for path in adapters], out))
     return out
 
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from lorakit.adapters.merging.carry import copy_rest
 from lorakit.adapters.merging.source import FileSource, Source
-from lorakit.adapters.skeleton import skeleton
 from lorakit.errors import ModelError
 from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
@@ -73,15 +72,8 @@ def bare(component: str, name: str) -> str:
     return name.removeprefix("text_model.") if component.startswith("text_encoder") else name
 
 
-def open_base(base: BaseLocation, original: Original | None = None) -> OpenBase:
-    """The headers of a folder, or of the single file that ``original`` describes.
-
-    Raises ModelError when a component lacks a tensor or has one too many."""
-    return _open_folder(base) if original is None else _open_single(base, original)
-
-
-def _open_folder(base: BaseLocation) -> OpenBase:
-    models = skeleton(base)
+def open_folder(base: BaseLocation, models: Mapping[str, nn.Module]) -> OpenBase:
+    """The headers of a folder, whose components are ``models``."""
     stems = {"model": "model"} if base.layout == "transformers" else checks.weight_stems(base.path)
     sources: dict[str, Source] = {}
     homes: dict[str, dict[str, Home]] = {}
@@ -97,7 +89,8 @@ def _open_folder(base: BaseLocation) -> OpenBase:
     return OpenBase(models, sources, homes, lambda out, config: copy_rest(base, out, config))
 
 
-def _open_single(base: BaseLocation, original: Original) -> OpenBase:
+def open_single(base: BaseLocation, original: Original) -> OpenBase:
+    """The headers of a single file. Raises ModelError when a component lacks a tensor or has one too many."""
     file, source = base.path.name, FileSource(base.path)
     rows = {
         component: {name: tensor.shape[0] if tensor.dim() else 1 for name, tensor in model.state_dict().items()}

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapters.merging.base import OpenBase, open_base
+from lorakit.adapters.merging.base import OpenBase
 from lorakit.adapters.merging.plan import PlannedAdapter, QuantBase
 from lorakit.adapters.merging.reference import difference, parameters_on_meta, run_from_files
-from lorakit.adapters.skeleton import skeleton
 from lorakit.data.encoder import Encoder
 from lorakit.families.llama.base import as_folder
 from lorakit.families.llama.library import load_tokenizer
+from lorakit.families.llama.skeleton import open_language_model
 from lorakit.storage.bases import BaseLocation, resolve
 
 PROMPTS = (
@@ -36,26 +36,26 @@ def compare(
     folder = as_folder(base, torch.float32)
     encoder = Encoder(load_tokenizer(folder))
     ids = [encoder.encode(prompt)[0].tolist() for prompt in PROMPTS]
-    opened = open_base(folder)
-    if quant_base == "as-trained":
-        from lorakit.adapters.merging.nf4 import as_trained  # bitsandbytes takes seconds to import
-
-        opened = replace(opened, sources=as_trained(opened))
-    expected = _logits(folder, opened, adapters, ids)
-    merged = resolve(str(out))
-    found = _logits(merged, open_base(merged), (), ids)
+    expected = _logits(_opened(folder, quant_base), adapters, ids)
+    found = _logits(_opened(resolve(str(out)), "original"), (), ids)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, found, strict=True))
     count = sum(logits.shape[0] for logits in expected)
     share = difference(expected, found)
     return share, f"logits of {len(ids)} prompts differ by {share:.2%}, {same} of {count} likeliest tokens are the same"
 
 
-def _logits(
-    location: BaseLocation, opened: OpenBase, adapters: Sequence[PlannedAdapter], ids: Sequence[list[int]]
-) -> list[Tensor]:
+def _opened(folder: BaseLocation, quant_base: QuantBase) -> OpenBase:
+    opened = open_language_model(folder, parameters_on_meta())
+    if quant_base == "original":
+        return opened
+    from lorakit.adapters.merging.nf4 import as_trained  # bitsandbytes takes seconds to import
+
+    return replace(opened, sources=as_trained(opened))
+
+
+def _logits(opened: OpenBase, adapters: Sequence[PlannedAdapter], ids: Sequence[list[int]]) -> list[Tensor]:
     """[tokens, V] for each prompt. They run together, so that a weight is read once: what fills the shorter ones up
     comes behind, where no token before it attends to it."""
-    opened = replace(opened, models=skeleton(location, parameters_on_meta()))
     run_from_files(opened, adapters)
     model: Any = opened.models["model"]
     longest = max(map(len, ids))

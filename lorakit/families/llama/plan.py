@@ -97,7 +97,7 @@ def _known(folder: BaseLocation) -> tuple[Any, Outline]:
     """A base's configuration and outline, as transformers makes them once for each base."""
 
     def make() -> dict[str, Any]:
-        from lorakit.adapters.skeleton import skeleton  # with transformers
+        from lorakit.families.llama.skeleton import skeleton  # with transformers
 
         model: Any = skeleton(folder)["model"]
         config = json.loads(model.config.to_json_string(use_diff=False))

@@ -12,7 +12,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from lorakit.adapters.merging.base import OpenBase, Original, Packed, open_base
+from lorakit.adapters.merging.base import OpenBase, Original, Packed, open_folder, open_single
 from lorakit.errors import ModelError
 from lorakit.families.sd.kinds import Kind, kind_of
 from lorakit.families.sd.single_file import load_tokenizers, rename
@@ -52,7 +52,9 @@ def open_original(location: BaseLocation) -> Original:
 
 def open_stable_diffusion(location: BaseLocation) -> OpenBase:
     """The headers of a folder or a single file, for a merge."""
-    return open_base(location, open_original(location) if location.layout == "single-file" else None)
+    if location.layout == "single-file":
+        return open_single(location, open_original(location))
+    return open_folder(location, skeleton(location, torch.float32).adaptable)
 
 
 def original_names(

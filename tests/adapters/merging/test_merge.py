@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, CLIPTextModel, LlamaForCausalLM
 
 from lorakit.adapters.inject import adapter_state, fold, inject, load_adapter_state
 from lorakit.adapters.merging import change, stream
-from lorakit.adapters.merging.base import open_base
 from lorakit.adapters.merging.merge import MergeReport, Progress
 from lorakit.adapters.merging.merge import merge as write_merge
 from lorakit.adapters.merging.plan import Settings, plan_merge
@@ -23,6 +22,8 @@ from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import deltas, write_kohya, write_peft
 from lorakit.errors import ConflictError, ModelError, ResourceError
 from lorakit.families.llama.base import as_folder
+from lorakit.families.llama.skeleton import open_language_model
+from lorakit.families.sd.original import open_stable_diffusion
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import BaseLocation, resolve
 from tests.tiny import tiny_gguf, tiny_llama, tiny_sd
@@ -69,7 +70,7 @@ def merge(
     verify: bool = True,
     progress: Progress | None = None,
 ) -> MergeReport:
-    opened = open_base(as_folder(base, torch.float32))
+    opened = open_stable_diffusion(base) if base.family == "sd" else open_language_model(as_folder(base, torch.float32))
     plan = plan_merge(base, opened, [(adapter, scale)], out, Settings(dtype))
     return write_merge(plan, overwrite=overwrite, verify=verify, progress=progress)
 

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,16 @@ from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForC
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.merging import reference, stream
-from lorakit.adapters.merging.base import open_base
 from lorakit.adapters.merging.change import Change
 from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.nf4 import NF4Source
 from lorakit.adapters.merging.plan import MergePlan, Settings, plan_merge
 from lorakit.adapters.merging.reference import parameters_on_meta, run_from_files
 from lorakit.adapters.merging.source import FileSource
-from lorakit.adapters.skeleton import skeleton
 from lorakit.errors import ModelError
 from lorakit.families.llama import compare as llama_compare
 from lorakit.families.llama.library import load_model
+from lorakit.families.llama.skeleton import open_language_model
 from lorakit.families.place import Place
 from lorakit.storage.bases import BaseLocation, resolve
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -65,13 +63,13 @@ def logits(model: Any) -> torch.Tensor:
 
 def planned(base: Path, adapters: list[tuple[Path, float]], out: Path) -> MergePlan:
     location = resolve(str(base))
-    return plan_merge(location, open_base(location), adapters, out)
+    return plan_merge(location, open_language_model(location), adapters, out)
 
 
 def merged(base: Path, adapters: list[tuple[Path, float]], out: Path, settings: Settings = Settings()) -> Path:
     """Merged, its tensors and its logits verified."""
     location = resolve(str(base))
-    plan = plan_merge(location, open_base(location), adapters, out, settings)
+    plan = plan_merge(location, open_language_model(location), adapters, out, settings)
 
     def compare(place: Path) -> dict[str, Any]:
         share, _ = llama_compare.compare(location, plan.adapters, place, settings.quant_base)
@@ -88,7 +86,7 @@ def merged(base: Path, adapters: list[tuple[Path, float]], out: Path, settings: 
 def from_files(base: Path, adapters: list[tuple[Path, float]]) -> torch.Tensor:
     """The logits of base + adapters, computed from their files."""
     location = resolve(str(base))
-    opened = replace(open_base(location), models=skeleton(location, parameters_on_meta()))
+    opened = open_language_model(location, parameters_on_meta())
     planned_adapters = plan_merge(location, opened, adapters, base / "out", Settings()).adapters
     run_from_files(opened, planned_adapters)
     return logits(opened.models["model"])
@@ -320,7 +318,7 @@ def test_a_base_that_lacks_a_tensor_or_has_another_shape_does_not_run(tmp_path: 
         left = {key: tensor for key, tensor in tensors.items() if key != name}
         save_file(left if changed is None else left | {name: changed}, base / "model.safetensors", {"format": "pt"})
         location = BaseLocation("base", base, "llama", "transformers")
-        opened = replace(open_base(location), models=skeleton(location, parameters_on_meta()))
+        opened = open_language_model(location, parameters_on_meta())
         with pytest.raises(ModelError, match=message) as caught:
             run_from_files(opened)
         assert caught.value.where == name
