@@ -64,6 +64,11 @@ def read(row, layout=None):
             ANSWER,
         ),
         (
+            {"prompt": [{"role": "user", "content": "p"}, ASSISTANT, {"role": "user", "content": "q"}],
+             "completion": [ASSISTANT]},
+            (Message("user", "p"), Message("assistant", "a", learned=False), *ANSWER),
+        ),
+        (
             {"context": "c", "question": "q", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}},
             (Message("user", "c\n\nq"), Message("assistant", "a")),
         ),

@@ -108,6 +108,16 @@ def test_what_is_learned_is_in_the_key(rows: Path) -> None:
     assert counts[0] > counts[1]
 
 
+def test_who_says_something_is_in_the_key(rows: Path) -> None:
+    asked, tokens = Asked(), []
+    for role in ("system", "user"):
+        messages = [turn(role, "a"), turn("user", "b"), turn("assistant", "c")]
+        (rows / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+        tokens.append(sorted(row.tokens.tolist() for row in load(rows, asked, held_out=0).train))
+    assert asked.times == 2
+    assert tokens[0] != tokens[1]
+
+
 def test_bad_rows_are_told_each_time(rows: Path) -> None:
     bad = {"messages": [turn("user", "a"), turn("assistant", "<|im_end|>")]}
     with (rows / "chats.jsonl").open("a") as file:

@@ -1,6 +1,7 @@
 """Generation against transformers' own, with adapters, and from a GGUF file."""
 
 import json
+import shutil
 
 import gguf
 import numpy as np
@@ -111,12 +112,16 @@ def test_adapters_change_answers_by_their_weight(base, adapter):
     assert open_chat(location, [(adapter, 0.5), (adapter, 0.5)], PLACE).answer(QUESTION, GREEDY) == once
 
 
-def test_the_answer_stops_at_the_chats_end(base, monkeypatch):
-    chat = open_chat(resolve(str(base)), (), PLACE)
-    end = chat.renderer.tokenizer.eos_token_id
-    letter = chat.renderer.tokenizer("a")["input_ids"][0]
-    monkeypatch.setattr("lorakit.families.llama.generate.choose", lambda *_, left=[letter, letter, end]: left.pop(0))
-    assert chat.answer(QUESTION, GREEDY) == "aa"
+def test_the_answer_stops_at_the_chats_end(base, tmp_path, monkeypatch):
+    """Whether it is the tokenizer's, or another one of the model's own."""
+    folder, tokenizer = shutil.copytree(base, tmp_path / "base"), AutoTokenizer.from_pretrained(base)
+    letter, other = (tokenizer(text)["input_ids"][0] for text in "ab")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [other]}))
+    chat = open_chat(resolve(str(folder)), (), PLACE)
+    for end in (tokenizer.eos_token_id, other):
+        tokens = iter([letter, letter, end])
+        monkeypatch.setattr("lorakit.families.llama.generate.choose", lambda *_, left=tokens: next(left, letter))
+        assert chat.answer(QUESTION, GREEDY) == "aa"
 
 
 def test_a_prompt_without_room_is_refused(base):

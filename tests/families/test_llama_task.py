@@ -16,6 +16,7 @@ from lorakit.families.llama.plan import plan as plan_llama
 from lorakit.families.place import Place
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
+from tests.families.test_llama_plan import another
 from tests.tiny import tiny_llama, tiny_sd
 
 PLACE = Place(torch.device("cpu"), torch.float32)
@@ -75,16 +76,34 @@ def test_training_lowers_the_loss_of_rows_that_only_the_adapter_learns(folder):
             assert torch.equal(parameter, before[name])
 
 
-def test_a_base_that_drops_attention_out_learns_without_that(folder, tmp_path):
-    shutil.copytree(folder / "base", tmp_path / "base")
-    config = json.loads((tmp_path / "base" / "config.json").read_text())
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (tiny_llama, "attention_dropout"),
+        (another("qwen3", head_dim=16), "attention_dropout"),
+        (another("seed_oss", head_dim=16), "residual_dropout"),
+    ],
+    ids=["llama", "qwen3", "seed_oss"],
+)
+def test_a_base_that_drops_attention_out_learns_without_that(folder, tmp_path, make, field):
+    config = make(tmp_path / "base") / "config.json"
     shutil.copy(folder / "chats.jsonl", tmp_path)
-    losses = []
-    for task in (load(folder), load(tmp_path)):
-        task.model.train()
-        losses.append(task.loss(next(task.batches("train", 0))).item())
-    assert losses[0] == losses[1]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: 0.5}))
+    task = load(tmp_path)
+    assert task.model.plain is (make is tiny_llama)
+    batch, losses = next(task.batches("train", 0)), set()
+    for training in (True, False):
+        task.model.train(training)
+        losses.add(task.loss(batch).item())
+    assert len(losses) == 1
+
+
+@pytest.mark.parametrize(("dropout", "sharing"), [(0.0, True), (0.1, False)])
+def test_what_chats_begin_with_is_shared_only_where_nothing_is_dropped(folder, dropout, sharing):
+    """Each chat has dropout masks of its own."""
+    task = load(folder, adapter=Adapter(rank=4, dropout=dropout))
+    shared, _ = next(task.batches("train", 0)).documents
+    assert (shared > 0) is sharing
 
 
 @pytest.mark.filterwarnings("default")  # dynamo's own

@@ -11,12 +11,15 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 
 from lorakit.data.arrange import held_out_ids
 from lorakit.data.cache import TensorCache
 from lorakit.data.pictures import Picture
 from lorakit.errors import DataError, ModelError, RecipeError
 from lorakit.families.place import Place
+from lorakit.families.sd.base import noise_schedule
+from lorakit.families.sd.batches import TIMESTEPS
 from lorakit.families.sd.drawing import DrawSettings
 from lorakit.families.sd.generate import open_painter
 from lorakit.families.sd.prepare import TextStates
@@ -226,6 +229,13 @@ def test_held_out_pictures_come_once_over_all_ranks(make: Callable[..., SDTask])
     assert losses[3] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_held_out_picture_has_other_noise_at_each_timestep(make: Callable[..., SDTask]) -> None:
+    task = make()
+    maker, pictures = task._loaded.maker, task.examples.held_out
+    noises = {maker.fixed(e, part, 1.0).target.numpy().tobytes() for e in pictures for part in range(TIMESTEPS)}
+    assert len(noises) == TIMESTEPS * len(pictures)
+
+
 def test_held_out_names_do_not_move_when_pictures_are_added() -> None:
     pictures = [Picture(f"{i}.png", "", lambda: b"") for i in range(200)]
     before, after = held_out_ids(pictures[:190], 0.1, 4), held_out_ids(pictures, 0.1, 4)
@@ -378,6 +388,15 @@ def test_a_saved_adapter_draws_what_the_task_draws(
     assert np.abs(np.asarray(plain) - expected).max() > 1
 
 
+@pytest.mark.parametrize(("kind", "told"), [("epsilon", "epsilon"), ("v_prediction", "v")])
+def test_the_kohya_file_says_what_its_base_predicts(
+    make: Callable[..., SDTask], tmp_path: Path, kind: str, told: str
+) -> None:
+    make(kind).save(tmp_path, "mine")
+    with safe_open(tmp_path / "mine.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == told
+
+
 def test_a_base_without_its_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
     base = tiny_sd(tmp_path / "base")
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
@@ -483,6 +502,15 @@ def test_zero_terminal_snr_with_epsilon_is_refused(tmp_path: Path, folder: Path)
         else:
             task = load(*arguments)
             assert torch.isfinite(task.loss(first(task)[0]))
+
+
+def test_zero_terminal_snr_is_told_where_a_scheduler_writes_2_to_the_minus_24() -> None:
+    def schedule(last: float) -> torch.Tensor:
+        return noise_schedule({"num_train_timesteps": 1, "trained_betas": [1 - last]}, "base")[0]
+
+    with pytest.raises(ModelError, match="zero terminal SNR"):
+        schedule(2**-24)
+    assert schedule(2**-23).tolist() == [2**-23]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from lorakit.adapters.convert import convert
 from lorakit.adapters.files import read_adapter
-from lorakit.commands.adapter_base import meta_models
+from lorakit.commands.adapters import meta_models
 from lorakit.data.images import cut_out
 from lorakit.errors import ModelError
 from lorakit.families.place import Place

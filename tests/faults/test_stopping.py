@@ -9,24 +9,37 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.faults.harness import lorakit, process
 
 
+@contextmanager
+def started(words: list[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that does not outlive the block."""
+    with subprocess.Popen(words, **options) as run:
+        try:
+            yield run
+        finally:
+            run.kill()
+
+
 @pytest.mark.fault(44)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_44_a_signal_while_loading_is_one_line_with_the_way_on(sd: Path, number: signal.Signals, code: int) -> None:
     command = [sys.executable, "-m", "lorakit", "train-sd", str(sd / "recipe.yaml")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as run:
+    with started(command, stderr=subprocess.PIPE, text=True, env=os.environ) as run:
         while not (sd / "runs/colours/.lock").exists():
             assert run.poll() is None
             time.sleep(0.01)
         time.sleep(0.2)
         run.send_signal(number)
-        err = run.stderr.read()
+        _, err = run.communicate(timeout=60)
     assert run.returncode == code, err
     told = [line for line in err.splitlines() if not line.startswith("loading ")]
     assert told == [
@@ -103,7 +116,7 @@ def test_a_lost_connection_stops_a_run_like_sigterm(llama: Path) -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    with subprocess.Popen(words, **streams, preexec_fn=take_terminal, env={**os.environ, "TERM": "xterm"}) as run:
+    with started(words, **streams, preexec_fn=take_terminal, env={**os.environ, "TERM": "xterm"}) as run:
         os.close(terminal)
         told = b""
         while b"steps/s" not in told:
@@ -117,12 +130,12 @@ def test_a_lost_connection_stops_a_run_like_sigterm(llama: Path) -> None:
 
 def test_nohup_keeps_a_run_from_being_hung_up(llama: Path) -> None:
     words = [sys.executable, "-m", "lorakit", "train-llama", str(llama / "recipe.yaml"), "--set", "train.steps=12"]
-    with subprocess.Popen(["nohup", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+    with started(["nohup", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
         while not any((llama / "runs").glob("*/metrics.jsonl")):
             assert run.poll() is None
             time.sleep(0.01)
         run.send_signal(signal.SIGHUP)
-        err = run.stderr.read()
+        _, err = run.communicate(timeout=60)
     assert run.returncode == 0, err
 
 

@@ -1,5 +1,6 @@
 """Properties of recipes: a dump reads back equal, and whatever else a file holds, only RecipeError comes out."""
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
@@ -95,6 +96,16 @@ def test_a_dump_reads_back_equal(tmp_path, valid):
 @given(valid=SD_VALID)
 def test_other_yaml_readers_read_the_same_dump(valid):
     assert YAML(typ="safe", pure=True).load(dump(valid)) == as_dict(valid)
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.2"])
+def test_words_that_are_values_to_some_readers_stay_words(version):
+    words = ["null", "true", "false", "yes", "no", "on", "off", "y", "n", "Null", "TRUE", "Yes", "NO", "On", "OFF", "Y"]
+    patterns = dict.fromkeys(words, 1)
+    valid = SDRecipe(data={"path": "a"}, sample={"prompts": words}, adapter={"rank_pattern": patterns})
+    reader = YAML(typ="safe", pure=True)
+    reader.version = version
+    assert reader.load(dump(valid)) == as_dict(valid)
 
 
 def only_recipe_errors(path, kind=SDRecipe, *overrides):

@@ -2,8 +2,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,59 @@ def make(final: Path, **options: bool) -> None:
 
 def replace(path: Path, old: bytes, new: bytes) -> None:
     path.write_bytes(path.read_bytes().replace(old, new))
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of the disk, in order; what is written aside is called by its place and ``~``."""
+    told: list[str] = []
+
+    def name(path: object) -> str:
+        return re.sub(r"\.tmp-([^-/]+)-\w+", r"\1~", os.path.relpath(str(path), tmp_path))
+
+    def of(handle: int) -> Path:
+        opened = os.fstat(handle)
+        (path,) = [p for p in (tmp_path, *tmp_path.rglob("*")) if os.path.samestat(opened, p.lstat())]
+        assert path.is_dir() or opened.st_size, "flushed before it is written"
+        return path
+
+    def watch(owner: object, call: str, told_as: Callable[..., str]) -> None:
+        real = getattr(owner, call)
+        monkeypatch.setattr(owner, call, lambda *args: (told.append(told_as(*args)), real(*args))[1])
+
+    watch(os, "fsync", lambda handle: f"fsync {name(of(handle))}")
+    watch(os, "mkdir", lambda path, *_: f"mkdir {name(path)}")
+    for call in ("rename", "replace"):
+        watch(os, call, lambda old, new: f"rename {name(old)} {name(new)}")
+    watch(atomic, "_exchange", lambda one, other: f"exchange {name(one)} {name(other)}")
+    return told
+
+
+def test_bytes_are_on_the_disk_before_they_have_their_name(tmp_path: Path, asked: list[str]) -> None:
+    atomic.write_bytes(tmp_path / "x", b"content")
+    assert asked == ["fsync x~", "rename x~ x", "fsync ."]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, asked: list[str]) -> None:
+    with atomic.new_file(tmp_path / "new" / "x") as path:
+        path.write_bytes(b"content")
+    assert asked == ["mkdir new", "fsync .", "fsync new/x~", "rename new/x~ new/x", "fsync new"]
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, asked: list[str]) -> None:
+    make(tmp_path / "new" / "x")
+    made = ["mkdir new/x~", "mkdir new/x~/deep"]
+    files = ["fsync new/x~/a.bin", "fsync new/x~/deep/b.txt", "fsync new/x~/manifest.json"]
+    flushed = [*made, *files, "fsync new/x~/deep", "fsync new/x~"]
+    assert asked == ["mkdir new", "fsync .", *flushed, "rename new/x~ new/x", "fsync new"]
+    asked.clear()
+    make(tmp_path / "new" / "x", replace=True)
+    assert asked == [*flushed, "exchange new/x~ new/x", "fsync new"]
+
+
+def test_made_folders_are_on_the_disk_before_what_is_in_them(tmp_path: Path, asked: list[str]) -> None:
+    atomic.make_folder(tmp_path / "a" / "b")
+    assert asked == ["mkdir a", "fsync .", "mkdir a/b", "fsync a"]
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

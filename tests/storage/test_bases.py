@@ -132,6 +132,16 @@ def test_unindexed_and_duplicate_tensors(llama: Path) -> None:
         resolve(str(llama))
 
 
+def test_a_tensor_listed_in_the_wrong_shard(llama: Path) -> None:
+    index = llama / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    (one, file), *_, (other, last) = weight_map.items()
+    assert file != last
+    rewrite(index, weight_map=weight_map | {one: last, other: file})
+    with pytest.raises(ModelError, match=f"{one} is in {file}, not in {last}"):
+        resolve(str(llama))
+
+
 def test_pickles_only(llama: Path) -> None:
     for file in llama.glob("model*"):
         file.unlink()

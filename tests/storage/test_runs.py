@@ -1,3 +1,4 @@
+import fcntl
 import os
 import signal
 import subprocess
@@ -48,6 +49,28 @@ def test_leftovers_are_swept_under_the_lock(tmp_path: Path) -> None:
 def test_other_ranks_take_no_lock(tmp_path: Path) -> None:
     with RunFolder.open_new(tmp_path / "a"), RunFolder.open_new(tmp_path / "a", rank=1) as other:
         assert other.metrics.name == "metrics.jsonl"
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["gone", "another's"])
+def test_a_lock_file_that_a_run_removes_as_it_ends_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool
+) -> None:
+    """It ends between our opening the file and our locking it, and perhaps the next run has begun."""
+    lock, flock, calls = tmp_path / ".lock", fcntl.flock, []
+
+    def late(handle: int, operation: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            lock.unlink()
+            if anew:
+                lock.touch()
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with RunFolder.open_new(tmp_path):
+        assert lock.read_text() == f"{os.getpid()}\n"
+        with pytest.raises(ConflictError, match="another run"):
+            RunFolder.open_existing(tmp_path)
 
 
 @pytest.mark.fault(53)
