@@ -132,7 +132,8 @@ class BatchMaker:
         if self.data.shuffle_tags and caption:
             keep = self.data.keep_tags + (self.data.trigger.count(",") + 1 if self.data.trigger else 0)
             caption = shuffle_tags(caption, keep, torch.Generator().manual_seed(mix(draw.seed, 1)))
-        return self._noisy(example, timestep, (weight, self.diffusion.noise_offset), caption, generator)
+        noisy, target = self._noisy(example, timestep, self.diffusion.noise_offset, generator)
+        return Drawn(example, noisy, target, timestep, weight, caption)
 
     def fixed(self, example: Example, part: int, weight: float) -> Drawn:
         """A held-out example whose noise and timestep depend on the picture and ``part`` only."""
@@ -140,23 +141,24 @@ class BatchMaker:
         offset = torch.rand((), generator=torch.Generator().manual_seed(mix(number)), dtype=torch.float64)
         timestep = int(diffusion.stratified_timesteps(TIMESTEPS, len(self.alphas), float(offset))[part])
         generator = torch.Generator().manual_seed(mix(number, part))
-        return self._noisy(example, timestep, (weight, 0.0), example.caption, generator)
+        noisy, target = self._noisy(example, timestep, 0.0, generator)
+        return Drawn(example, noisy, target, timestep, weight, example.caption)
 
     def _noisy(
-        self, example: Example, timestep: int, scales: tuple[float, float], caption: str, generator: torch.Generator
-    ) -> Drawn:
-        """``scales``: the loss weight and the noise offset."""
+        self, example: Example, timestep: int, noise_offset: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Latents with noise, and what is to be predicted from them: [C, h, w] each."""
         posterior = self.examples.latents.read(example.key)
         mean, deviation = posterior["mean"][None], posterior["deviation"][None]
         sample, noise = (torch.randn(mean.shape, generator=generator) for _ in range(2))
         latents = to_latents(self.vae, mean + deviation * sample)
-        if scales[1]:
+        if noise_offset:
             shift = torch.randn(1, mean.shape[1], 1, 1, generator=generator)
-            noise = diffusion.offset_noise(noise, shift, scales[1])
+            noise = diffusion.offset_noise(noise, shift, noise_offset)
         steps = torch.tensor([timestep])
         noisy = diffusion.add_noise(latents, noise, self.alphas, steps)
         target = diffusion.target(self.kind, latents, noise, self.alphas, steps)
-        return Drawn(example, noisy[0], target[0], timestep, scales[0], caption)
+        return noisy[0], target[0]
 
     def _batch(self, drawn: Sequence[Drawn], count: int) -> SDBatch:
         ordered = sorted(drawn, key=lambda d: d.example.bucket)

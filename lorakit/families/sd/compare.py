@@ -47,10 +47,10 @@ def _sides(bones: Skeleton) -> Sequence[int]:
     return [size] if isinstance(size, int) else size
 
 
-def _predictions(bones: Skeleton, base: Any, ids: Tensor, side: int) -> list[Tensor]:
-    """``base`` is its Conditioning, whose tokenizers a single file does not have; ``side`` is of the latents."""
+def _predictions(bones: Skeleton, conditioning: Any, ids: Tensor, side: int) -> list[Tensor]:
+    """``conditioning`` has the tokenizers, which a single file does not have; ``side`` is of the latents."""
     unet: Any = bones.unet
-    text = replace(base, encoders=bones.conditioning.encoders)
+    text = replace(conditioning, encoders=bones.conditioning.encoders)
     generator = torch.Generator().manual_seed(0)
     noisy = torch.randn(len(ids), unet.config.in_channels, side, side, generator=generator)
     pixels = float(side * bones.factor)
