@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import torch
 
 from lorakit.adapters.delta import Delta, SavedAdapter
+from lorakit.adapters.pieces import TEMPLATE_KEY, trained_template
 from lorakit.errors import ModelError
 
 
 def combine(adapters: Sequence[tuple[SavedAdapter, float]]) -> SavedAdapter:
     """sum_i weight_i scale_i B_i A_i of each module, exactly, in float32: the A below one another, the B side by side.
+    Of chat templates that differ the first is kept, with a warning.
 
     Raises ModelError for DoRA, which does not add up.
     """
@@ -22,7 +24,9 @@ def combine(adapters: Sequence[tuple[SavedAdapter, float]]) -> SavedAdapter:
     components = {
         component: {path: _stacked(deltas) for path, deltas in modules.items()} for component, modules in parts.items()
     }
-    return SavedAdapter(adapters[0][0].family, components, "peft", {})
+    template = trained_template(saved.metadata for saved, _ in adapters)
+    metadata = {} if template is None else {TEMPLATE_KEY: template}
+    return SavedAdapter(adapters[0][0].family, components, "peft", metadata)
 
 
 def _stacked(deltas: Sequence[tuple[Delta, float]]) -> Delta:

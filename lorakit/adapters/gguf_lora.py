@@ -5,6 +5,7 @@ head apart; the rows of their ``lora_b`` go along. One alpha holds for all modul
 """
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,17 @@ def write(
         writer.add_string(key, text)
     for name, array in tensors.items():
         writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        # What write_tensors_to_file does, but for numpy's tofile, which loses a full disk's error.
+        assert writer.fout is not None
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+        for array in tensors.values():
+            file.write(array.tobytes())
+            writer.write_padding(file, array.nbytes)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

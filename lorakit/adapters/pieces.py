@@ -16,7 +16,7 @@ from torch import Tensor
 from lorakit.adapters import formats, gguf_lora
 from lorakit.adapters.whole import Tokens, embeddings_as_layers, take_biases, take_tokens, whole_tensors
 from lorakit.errors import ModelError
-from lorakit.storage.checks import PICKLES, read_json, read_text
+from lorakit.storage.checks import PICKLES, check_link, read_json, read_text
 from lorakit.storage.headers import read_header
 
 LOG = logging.getLogger("lorakit")
@@ -118,7 +118,8 @@ def _open_peft(component: str, folder: Path) -> Piece:
     config = read_json(folder / CONFIG)
     whole = whole_tensors(read_header(folder / WEIGHTS).tensors, config)
     tensors, metadata = _tensors(folder / WEIGHTS, set(whole.values()))
-    if (folder / TEMPLATE).is_file():
+    if component == "model" and (folder / TEMPLATE).is_file():
+        check_link(folder / TEMPLATE, folder)
         metadata[TEMPLATE_KEY] = read_text(folder / TEMPLATE)
     biases, tokens = take_biases(tensors, config), take_tokens(tensors, config)
     tensors, embeddings = embeddings_as_layers(tensors)

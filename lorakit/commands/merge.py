@@ -110,7 +110,15 @@ def _plan(
     from lorakit.adapters.merging.plan import Settings, plan_merge
 
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return plan_merge(location, opened, adapters, out, Settings(dtype, options.quant_base or "original"))
+    plan = plan_merge(location, opened, adapters, out, Settings(dtype, options.quant_base or "original"))
+    if plan.template is not None:
+        from lorakit.data.templates import ChatTemplate
+        from lorakit.families.llama.base import as_folder
+        from lorakit.families.llama.library import load_tokenizer
+
+        tokenizer = load_tokenizer(as_folder(location, torch.float32))
+        ChatTemplate(tokenizer, plan.template, "the adapter's chat template").after_answer()
+    return plan
 
 
 def _check_combining(options: Options) -> None:

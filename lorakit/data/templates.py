@@ -114,3 +114,15 @@ class ChatTemplate:
         if "over" in answer:
             raise ModelError(f"the chat template {answer['over']}", where=self.name, hint="name another one")
         return str(answer["text"])
+
+    def after_answer(self) -> str:
+        """What stands behind an assistant's message. Raises ModelError for a template that fails on a question and its
+        answer, or leaves the answer out."""
+        try:
+            text = self.render([Message("user", "question"), Message("assistant", "answer")], answer_next=False)
+        except DataError as error:
+            raise ModelError(error.reason, where=self.name, hint="name another one") from error
+        if "answer" not in text:
+            reason = "the chat template leaves an assistant's message out"
+            raise ModelError(reason, where=self.name, hint="name another one")
+        return text[text.rindex("answer") + len("answer") :]

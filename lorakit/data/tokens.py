@@ -93,11 +93,7 @@ class Renderer:
         if not chat:
             return ends
         if self._stops is None:
-            probe = [Message("user", "question"), Message("assistant", "answer")]
-            text = self.template.render(probe, answer_next=False)
-            if "answer" not in text:
-                raise ModelError("the chat template leaves an assistant's message out", where=self.template.name)
-            tail, _ = self._encoder.encode(text[text.rindex("answer") + len("answer") :])
+            tail, _ = self._encoder.encode(self.template.after_answer())
             marks = [token for token in tail.tolist() if token in self._marks.values()]
             self._stops = ends | frozenset(marks[:1])
         return self._stops

@@ -87,7 +87,7 @@ def read_text(path: Path) -> str:
     try:
         if path.stat().st_size > 1_000_000:
             raise ValueError("larger than 1 MB")
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
         raise ModelError(f"not readable as text: {error}", where=str(path)) from error
 
@@ -100,22 +100,26 @@ def _field(table: dict[str, Any], key: str, path: Path) -> Any:
 
 def check_folder(root: Path) -> None:
     """Refuse code, pipes and devices, and links that lead out of the folder unless they are a hub cache's blobs."""
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    inside = root.resolve()
     for path in files_of(root):
         if path.suffix.lower() in CODE:
             raise ModelError("the base brings code, which is never run", where=str(path))
-        if path.is_symlink():
-            target = Path(os.path.realpath(path))
-            cached = blobs is not None and target.parent == blobs.resolve()
-            if not target.is_relative_to(inside) and not cached:
-                raise ModelError("a link out of the base's folder", where=str(path))
+        check_link(path, root)
         if not path.is_file():
             raise ModelError("not a regular file", where=str(path))
         if path.name.endswith(("config.json", "model_index.json")):
             for key in ("auto_map", "custom_pipeline", "custom_pipelines"):
                 if key in read_json(path):
                     raise ModelError(f"{key}: the base asks for code of its own, which is never run", where=str(path))
+
+
+def check_link(path: Path, root: Path) -> None:
+    """Refuse a link out of ``root`` unless it is to a hub cache's blob."""
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    if path.is_symlink():
+        target = Path(os.path.realpath(path))
+        cached = blobs is not None and target.parent == blobs.resolve()
+        if not target.is_relative_to(root.resolve()) and not cached:
+            raise ModelError("a link out of the model's folder", where=str(path))
 
 
 def files_of(root: Path) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """Adapters from format to format: every change comes back, whatever the rank, alpha and dtype, and nothing is lost."""
 
 import itertools
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from lorakit.adapters.convert import Conversion, convert
 from lorakit.adapters.delta import Delta, SavedAdapter
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.outline import adaptable
-from lorakit.errors import ConflictError, ModelError, RecipeError
+from lorakit.errors import ConflictError, ModelError, RecipeError, ResourceError
 from tests.tiny import tiny_sd_unet, tiny_sdxl_unet
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -172,6 +173,22 @@ def test_what_does_not_survive_the_dtype_is_an_error_and_leaves_nothing(tmp_path
         for out, form in ((tmp_path / "a", "peft"), (tmp_path / "a.gguf", "gguf")):
             with pytest.raises(ModelError, match="more than rounding explains"):
                 convert(saved, out, form, models=MODELS["llama"], base_name="", dtype=torch.float16)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault(46)
+@pytest.mark.parametrize(("family", "to"), [("llama", "gguf"), ("llama", "peft"), ("sd", "kohya"), ("sd", "diffusers")])
+@pytest.mark.parametrize("limit", [500, 4000, 12_000])
+def test_a_file_over_the_limit_is_a_disk_that_takes_no_more(tmp_path: Path, family: str, to: Any, limit: int) -> None:
+    """The kernel's own refusal, wherever it comes: arrays smaller than a buffer are refused when the file is closed."""
+    saved, out = some_adapter(family, lambda choices: choices[-1]), tmp_path / f"out{ENDINGS[to]}"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(ResourceError, match="File too large"):
+            convert(saved, out, to, models=MODELS[family], base_name="")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 

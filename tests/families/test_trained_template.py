@@ -1,5 +1,6 @@
 """The chat template that a recipe names goes with the adapter: into generation, merges and other formats."""
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -9,14 +10,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lorakit.adapters.combine import combine
 from lorakit.adapters.convert import convert
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.plan import plan_merge
+from lorakit.commands.merge import Options, run
 from lorakit.data.chat import Message
 from lorakit.errors import ModelError
 from lorakit.families.llama import task as llama
-from lorakit.families.llama.generate import open_chat
+from lorakit.families.llama.generate import Settings, open_chat
 from lorakit.families.llama.skeleton import open_language_model, skeleton
 from lorakit.families.place import Place
 from lorakit.numerics.order import Layout
@@ -99,6 +102,56 @@ def test_other_formats_carry_it(base: Path, tmp_path: Path) -> None:
         convert(read_adapter(path, models), tmp_path / name, to, models=models, base_name=str(base))  # type: ignore[arg-type]
         path = tmp_path / name
     assert (path / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_several_as_one_adapter_carry_the_first_ones(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    both = [adapter(base, tmp_path / "a", TEMPLATE), adapter(base, tmp_path / "b", f"{TEMPLATE}!")]
+    with caplog.at_level(logging.WARNING):
+        told = combine([(read_adapter(path), 0.5) for path in both])
+    convert(told, tmp_path / "out", "peft", models=skeleton(resolve(str(base))), base_name=str(base))
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+    assert "2 different chat templates" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for", "unexpected 'end of template'"),
+        ("{{ ''.__class__.__mro__ }}", "access to attribute"),
+        ("nothing", "leaves an assistant"),
+    ],
+)
+def test_a_template_that_will_not_do_is_the_adapters_fault(
+    base: Path, tmp_path: Path, template: str, told: str
+) -> None:
+    trained = adapter(base, tmp_path / "a", TEMPLATE)
+    (trained / "chat_template.jinja").write_text(template)
+    chat = open_chat(resolve(str(base)), [(trained, 1.0)], PLACE)
+    with pytest.raises(ModelError, match=told) as caught:
+        chat.answer([Message("user", "hello")], Settings(max_new_tokens=1))
+    assert str(trained) in caught.value.where
+    options = Options(1.0, None, None, None, False, False, False, None)
+    with pytest.raises(ModelError, match=told):
+        run(str(base), [str(trained)], tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+    assert chat.answer("raw", Settings(max_new_tokens=1)) is not None
+
+
+def test_the_receipt_names_it(base: Path, tmp_path: Path) -> None:
+    trained = adapter(base, tmp_path / "a", TEMPLATE)
+    receipt = (merged(base, [trained], tmp_path / "one") / "merge_receipt.json").read_text()
+    assert hashlib.sha256(TEMPLATE.encode()).hexdigest() in receipt
+
+
+def test_a_link_out_of_the_adapter_is_refused(base: Path, tmp_path: Path) -> None:
+    trained = adapter(base, tmp_path / "a", TEMPLATE)
+    (tmp_path / "secret").write_text("a password")
+    (trained / "chat_template.jinja").unlink()
+    (trained / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match="a link out of"):
+        read_adapter(trained)
 
 
 def test_a_template_that_is_no_text_is_refused(base: Path, tmp_path: Path) -> None:

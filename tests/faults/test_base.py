@@ -264,7 +264,7 @@ def test_30_links_out_of_the_folder(llama: Path) -> None:
         path.rename(outside)
         for target in (outside, "../outside"):
             path.symlink_to(target)
-            refuse(llama, str(path), "a link out of the base's folder")
+            refuse(llama, str(path), "a link out of the model's folder")
             path.unlink()
         outside.rename(path)
     (llama / "base/loop.json").symlink_to("loop.json")

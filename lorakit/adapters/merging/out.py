@@ -34,7 +34,7 @@ def check_space(plan: MergePlan) -> int:
     parent = next(path for path in plan.out.resolve().parents if path.exists())
     free = shutil.disk_usage(parent).free
     if free < plan.size + SPARE:
-        raise ResourceError(
-            f"the merged model takes {plan.size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", where=str(parent)
-        )
+        needed = plan.size + SPARE
+        reason = f"the merged model takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+        raise ResourceError(reason, where=str(parent), hint="free some space, or write elsewhere")
     return free

@@ -16,7 +16,7 @@ from lorakit.adapters.merging.source import FLOATS, FileSource, Slot, Source
 from lorakit.adapters.merging.stream import OutFile, Span, Target
 from lorakit.adapters.merging.tied import equal_terms, tied_by_config, tied_names, untied
 from lorakit.adapters.merging.turned import Turned, turned
-from lorakit.adapters.pieces import CONFIG, TEMPLATE, Piece, open_pieces, trained_template
+from lorakit.adapters.pieces import CONFIG, TEMPLATE, TEMPLATE_KEY, Piece, open_pieces, trained_template
 from lorakit.adapters.whole import added_biases
 from lorakit.errors import ConflictError, ModelError
 from lorakit.storage import checks
@@ -65,6 +65,8 @@ class MergePlan:
     """Tensors that the adapters change."""
     untied: bool
     """The head shared the embedding's weight and gets one of its own."""
+    template: str | None
+    """The chat template that the adapters were trained with."""
     write_rest: Callable[[Path], None]
     """Writes into a folder what comes along with the weights."""
 
@@ -131,6 +133,7 @@ def plan_merge(
         files={"": files[base.path.name]} if single and opened.packed is None else files,
         changed=len(changes) + (head is not None and bool(head.terms)),
         untied=head is not None,
+        template=template,
         write_rest=write_rest,
     )
 
@@ -154,7 +157,8 @@ def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str]
         if together and any(isinstance(what, Delta) and what.magnitude is not None for what, _ in (*together, *terms)):
             raise not_alone()
         together += terms
-    files = [file for piece in pieces for file in (piece.path, piece.path.parent / CONFIG) if file.is_file()]
+    beside = [CONFIG, *([TEMPLATE] if TEMPLATE_KEY in saved.metadata else [])]
+    files = [file for piece in pieces for file in (piece.path, *map(piece.path.with_name, beside)) if file.is_file()]
     if not path.is_dir():
         files = [path]
     ranks = tuple(sorted({delta.rank for delta in saved.all_deltas().values()}))

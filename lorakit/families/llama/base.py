@@ -87,6 +87,7 @@ def read_chats(location: BaseLocation, config: Any, data: ChatData, seed: int, t
         raise RecipeError(
             f"{data.max_tokens} is more than the {longest_document(config)} tokens that the model attends to",
             where="data.max_tokens",
+            hint="lower it: longer chats lose their oldest turns",
         )
     identity = content_key(description(location), versions("transformers", "tokenizers", "jinja2"))
     return load_chats(data, tokenizer, seed, identity)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import apply, fold
-from lorakit.adapters.pieces import trained_template
+from lorakit.adapters.pieces import TEMPLATE_KEY, trained_template
 from lorakit.data.chat import Message
 from lorakit.data.templates import ChatTemplate
 from lorakit.data.tokens import Renderer
@@ -190,6 +190,7 @@ def open_chat(
         fold(model)
     template: str | ChatTemplate | None = chat_template
     if chat_template is None and (source := trained_template(trained)) is not None:
-        template = ChatTemplate(tokenizer, source, "the adapter's chat template")
+        path = next(path for (path, _), own in zip(adapters, trained, strict=True) if TEMPLATE_KEY in own)
+        template = ChatTemplate(tokenizer, source, f"the chat template of {path}")
     limit = int(model.config.max_position_embeddings)
     return Chat(decoder(model), Renderer(tokenizer, template, limit, setting="--chat-template"))
