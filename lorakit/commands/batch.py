@@ -14,7 +14,7 @@ from lorakit.training.device import choose
 from lorakit.training.stop import Beginning, StopSignals
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """A base with adapters, each with its weight, and what to ask them."""
 

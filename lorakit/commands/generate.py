@@ -47,16 +47,26 @@ def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) ->
     with warnings_to(console), stopping_at_once("stopped", "") as beginning:
         from lorakit.commands.batch import Batch
 
-        rest = request.device, request.seed, request.fuse, request.resume, beginning
+        kept = Path("answers.jsonl") if location.family == "llama" and request.prompts_file else None
+        batch = Batch(
+            location=location,
+            adapters=adapters,
+            prompts=prompts,
+            out=request.out or kept,
+            device=request.device,
+            seed=request.seed,
+            fuse=request.fuse,
+            resume=request.resume,
+            beginning=beginning,
+        )
         if location.family == "sd":
             from lorakit.commands.draw import draw
 
-            draw(Batch(location, adapters, prompts, request.out, *rest), sd)
+            draw(batch, sd)
         else:
             from lorakit.commands.answer import answer
 
-            out = Path("answers.jsonl") if request.prompts_file and request.out is None else request.out
-            answer(Batch(location, adapters, prompts, out, *rest), llama)
+            answer(batch, llama)
 
 
 def _prompts(request: Request) -> list[str]:

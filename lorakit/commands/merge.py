@@ -117,7 +117,8 @@ def _plan(
         from lorakit.families.llama.library import load_tokenizer
 
         tokenizer = load_tokenizer(as_folder(location, torch.float32))
-        ChatTemplate(tokenizer, plan.template, "the adapter's chat template").after_answer()
+        told = ", ".join(str(adapter.path) for adapter in plan.adapters)
+        ChatTemplate(tokenizer, plan.template, f"the chat template of {told}").after_answer()
     return plan
 
 

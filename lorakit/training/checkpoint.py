@@ -8,7 +8,7 @@ step says it all.
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -143,6 +143,24 @@ def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> 
     with _readable(path), safe_open(path, "pt") as file:
         meta = file.metadata()["optimizer"]
         optim.load_state_tensors(optimizer, {key: file.get_tensor(key) for key in file.keys()}, meta)  # noqa: SIM118
+
+
+def seen(state: State, found: Checkpoint | None) -> dict[str, Any]:
+    """What a rank, which reads its own disk, found there, by what it is called."""
+    return {
+        "base": state.base_id.rpartition(" ")[2],
+        "base's files": dict(state.base_texts),
+        "data": state.data_hash,
+        "checkpoint": None if found is None else found.state.step,
+    }
+
+
+def check_alike(ranks: Sequence[Mapping[str, Any]]) -> None:
+    """ConflictError when the ranks have not ``seen`` the same."""
+    for rank, there in enumerate(ranks):
+        for what in (name for name in there if there[name] != ranks[0][name]):
+            hint = "all nodes need the same files, and one output.folder that they share"
+            raise ConflictError(f"rank {rank} does not have the {what} of rank 0", hint=hint)
 
 
 def check_resumable(old: State, new: State, *, allow: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.errors import ConflictError, DataError, NonFiniteError, ResourceError, is_out_of_memory
+from lorakit.errors import DataError, NonFiniteError, ResourceError, is_out_of_memory
 from lorakit.families.task import Batch, Task
 from lorakit.numerics.order import mix
 from lorakit.recipe.schema import Compute, Optimizer, Train
@@ -105,7 +105,7 @@ class _Loop:
             total_steps=self.total,
         )
         found = checkpoint.newest(run) if plan.resume else None
-        self.check_alike(found)
+        checkpoint.check_alike(session.gather(checkpoint.seen(self.state, found)))
         if found is None:
             session.on_main(self.write_down)
         else:
@@ -131,20 +131,6 @@ class _Loop:
         self.metrics = Metrics(run, session, step=self.state.step, evaluated=self.state.evaluated)
         self.saved_step = self.state.step if found else -1
         self.saved_time = time.monotonic()
-
-    def check_alike(self, found: checkpoint.Checkpoint | None) -> None:
-        """ConflictError when the ranks, which read their own disks, did not find the same."""
-        here = {
-            "base": self.state.base_id.rpartition(" ")[2],
-            "base's files": dict(self.state.base_texts),
-            "data": self.state.data_hash,
-            "checkpoint": None if found is None else found.state.step,
-        }
-        told = self.session.gather(here)
-        for rank, there in enumerate(told):
-            for what in (name for name in here if there[name] != told[0][name]):
-                hint = "all nodes need the same files, and one output.folder that they share"
-                raise ConflictError(f"rank {rank} does not have the {what} of rank 0", hint=hint)
 
     def write_down(self) -> None:
         """What the run is made from, beside its checkpoints."""

@@ -93,6 +93,13 @@ def test_every_layout_gives_the_same_pictures(make: Callable[[Path], Path], tmp_
     assert sorted(found) == sorted((NAMES[n], CONTENT[n]) for n in NAMES)
 
 
+def test_a_captions_ending_may_be_in_capitals(tmp_path: Path) -> None:
+    folder(tmp_path)
+    (tmp_path / "a.txt").rename(tmp_path / "a.TXT")
+    found, _ = find(tmp_path)
+    assert sorted(found) == sorted((NAMES[n], CONTENT[n]) for n in NAMES)
+
+
 def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
     pictures = find_pictures(PictureData(path=str(parquet(tmp_path))), Rejects("fail"))
     assert [p.read() for p in reversed(pictures)] == list(reversed(CONTENT.values()))

@@ -133,10 +133,13 @@ def test_a_template_that_will_not_do_is_the_adapters_fault(
         chat.answer([Message("user", "hello")], Settings(max_new_tokens=1))
     assert str(trained) in caught.value.where
     options = Options(1.0, None, None, None, False, False, False, None)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=told) as caught:
         run(str(base), [str(trained)], tmp_path / "out", options)
+    assert str(trained) in caught.value.where
     assert not (tmp_path / "out").exists()
-    assert chat.answer("raw", Settings(max_new_tokens=1)) is not None
+    other = open_chat(resolve(str(base)), [(trained, 1.0)], PLACE, chat_template="chatml")
+    greedy = Settings(temperature=0, max_new_tokens=8)
+    assert chat.answer("raw", greedy) == other.answer("raw", greedy) != ""
 
 
 def test_the_receipt_names_it(base: Path, tmp_path: Path) -> None:
