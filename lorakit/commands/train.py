@@ -56,12 +56,12 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
     from lorakit.training.stop import stopping_at_once
 
     session = launch.open_session(recipe.compute)
-    with session.told_once():
-        optim.check_division(recipe.train, recipe.compute, session.world)
     root = recipe.output.folder / recipe.output.name
     resume_command = _resume_command([*words, *(["--allow"] if mode.allow else [])], session.world)
     failed = True
     try:
+        with session.told_once():
+            optim.check_division(recipe.train, recipe.compute, session.world)
         opened = RunFolder.open_existing if mode.resume else RunFolder.open_new
         with (
             session.told_once(),

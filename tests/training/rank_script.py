@@ -42,9 +42,10 @@ def main(folder: Path, options: dict[str, Any]) -> int:
     more = {key: options.pop(key) for key in ("nan_at", "delay", "samples", "fate") if key in options}
     apart = options.pop("apart", False)
     resume, at = bool(options.pop("resume", False)), options.pop("at", {})
+    plan = make_plan(options, resume=resume)
+    session = open_session(plan.compute)
+    failed = True
     try:
-        plan = make_plan(options, resume=resume)
-        session = open_session(plan.compute)
         opening = RunFolder.open_existing if resume else RunFolder.open_new
         if apart:  # nodes that do not share their disks
             folder = folder / str(session.rank)
@@ -53,10 +54,12 @@ def main(folder: Path, options: dict[str, Any]) -> int:
             train(task, session, plan, run, Told(at))
             state = {**final_state(task), "seeds": torch.tensor(task.seeds)}
             save_file(state, folder / f"rank-{session.rank}.safetensors")
-        session.close()
+        failed = False
     except LorakitError as error:
         print(f"error: {error} | {error.hint} | {getattr(error, '__notes__', [])}", file=sys.stderr, flush=True)
         return error.exit_code
+    finally:  # as the command line does: a thread of C++ that lives on aborts an interpreter that ends
+        session.close(failed=failed)
     return 0
 
 
