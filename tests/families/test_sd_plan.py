@@ -117,8 +117,7 @@ def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "skeleton", refuse)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("dtype", "checkpointing"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_activations_are_what_autograd_keeps(
     base: Path, folder: Path, dtype: torch.dtype, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

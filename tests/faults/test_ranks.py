@@ -8,9 +8,8 @@ from tests.faults.harness import lorakit, process
 
 
 @pytest.mark.fault(56)
-@pytest.mark.parametrize("dropout", [0.1, 0])
-def test_56_another_number_of_ranks_is_one_line(llama: Path, dropout: float) -> None:
-    words = ("train-llama", llama / "recipe.yaml", "--set", f"adapter.dropout={dropout}")
+def test_56_another_number_of_ranks_is_one_line(llama: Path) -> None:
+    words = ("train-llama", llama / "recipe.yaml", "--set", "adapter.dropout=0.1")
     assert lorakit(*words).code == 0
     told = process(*words, "--resume", "--num-processes", "2", seconds=300).refused(7)
     assert told.error.startswith("lorakit: error: --num-processes: 2 ranks, but the run was started with 1")
@@ -21,11 +20,10 @@ def test_56_another_number_of_ranks_is_one_line(llama: Path, dropout: float) -> 
     ("change", "code", "told"),
     [
         ("data.train.0.path={folder}/bad.jsonl", 3, "{folder}/bad.jsonl:1: bad JSON"),
-        ("base.model={folder}/none", 4, "{folder}/none: no such folder or file"),
         ("compute.device=cuda", 2, "compute.device"),
     ],
 )
-def test_data_or_a_base_that_no_rank_can_read_is_one_line(llama: Path, change: str, code: int, told: str) -> None:
+def test_what_no_rank_can_take_is_one_line(llama: Path, change: str, code: int, told: str) -> None:
     (llama / "bad.jsonl").write_text("{\n")
     words = ("train-llama", llama / "recipe.yaml", "--num-processes", "2", "--set", change.format(folder=llama))
     assert process(*words, seconds=300).refused(code).error.startswith(f"lorakit: error: {told.format(folder=llama)}")
