@@ -134,6 +134,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same output.")] = 0,
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option()] = "auto",
+    precision: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of the base; auto: bf16 in hardware, else fp32.")
+    ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     fuse: Annotated[
         bool, typer.Option("--fuse", help="LLaMA: add the adapters to the weights first: no extra work a token.")
@@ -162,7 +165,18 @@ def generate(
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = frozenset(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
     request = command.Request(
-        base, revision, tuple(adapter or ()), tuple(prompt or ()), prompts, out, device, seed, fuse, resume, given
+        base,
+        revision,
+        tuple(adapter or ()),
+        tuple(prompt or ()),
+        prompts,
+        out,
+        device,
+        precision,
+        seed,
+        fuse,
+        resume,
+        given,
     )
     command.run(
         request,

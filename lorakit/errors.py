@@ -36,9 +36,10 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, torch or the operating system says that memory is short."""
-    words = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)
+    """Whether Python, torch, the libraries of CUDA or the operating system say that memory is short."""
+    own = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
+    cuda = ("status_alloc_failed", "device_allocation_failed", "failed to cuda calloc")  # cuBLAS, cuDNN, NCCL
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in (*own, *cuda))
 
 
 class LorakitError(Exception):

@@ -84,7 +84,8 @@ def _wrap(
     )
     if not any(map(_quantized, model.parameters())):
         config._register_custom_module({nn.Linear: LoraLinear})
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
+    gpus = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(gpus)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, model, adapter_name=name)
     return {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lorakit.errors import INTERRUPTED, TERMINATED, ResourceError, Stopped
+from lorakit.errors import INTERRUPTED, TERMINATED, RecipeError, ResourceError, Stopped
 from lorakit.families.place import Place
 from lorakit.recipe.schema import Compute
 from lorakit.storage.bases import BaseLocation
@@ -23,14 +23,19 @@ class Batch:
     prompts: list[str]
     out: Path | None
     device: str
+    precision: str
     seed: int
     fuse: bool
     resume: bool
     beginning: Beginning
 
     def place(self) -> Place:
-        """Where the base goes, and in which precision."""
-        return Place(*choose(Compute.model_validate({"device": self.device})))
+        """Where the base goes, and in which precision. RecipeError when that cannot be had here."""
+        try:
+            return Place(*choose(Compute.model_validate({"device": self.device, "precision": self.precision})))
+        except RecipeError as error:
+            error.where = error.where.replace("compute.", "--")
+            raise
 
     def stoppable(self) -> StopSignals:
         """The end of ``beginning``: from now on a signal is noted, for ``check_stop``."""

@@ -24,6 +24,7 @@ class Request:
     prompts_file: Path | None
     out: Path | None
     device: str
+    precision: str
     seed: int
     fuse: bool = False
     resume: bool = False
@@ -54,6 +55,7 @@ def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) ->
             prompts=prompts,
             out=request.out or kept,
             device=request.device,
+            precision=request.precision,
             seed=request.seed,
             fuse=request.fuse,
             resume=request.resume,

@@ -62,6 +62,7 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
     try:
         with session.told_once():
             optim.check_division(recipe.train, recipe.compute, session.world)
+            session.gather(None)  # ranks that cannot reach one another say so before they load anything
         opened = RunFolder.open_existing if mode.resume else RunFolder.open_new
         with (
             session.told_once(),

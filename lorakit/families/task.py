@@ -19,7 +19,8 @@ class Batch(Protocol):
     ids: tuple[str, ...]
     """Names of its samples (file:line or picture), for error messages."""
 
-    def to(self, device: torch.device) -> Self: ...
+    def to(self, device: torch.device) -> Self:
+        """The batch on ``device``, without waiting for what the device is at."""
 
 
 class Task(Protocol):

@@ -75,7 +75,7 @@ class Group:
             real.append(torch.arange(length) + number * longest)
             own.append(torch.arange(length) + number * width + shared)
             place += length
-        placed = (torch.cat(part).to(device) for part in (queries, keys, real, own))
+        placed = (torch.cat(part).to(device, non_blocking=True) for part in (queries, keys, real, own))
         return cls(start, place, shared, len(lengths), longest, width, *placed)
 
     def blocks(self) -> Iterator[tuple[int, int, int]]:

@@ -28,7 +28,8 @@ class Bucket:
     def put(self, first: Tensor, others: Sequence[float]) -> None:
         """Fill ``numbers`` with a 0-d tensor, without waiting for it to be computed, and plain numbers."""
         self.numbers[0] = first
-        self.numbers[1:] = torch.tensor(others)
+        for place, number in enumerate(others, start=1):  # a tensor of the CPU would wait for the device
+            self.numbers[place].fill_(number)
 
     def read(self) -> list[float]:
         """``numbers`` and the norm of ``gradient``, waiting once for the device."""

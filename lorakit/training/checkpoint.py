@@ -34,7 +34,7 @@ SAFE = (
     "train.keep_checkpoints",
     "train.evaluate_every",
     "compute.device",
-    "compute.compile",
+    "compute.precision",
     "compute.gradient_checkpointing",
     "base.model",
     "base.revision",
@@ -44,9 +44,11 @@ SAFE = (
     "data.on_bad",
 )
 """Fields that do not change what is learned, beyond float32 rounding. Base and data may have moved: their hashes say
-whether they are the same."""
-SAFE_WITHOUT_DROPOUT = ("compute.gradient_accumulation",)
-"""Dropout's masks are drawn a micro-batch, so they depend on how a batch is divided."""
+whether they are the same. What device and precision come to here, ``State.devices`` and ``State.dtype`` say."""
+SAFE_WITHOUT_DROPOUT = ("compute.gradient_accumulation", "compute.compile")
+"""Dropout's masks are drawn a micro-batch, so they depend on how a batch is divided, and others when compiled."""
+
+_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 log = logging.getLogger("lorakit")
 
@@ -62,6 +64,10 @@ class State:
     """The resolved recipe as plain JSON."""
     world: int
     """Ranks that trained it."""
+    devices: str
+    """What they trained on (``device.name``), each kind once."""
+    dtype: str
+    """Of the base's weights and the matmuls: what ``compute.precision`` came to."""
     total_steps: int
     step: int = 0
     """Finished updates."""
@@ -151,6 +157,7 @@ def seen(state: State, found: Checkpoint | None) -> dict[str, Any]:
         "base": state.base_id.rpartition(" ")[2],
         "base's files": dict(state.base_texts),
         "data": state.data_hash,
+        "precision": state.dtype,
         "checkpoint": None if found is None else found.state.step,
     }
 
@@ -166,10 +173,15 @@ def check_alike(ranks: Sequence[Mapping[str, Any]]) -> None:
 def check_resumable(old: State, new: State, *, allow: bool) -> None:
     """Refuse to go on with anything but the run that was started.
 
-    RecipeError for changed fields: those that change what is learned never pass, others with ``allow``. ModelError for
-    another base, or one whose configuration or vocabulary changed; ConflictError for another number of ranks: with
-    dropout it never passes, without it only when allowed.
+    RecipeError for changed fields and another precision: those that change what is learned never pass, others with
+    ``allow``. ModelError for another base, or one whose configuration or vocabulary changed. ConflictError for another
+    number of ranks, which with dropout never passes, without it only when allowed, and for other devices, which pass
+    when allowed: a run whose machine is gone must not be lost.
     """
+    if old.dtype != new.dtype:
+        reason = f"{new.dtype} here, but the run was started in {old.dtype}"
+        hint = f"--set compute.precision={_PRECISIONS[old.dtype]} --allow, or start a new run"
+        raise RecipeError(reason, where="compute.precision", hint=hint)
     dropout = bool(old.recipe["adapter"]["dropout"] or new.recipe["adapter"]["dropout"])
     changed = changed_fields(old.recipe, new.recipe)
     safe = SAFE if dropout else SAFE + SAFE_WITHOUT_DROPOUT
@@ -190,6 +202,10 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
         reason += "dropout's masks depend on that" if dropout else "gradients would be summed in another order"
         hint = f"resume with {old.world}" + ("" if dropout else ", or go on with --allow, equal up to float32 rounding")
         raise ConflictError(reason, where="--num-processes", hint=hint)
+    if old.devices != new.devices and not allow:
+        reason = f"this is {new.devices}, but the run was started on {old.devices}, where sums are rounded otherwise"
+        reason += " and dropout draws other masks" if dropout else ""
+        raise ConflictError(reason, where="compute.device", hint="go on there, or here with --allow")
 
 
 def check_data(run: RunFolder, old: State, data: Fingerprint) -> None:

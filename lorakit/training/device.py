@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -16,17 +18,51 @@ log = logging.getLogger("lorakit")
 def choose(compute: Compute) -> tuple[torch.device, torch.dtype]:
     """The device, and the dtype of the base's weights and matmuls. RecipeError when ``compute`` cannot be had here."""
     on_cpu = compute.device == "cpu" or not torch.cuda.is_available()
+    if compute.device != "cpu" and on_cpu and torch.cuda.device_count():
+        reason = "there is a GPU, but CUDA does not start: its driver may be too old for this PyTorch"
+        if compute.device == "cuda":
+            raise RecipeError(reason, where="compute.device", hint="update the driver, or set it to cpu")
+        log.warning("%s; taking the CPU", reason)
     if compute.device == "cuda" and on_cpu:
         raise RecipeError("there is no CUDA device", where="compute.device", hint="set it to auto or cpu")
+    _multiply_in_full()
     return torch.device("cpu" if on_cpu else "cuda"), _dtype(compute.precision, on_cpu)
 
 
+def name(device: torch.device) -> str:
+    """``cpu``, or ``cuda`` with the GPU's model: dropout draws other masks on one with more multiprocessors."""
+    return f"cuda {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
 def make_deterministic() -> None:
-    """Have PyTorch's CUDA kernels sum in one order, so that a resumed run is bit-equal; an operation that has no such
-    kernel says so in a warning. From PyTorch's notes on reproducibility."""
+    """Have PyTorch's CUDA kernels sum in one order where they can. From PyTorch's notes on reproducibility."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def strictly_deterministic() -> Iterator[None]:
+    """An operation that has no such kernel raises RuntimeError in the block (``is_nondeterministic``). Attention's
+    backward pass takes the one it has, which it does not where PyTorch only warns. After ``make_deterministic``."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def is_nondeterministic(error: RuntimeError) -> bool:
+    """Whether PyTorch says that an operation has no kernel that sums in one order."""
+    return "does not have a deterministic implementation" in str(error)
+
+
+def _multiply_in_full() -> None:
+    """float32 in CUDA's convolutions and products has 23 bits, not TF32's 10 (PyTorch lets convolutions have those),
+    and partial sums of a bf16 or fp16 product are float32."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def _dtype(precision: str, on_cpu: bool) -> torch.dtype:

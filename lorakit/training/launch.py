@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType, GradScalerKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.tracking import filter_trackers, get_available_trackers
 from torch import Tensor, distributed
@@ -28,6 +28,7 @@ from lorakit.errors import (
     LorakitError,
     RankError,
     RecipeError,
+    first_line,
     is_out_of_memory,
 )
 from lorakit.recipe.schema import Compute
@@ -37,6 +38,10 @@ from lorakit.training.watch import Watch
 
 OWN_EXIT_CODES = frozenset({*range(10), TERMINATED, INTERRUPTED} - {1})
 _PATIENCE = timedelta(minutes=60)
+_FIRST_SCALE = 2.0**10
+"""Of fp16's loss, which is a sum over tokens: by PyTorch's 2^16 the first updates would overflow and be left out."""
+_LOST = ("connection", "closed", "reset by peer", "broken pipe", "timed out", "timeout", "socket")
+"""What a collective says when another rank is gone, rather than that this one cannot."""
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -147,7 +152,7 @@ def open_session(compute: Compute) -> Session:
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="fp16" if dtype == torch.float16 else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), GradScalerKwargs(init_scale=_FIRST_SCALE)],
     )
     if accelerator.distributed_type not in _REPLICATED:
         reason = f"{accelerator.distributed_type.value} would split the model, which lorakit does not do"
@@ -169,6 +174,7 @@ def relaunch(argv: Sequence[str], processes: int, *, device: str = "auto", modul
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     options = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
+    options += ["--gpu_ids", "all"]  # else those of the user's own configuration of Accelerate
     options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--monitor_interval", "0.2"]
     options += ["--num_cpu_threads_per_process", str(max(1, cores // processes))]
     if not on_cpu and processes > torch.cuda.device_count():
@@ -233,10 +239,15 @@ def _die_with_launcher() -> None:
 def _lost_rank() -> Iterator[None]:
     try:
         yield
+    except torch.AcceleratorError:  # of this rank's device, told at its next call
+        raise
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise RankError("another rank is gone", hint="go on with --resume") from error
+        if any(word in str(error).lower() for word in _LOST):
+            raise RankError("another rank is gone", hint="go on with --resume") from error
+        hint = "NCCL_DEBUG=INFO has it say more"
+        raise RankError(f"the ranks cannot reach one another: {first_line(error)}", hint=hint) from error
 
 
 def _portable(error: Exception) -> LorakitError:

@@ -1,6 +1,7 @@
 """The one training loop, for every family, on one process or many."""
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.errors import DataError, NonFiniteError, ResourceError, is_out_of_memory
+from lorakit.errors import DataError, NonFiniteError, ResourceError, first_line, is_out_of_memory
 from lorakit.families.task import Batch, Task
 from lorakit.numerics.order import mix
 from lorakit.recipe.schema import Compute, Optimizer, Train
 from lorakit.storage import atomic
 from lorakit.storage.runs import RunFolder
-from lorakit.training import checkpoint, measure, optim
+from lorakit.training import checkpoint, device, measure, optim
 from lorakit.training.bucket import Bucket
 from lorakit.training.checkpoint import State
 from lorakit.training.launch import Session
 from lorakit.training.metrics import Metrics, Progress, Silent
 from lorakit.training.prefetch import Prefetch
 from lorakit.training.stop import StopSignals, stopped
+
+log = logging.getLogger("lorakit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +105,8 @@ class _Loop:
             data_hash=task.fingerprint.digest,
             recipe=plan.recipe,
             world=session.world,
+            devices=", ".join(dict.fromkeys(session.gather(device.name(session.device)))),
+            dtype=str(session.dtype).removeprefix("torch."),
             total_steps=self.total,
         )
         found = checkpoint.newest(run) if plan.resume else None
@@ -111,7 +116,8 @@ class _Loop:
         else:
             checkpoint.check_resumable(found.state, self.state, allow=plan.allow)
             checkpoint.check_data(run, found.state, task.fingerprint)
-            self.state = dataclasses.replace(found.state, world=session.world, recipe=plan.recipe)
+            here = {name: getattr(self.state, name) for name in ("world", "devices", "recipe")}
+            self.state = dataclasses.replace(found.state, **here)
             task.load_adapter_state(found.adapter)
             if plan.recipe != found.state.recipe:
                 session.on_main(self.write_down)
@@ -131,6 +137,7 @@ class _Loop:
         self.metrics = Metrics(run, session, step=self.state.step, evaluated=self.state.evaluated)
         self.saved_step = self.state.step if found else -1
         self.saved_time = time.monotonic()
+        self.strict = torch.are_deterministic_algorithms_enabled()
 
     def write_down(self) -> None:
         """What the run is made from, beside its checkpoints."""
@@ -139,11 +146,14 @@ class _Loop:
 
     @contextmanager
     def prefetching(self) -> Iterator[None]:
-        self.batches = Prefetch(self.task.batches("train", self.state.step))
+        self.batches = self.coming_batches()
         try:
             yield
         finally:
             self.batches.close()
+
+    def coming_batches(self) -> Prefetch[Batch]:
+        return Prefetch(self.task.batches("train", self.state.step))
 
     def run(self, progress: Progress, signals: StopSignals) -> Outcome:
         self.progress, self.signals = progress, signals
@@ -152,7 +162,7 @@ class _Loop:
         self.measure()
         while self.state.step < self.total:
             began = time.monotonic()
-            update = self.update()
+            update = self.exact_update()
             self.record(update, time.monotonic() - began)
             stopping = update.sigterm or update.sigint
             if update.save_is_due or stopping or self.is_due(self.plan.train.checkpoint_every):
@@ -166,6 +176,21 @@ class _Loop:
         state = self.state
         held_out = state.first_held_out, state.last_held_out
         return Outcome(state.step, *held_out, state.examples, state.count, state.seconds)
+
+    def exact_update(self) -> Update:
+        """``update`` by CUDA's kernels that sum in one order; from the first operation on that has none, by others."""
+        if self.strict:
+            try:
+                with device.strictly_deterministic():
+                    return self.update()
+            except RuntimeError as error:
+                if not device.is_nondeterministic(error):
+                    raise
+                log.warning("a resumed run will not be bit-equal: %s", first_line(error))
+            self.strict = False
+            self.batches.close()
+            self.batches = self.coming_batches()
+        return self.update()
 
     def update(self) -> Update:
         """One update from ``batch_size`` examples: the gradient of their summed loss, divided by their total count."""

@@ -33,7 +33,7 @@ SD = {
 def request(
     base: Path, out: Path | None = None, prompts: tuple[str, ...] = ("a",), file: Path | None = None
 ) -> Request:
-    return Request(str(base), None, (), prompts, file, out, "cpu", 0)
+    return Request(str(base), None, (), prompts, file, out, "cpu", "fp32", 0)
 
 
 def test_an_adapter_may_carry_a_weight(tmp_path: Path) -> None:

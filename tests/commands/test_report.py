@@ -4,10 +4,10 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorakit.commands.report import guarded
 from lorakit.errors import ModelError
@@ -33,9 +33,8 @@ def test_wrong_usage_is_one_line_and_where_to_read_on(words: list[str], told: st
     assert "--help" in done.err.splitlines()[1]
 
 
-def hostile() -> Iterator[None]:
-    raise ModelError("two\nlines \x1b[31mred", where="a\tb")
-    yield
+def raising(error: Exception) -> None:
+    raise error
 
 
 @pytest.mark.parametrize(
@@ -44,9 +43,11 @@ def hostile() -> Iterator[None]:
         (lambda: 1 // 0, 4, "ZeroDivisionError"),
         (lambda: load(Path("x"), SDRecipe, 3), 2, "TypeError"),  # type: ignore[arg-type]
         (lambda: bytearray(1 << 62), 6, "out of memory"),
+        (lambda: raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")), 6, "out of memory"),
+        (lambda: raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")), 6, "out of memory"),
         (lambda: Path("/dev/full").write_text("x"), 6, "No space left"),
         (
-            lambda: (_ for _ in ()).throw(ModelError("two\nlines \x1b[31mred", where="a\tb")),
+            lambda: raising(ModelError("two\nlines \x1b[31mred", where="a\tb")),
             4,
             r"a\tb: two\nlines \x1b",
         ),

@@ -103,7 +103,7 @@ SD = BOTH | {
 SAFE = {
     "base.model", "base.revision", "data.on_bad", "train.evaluate_every", "train.checkpoint_every",
     "train.checkpoint_minutes", "train.keep_checkpoints", "sample.every", "sample.prompts", "sample.seed",
-    "output.folder", "output.name", "output.track", "compute.device", "compute.compile",
+    "output.folder", "output.name", "output.track", "compute.device", "compute.precision",
     "compute.gradient_checkpointing",
 }  # fmt: skip
 LLAMA_SAFE = SAFE | {
@@ -135,7 +135,8 @@ def test_every_default(recipe: LlamaRecipe | SDRecipe, expected: dict[str, Any])
 
 
 def state(recipe: dict[str, Any]) -> State:
-    return State(base_id="base sha256:0", base_texts={}, data_hash="0", recipe=recipe, world=1, total_steps=1)
+    what = {"base_id": "base sha256:0", "base_texts": {}, "data_hash": "0", "devices": "cpu", "dtype": "float32"}
+    return State(**what, recipe=recipe, world=1, total_steps=1)
 
 
 def changed(recipe: dict[str, Any], field: str) -> dict[str, Any]:
@@ -166,4 +167,4 @@ def test_what_a_resumed_run_may_change(
         with suppress(RecipeError):
             check_resumable(state(recipe), state(changed(recipe, field)), allow=True)
             may.add(field)
-    assert may == safe | ({"compute.gradient_accumulation"} if not dropout else set())
+    assert may == safe | ({"compute.gradient_accumulation", "compute.compile"} if not dropout else set())

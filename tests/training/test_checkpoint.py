@@ -21,7 +21,7 @@ def recipe(**sections: Any) -> dict[str, Any]:
 
 def state(**fields: Any) -> State:
     sound = {"base_id": "b", "base_texts": {}, "data_hash": "d", "recipe": recipe(), "world": 1, "total_steps": 9}
-    return State(**{**sound, **fields})
+    return State(**{**sound, "devices": "cpu", "dtype": "float32", **fields})
 
 
 def trained(step: int = 1) -> tuple[nn.Parameter, torch.optim.Optimizer]:
@@ -112,7 +112,7 @@ def test_changed_fields_of_real_recipes() -> None:
         {"sample": {"prompts": ["hi"], "every": 3}},
         {"output": {"track": ["tensorboard"], "folder": "elsewhere"}},
         {"train": {"evaluate_every": 5, "keep_checkpoints": 9}},
-        {"compute": {"gradient_accumulation": 2, "compile": True}},
+        {"compute": {"gradient_accumulation": 2, "compile": True, "device": "cpu", "precision": "fp32"}},
         {"base": {"model": "moved"}, "data": {"train": [{"path": "moved.jsonl"}]}},
     ],
 )
@@ -128,7 +128,6 @@ def test_safe_changes_need_allow(sections: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("sections", "named"),
     [
-        ({"compute": {"precision": "fp32"}}, "compute.precision"),
         ({"train": {"seed": 4}}, "train.seed"),
         ({"train": {"steps": 10}}, "train.steps"),
         ({"adapter": {"rank": 4}}, "adapter.rank"),
@@ -167,8 +166,28 @@ def test_dropout_ties_a_run_to_its_layout() -> None:
     old = state(recipe=recipe(**dropping))
     with pytest.raises(ConflictError, match="2 ranks, but the run was started with 1, and dropout"):
         check_resumable(old, replace(old, world=2), allow=True)
-    with pytest.raises(RecipeError, match="gradient_accumulation"):
-        check_resumable(old, state(recipe=recipe(**dropping, compute={"gradient_accumulation": 2})), allow=True)
+    other = recipe(**dropping, compute={"gradient_accumulation": 2, "compile": True})
+    with pytest.raises(RecipeError, match=r"compute.gradient_accumulation, compute.compile$"):
+        check_resumable(old, state(recipe=other), allow=True)
     with pytest.raises(ConflictError, match=r"2 ranks, .* summed in another order"):
         check_resumable(state(), state(world=2), allow=False)
     check_resumable(state(), state(world=2), allow=True)
+
+
+@pytest.mark.fault(54)
+def test_precision_is_what_it_came_to() -> None:
+    """``auto`` may come to something else on the machine that a run goes on on."""
+    with pytest.raises(RecipeError, match=r"^compute.precision: float32 here, .* in bfloat16$") as caught:
+        check_resumable(state(dtype="bfloat16"), state(recipe=recipe(compute={"precision": "fp32"})), allow=True)
+    assert "--set compute.precision=bf16 --allow" in caught.value.hint
+    given = recipe(compute={"precision": "bf16"})
+    check_resumable(state(dtype="bfloat16"), state(dtype="bfloat16", recipe=given), allow=True)
+
+
+@pytest.mark.parametrize(("dropout", "end"), [(0.0, "otherwise$"), (0.1, "dropout draws other masks$")])
+@pytest.mark.fault(54)
+def test_another_device_needs_allow(dropout: float, end: str) -> None:
+    here = state(recipe=recipe(adapter={"dropout": dropout}))
+    with pytest.raises(ConflictError, match=f"this is cpu, but the run was started on cuda A, cuda B, .*{end}"):
+        check_resumable(replace(here, devices="cuda A, cuda B"), here, allow=False)
+    check_resumable(replace(here, devices="cuda A, cuda B"), here, allow=True)

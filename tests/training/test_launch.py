@@ -6,18 +6,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.commands import launch as accelerate_launch
+from accelerate.commands.config import config_args
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, distributed
 
+from lorakit.adapters.inject import inject
 from lorakit.errors import ConflictError, NonFiniteError, RankError, RecipeError
-from lorakit.recipe.schema import Compute
+from lorakit.recipe.schema import Adapter, Compute
 from lorakit.storage.runs import RunFolder
-from lorakit.training import checkpoint, launch, metrics
+from lorakit.training import checkpoint, device, launch, metrics
 from lorakit.training.launch import Session, open_session
 from lorakit.training.loop import train
 from lorakit.training.metrics import Silent
@@ -115,8 +119,12 @@ def test_ranks_that_find_different_checkpoints_are_refused(
 
 @pytest.mark.fault(48)
 def test_nan_on_one_rank_is_named_by_all_and_nothing_is_saved(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Under a user's own configuration of Accelerate, made for one GPU."""
+    (tmp_path / "config.json").write_text('{"distributed_type": "NO", "mixed_precision": "fp16", "gpu_ids": "0"}')
+    for module in (accelerate_launch, config_args):
+        monkeypatch.setattr(module, "default_config_file", str(tmp_path / "config.json"))
     assert relaunch(tmp_path / "run", steps=10, nan_at="line:17") == NonFiniteError.exit_code
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(told) == 2
@@ -182,6 +190,53 @@ def test_precisions(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
 def test_cuda_that_is_not_there() -> None:
     with pytest.raises(RecipeError, match="no CUDA"):
         open_session(Compute(device="cuda"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_gpu_whose_driver_is_too_old(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """NVML counts it, CUDA does not start: the run goes to the CPU and says so."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RecipeError, match=r"^compute.device: there is a GPU, but CUDA does not start"):
+        device.choose(Compute(device="cuda"))
+    chosen, _ = device.choose(Compute(precision="fp32"))
+    assert (chosen.type, "taking the CPU" in caplog.text) == ("cpu", True)
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})
+    inject(model, Adapter(rank=2, targets=["q_proj"]), {}, seed=0)  # asks no GPU for its random state
+
+
+def test_products_are_not_rounded_on_the_way() -> None:
+    device.choose(Compute(device="cpu", precision="fp32"))
+    matmul = torch.backends.cuda.matmul
+    reduced = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    assert not any([torch.backends.cudnn.allow_tf32, matmul.allow_tf32, *reduced])
+
+
+def lost(_: object) -> None:
+    raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+
+
+def misplaced(_: object) -> None:
+    raise distributed.DistBackendError("NCCL error: invalid usage\nDuplicate GPU detected : rank 0 and rank 1")
+
+
+def broken(_: object) -> None:
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(
+    ("work", "kind", "told"),
+    [
+        (lost, RankError, "^another rank is gone$"),
+        (misplaced, RankError, "^the ranks cannot reach one another: NCCL error: invalid usage$"),
+        (broken, torch.AcceleratorError, "illegal memory access"),
+    ],
+)
+def test_an_exchange_that_fails_says_why(
+    session: Session, work: Any, kind: type[Exception], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "all_reduce", work)
+    with pytest.raises(kind, match=told):
+        replace(session, world=2).all_sum(torch.zeros(1))
 
 
 def test_a_missing_tracker_names_its_package(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,8 @@ class ChatBatch:
     """N"""
 
     def to(self, device: torch.device) -> "ChatBatch":
-        moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "rows", "targets")}
-        return replace(self, **moved)
+        names = ("tokens", "positions", "rows", "targets")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def collate(examples: Sequence[Encoded], *, packing: bool, sharing: bool = True) -> ChatBatch:

@@ -140,7 +140,7 @@ class Chat:
                 active.append(_Answer(number, left, stops[number], generator))
                 rows, logits = [len(active) - 1], [decoder.start(len(active) - 1, tokens)]
             else:
-                rows, logits = list(range(len(active))), list(decoder.step([answer.token for answer in active]))
+                rows, logits = list(range(len(active))), list(decoder.step([answer.token for answer in active]).cpu())
             for row, after in reversed(list(zip(rows, logits, strict=True))):
                 answer = active[row]
                 if more := answer.take(after, settings):

@@ -57,7 +57,9 @@ def load_model(
     """
     options: dict[str, Any] = {"dtype": place.dtype, "attn_implementation": attention, "use_safetensors": True}
     if quantization != "none":
-        options |= {"quantization_config": _bitsandbytes(quantization, place), "device_map": {"": place.device}}
+        options |= {"quantization_config": _bitsandbytes(quantization, place)}
+    if quantization != "none" or place.device.type == "cuda":  # a tensor at a time, not by way of memory
+        options |= {"device_map": {"": place.device}}
     with readable(location):
         build: Any = AutoModelForCausalLM
         model, report = build.from_pretrained(location.path, output_loading_info=True, **_LOCAL, **options)

@@ -44,12 +44,12 @@ class Group:
 
     def to(self, device: torch.device) -> Self:
         return type(self)(
-            noisy=self.noisy.to(device),
-            timesteps=self.timesteps.to(device),
-            target=self.target.to(device),
-            weight=self.weight.to(device),
-            frames=self.frames.to(device),
-            text={name: tensor.to(device) for name, tensor in self.text.items()},
+            noisy=self.noisy.to(device, non_blocking=True),
+            timesteps=self.timesteps.to(device, non_blocking=True),
+            target=self.target.to(device, non_blocking=True),
+            weight=self.weight.to(device, non_blocking=True),
+            frames=self.frames.to(device, non_blocking=True),
+            text={name: tensor.to(device, non_blocking=True) for name, tensor in self.text.items()},
         )
 
 

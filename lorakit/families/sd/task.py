@@ -1,5 +1,6 @@
 """Stable Diffusion as a task of the training loop: load, loss, held-out loss, sample pictures, save."""
 
+import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -203,7 +204,9 @@ def load(
     Raises: ModelError for the base, DataError for the pictures, RecipeError for settings that do not fit the base.
     """
     location = find_base(base)
-    parts = load_parts(location, place)
+    parts = load_parts(location, dataclasses.replace(place, device=torch.device("cpu")))
+    for module in (parts.vae, *parts.conditioning.encoders.values()):
+        module.to(place.device)
     schedule = noise_schedule(parts.schedule, location.name)
     drawing = DrawSettings.from_recipe(sample)
     drawing.check(parts.size, parts.factor, "sample.")
@@ -217,6 +220,7 @@ def load(
         cast(Any, parts.unet).enable_gradient_checkpointing()
     if not sample.prompts:
         _let_go(parts, words=not adapter.text_encoder and not data.shuffle_tags)
+    parts.unet.to(place.device)  # after what a GPU would otherwise need at once with it
     loaded = _Loaded(location, place.dtype, examples, maker, injections, drawing)
     return SDTask(parts, learning, sample, layout, loaded)
 
