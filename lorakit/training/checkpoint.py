@@ -68,7 +68,6 @@ class State:
     """What they trained on (``device.name``), each kind once."""
     dtype: str
     """Of the base's weights and the matmuls: what ``compute.precision`` came to."""
-    total_steps: int
     step: int = 0
     """Finished updates."""
     examples: int = 0

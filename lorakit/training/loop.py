@@ -107,7 +107,6 @@ class _Loop:
             world=session.world,
             devices=", ".join(dict.fromkeys(session.gather(device.name(session.device)))),
             dtype=str(session.dtype).removeprefix("torch."),
-            total_steps=self.total,
         )
         found = checkpoint.newest(run) if plan.resume else None
         checkpoint.check_alike(session.gather(checkpoint.seen(self.state, found)))

@@ -85,7 +85,6 @@ def test_the_second_dry_run_imports_no_library_of_models(
     words = (f"train-{family}", "recipe.yaml", "--dry-run", "--set", "compute.device=cpu")
     first, imported = run(*words)
     assert "transformers" in imported  # so that the test can fail
-    assert run(*words) == (first, [])
     larger, imported = run(*words, "--set", "train.batch_size=3", "--set", "optimizer.learning_rate=1e-3")
     assert larger != first
     assert imported == []

@@ -136,7 +136,7 @@ def test_every_default(recipe: LlamaRecipe | SDRecipe, expected: dict[str, Any])
 
 def state(recipe: dict[str, Any]) -> State:
     what = {"base_id": "base sha256:0", "base_texts": {}, "data_hash": "0", "devices": "cpu", "dtype": "float32"}
-    return State(**what, recipe=recipe, world=1, total_steps=1)
+    return State(**what, recipe=recipe, world=1)
 
 
 def changed(recipe: dict[str, Any], field: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 COUNTED = ("step", "loss", "learning_rate", "grad_norm", "held_out_loss", "perplexity")
 """What metrics.jsonl says of the training itself; the rest are times."""
 STATE = (
-    "step", "examples", "count", "first_held_out", "last_held_out", "data_hash", "base_id", "base_texts", "total_steps"
+    "step", "examples", "count", "first_held_out", "last_held_out", "data_hash", "base_id", "base_texts"
 )  # fmt: skip
 TENSORS = ("adapter.safetensors", "optimizer.safetensors")
 

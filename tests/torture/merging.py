@@ -58,6 +58,8 @@ class MergeBench:
         if again.code != 0 or check.differing_files(cwd / "out", self.expected):
             tally.divergent += 1
             faults.append(f"merged again: exit {again.code} {again.err[-500:]}")
+        if left := [path.name for path in cwd.iterdir() if path.name != "out"]:
+            faults.append(f"not swept: {left}")
         tally.resumed += not faults
         tally.told = [f"{name} {done.operations[-1]}: {fault}" for fault in faults]
         shutil.rmtree(cwd)

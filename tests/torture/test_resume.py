@@ -64,10 +64,13 @@ def test_killed_at_operations_of_a_save(llama: Bench) -> None:
 
 @traced
 @pytest.mark.fault(59)
-def test_a_merge_killed_leaves_the_old_model_or_the_new_one(llama: Bench) -> None:
-    merging = MergeBench(llama, over=True)
-    for number in range(0, len(merging.operations()), 9):
-        check(merging.kill_at(number, torn=True))
+@pytest.mark.parametrize("over", [False, True])
+def test_a_merge_killed_leaves_the_old_model_or_the_new_one(llama: Bench, over: bool) -> None:
+    merging = MergeBench(llama, over=over)
+    operations = merging.operations()
+    assert trace.unsynced(operations, "out") == []
+    for number in range(over, len(operations), 11):
+        check(merging.kill_at(number, torn=number % 2 == 0))
 
 
 @traced

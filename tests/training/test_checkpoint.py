@@ -20,7 +20,7 @@ def recipe(**sections: Any) -> dict[str, Any]:
 
 
 def state(**fields: Any) -> State:
-    sound = {"base_id": "b", "base_texts": {}, "data_hash": "d", "recipe": recipe(), "world": 1, "total_steps": 9}
+    sound = {"base_id": "b", "base_texts": {}, "data_hash": "d", "recipe": recipe(), "world": 1}
     return State(**{**sound, "devices": "cpu", "dtype": "float32", **fields})
 
 

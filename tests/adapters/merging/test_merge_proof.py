@@ -3,11 +3,9 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,8 +21,6 @@ from lorakit.storage.atomic import new_folder, sha256, sweep_killed
 from lorakit.storage.bases import resolve
 from tests.adapters.merging.test_merge_parts import adapter, planned
 from tests.tiny import tiny_llama
-from tests.torture import trace
-from tests.torture.warm import Warm
 
 
 @pytest.fixture(scope="module")
@@ -230,48 +226,6 @@ def _digest(models: Path) -> str:
     from lorakit.storage.bases import digest
 
     return digest(resolve(str(models / "base")))
-
-
-@pytest.mark.fault(59)
-@pytest.mark.skipif(not trace.supported(), reason="no tracing here: it takes Linux on x86-64")
-@pytest.mark.parametrize("over", [False, True])
-def test_killed_at_operations_on_files(models: Path, tmp_path: Path, over: bool) -> None:
-    """`make torture` does it at all of them; here every 23rd."""
-
-    def inputs() -> dict[str, str]:
-        return {str(p): sha256(p) for n in ("base", "a") for p in (models / n).iterdir()}
-
-    def outcome(folder: Path) -> dict[str, str]:
-        return {path.name: sha256(path) for path in folder.iterdir()}
-
-    before = inputs()
-    words: list[Any] = ["merge", models / "base", models / "a", "out", *(["--overwrite"] if over else [])]
-    with Warm(tmp_path / "warm") as warm:
-        runs = tmp_path / "runs"
-        whole = [{}]
-        for name, more in (("old", ["--scale", 0.5]), ("new", [])):
-            assert warm.run([*words, *more], runs / name).code == 0
-            whole.append(outcome(runs / name / "out"))
-        old = shutil.copytree(runs / "old", tmp_path / "old")
-        cwd = runs / ("old" if over else "traced")
-        traced = warm.run(words, cwd, {"trace": {"root": str(cwd)}})
-        assert traced.code == 0, traced.err
-        assert trace.unsynced([(a, b, c) for a, b, c in traced.operations], "out") == []
-        for number in range(over * 3, len(traced.operations), 23):
-            cwd = runs / str(number)
-            if over:
-                shutil.copytree(old, cwd)
-            hook = {"root": str(cwd), "kill_at": number, "torn": number % 2 == 0}
-            done = warm.run(words, cwd, {"trace": hook})
-            assert done.code == -9, (number, done.err)
-            left = [path.name for path in cwd.iterdir()]
-            assert all(name == "out" or name.startswith(".tmp-") for name in left)
-            found = outcome(cwd / "out") if "out" in left else {}
-            assert found in (whole[1:] if over else [{}, whole[2]]), done.operations[-1]
-            assert warm.run([*words, "--overwrite"], cwd).code == 0
-            assert [path.name for path in cwd.iterdir()] == ["out"], "what was left is swept"
-            assert outcome(cwd / "out") == whole[2]
-    assert inputs() == before
 
 
 def test_what_a_living_process_writes_is_not_swept(tmp_path: Path) -> None:
