@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -137,7 +138,8 @@ class SDTask:
         if not prompts:
             return
         painter = Painter(self.parts, self._loaded.location.name, ())
-        drawn = painter.draw(prompts, self._loaded.drawing)
+        with _on(painter.device, self._loaded.idle):
+            drawn = painter.draw(prompts, self._loaded.drawing)
         for number, (picture, settings) in enumerate(drawn):
             save_picture(picture, settings, out / f"{number:03d}.png")
         save_picture(grid([picture for picture, _ in drawn], prompts), {}, out / "grid.png")
@@ -188,6 +190,8 @@ class _Loaded:
     maker: BatchMaker
     injections: Mapping[str, Injection]
     drawing: DrawSettings
+    idle: Sequence[nn.Module]
+    """What no step needs once all is cached, and samples alone do: on the CPU meanwhile."""
 
 
 def load(
@@ -218,10 +222,12 @@ def load(
     maker = BatchMaker(examples, schedule, parts.vae, (data, learning.diffusion), text)
     if place.gradient_checkpointing:  # the text encoder's activations are few beside the UNet's
         cast(Any, parts.unet).enable_gradient_checkpointing()
-    if not sample.prompts:
-        _let_go(parts, words=not adapter.text_encoder and not data.shuffle_tags)
+    cached = not adapter.text_encoder and not data.shuffle_tags
+    idle: list[nn.Module] = [parts.vae, *(parts.conditioning.encoders.values() if cached else ())]
+    for module in idle:
+        module.to("cpu" if sample.prompts else "meta")
     parts.unet.to(place.device)  # after what a GPU would otherwise need at once with it
-    loaded = _Loaded(location, place.dtype, examples, maker, injections, drawing)
+    loaded = _Loaded(location, place.dtype, examples, maker, injections, drawing, idle)
     return SDTask(parts, learning, sample, layout, loaded)
 
 
@@ -241,10 +247,16 @@ def _tell_cut_captions(parts: Parts, examples: Examples) -> None:
         logger.warning("%d captions are longer than %d tokens; the text encoder does not see their ends", cut, length)
 
 
-def _let_go(parts: Parts, *, words: bool) -> None:
-    """Give back the memory of what no step needs once all is cached: the VAE and, with ``words``, the text encoders."""
-    for module in (parts.vae, *(parts.conditioning.encoders.values() if words else ())):
-        module.to("meta")
+@contextmanager
+def _on(device: torch.device, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules of the CPU on ``device`` in the block."""
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module in modules:
+            module.to("cpu")
 
 
 def _text_source(parts: Parts, data: PictureData, adapter: SDAdapter, examples: Examples) -> Any:
