@@ -19,8 +19,8 @@ from lorakit.recipe.schema import Compute, Optimizer, Train
 from lorakit.storage import atomic
 from lorakit.storage.runs import RunFolder
 from lorakit.training import checkpoint, device, measure, optim
-from lorakit.training.bucket import Bucket
 from lorakit.training.checkpoint import State
+from lorakit.training.flat import FlatParameters
 from lorakit.training.launch import Session
 from lorakit.training.metrics import Metrics, Progress, Silent
 from lorakit.training.prefetch import Prefetch
@@ -120,9 +120,8 @@ class _Loop:
             task.load_adapter_state(found.adapter)
             if plan.recipe != found.state.recipe:
                 session.on_main(self.write_down)
-        groups = task.parameter_groups()
-        self.bucket = Bucket([parameter for parameters, _ in groups for parameter in parameters], numbers=5)
-        self.optimizer, self.scheduler = optim.build(groups, plan.optimizer, self.total, self.state.step)
+        self.flat = FlatParameters(task.parameter_groups(), numbers=5)
+        self.optimizer, self.scheduler = optim.build(self.flat.groups, plan.optimizer, self.total, self.state.step)
         self.scaler = session.accelerator.scaler
         if found is not None:
             checkpoint.load_optimizer(found, self.optimizer)
@@ -193,9 +192,9 @@ class _Loop:
 
     def update(self) -> Update:
         """One update from ``batch_size`` examples: the gradient of their summed loss, divided by their total count."""
-        task, session, bucket, step = self.task, self.session, self.bucket, self.state.step
+        task, session, flat, step = self.task, self.session, self.flat, self.state.step
         parts: list[tuple[Batch, Tensor]] = []
-        bucket.flat.zero_()
+        flat.sums.zero_()
         for micro in range(self.plan.compute.gradient_accumulation):
             batch = next(self.batches).to(session.device)
             # Dropout's masks follow from the step, so that a resumed run draws the same ones.
@@ -206,19 +205,19 @@ class _Loop:
             parts.append((batch, loss.detach()))
 
         asked = (self.signals.sigterm, self.signals.sigint, self.save_is_due())
-        bucket.put(torch.stack([loss for _, loss in parts]).sum(), [sum(batch.count for batch, _ in parts), *asked])
-        finite_here = bucket.gradient.isfinite().all()
-        session.all_sum(bucket.flat)
+        flat.put(torch.stack([loss for _, loss in parts]).sum(), [sum(batch.count for batch, _ in parts), *asked])
+        finite_here = flat.gradient.isfinite().all()
+        session.all_sum(flat.sums)
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        loss_sum, count, sigterm, sigint, due, norm = bucket.read()
+        loss_sum, count, sigterm, sigint, due, norm = flat.read()
 
         if not math.isfinite(loss_sum) or (not math.isfinite(norm) and not self.may_overflow()):
             raise self.not_finite(parts, bool(finite_here))
         if not count:
             raise DataError(f"step {step + 1} has nothing to learn from: no item of its examples is labelled")
         norm, clip = norm / count, self.plan.optimizer.clip
-        bucket.gradient.mul_((min(1.0, clip / (norm + 1e-6)) if clip else 1.0) / count)
+        flat.gradient.mul_((min(1.0, clip / (norm + 1e-6)) if clip else 1.0) / count)
         rate = self.optimizer.param_groups[0]["lr"]
         optim.step(self.optimizer, self.scheduler, self.scaler)
         return Update(loss_sum / count, norm, rate, int(count), bool(sigterm), bool(sigint), bool(due))

@@ -2,9 +2,8 @@
 
 The 8-bit optimizers keep their moments in blocks of 256 numbers with one scale a block (Dettmers et al. 2022,
 arXiv:2110.02861). bitsandbytes leaves tensors under 4,096 elements in 32 bit, which takes in many a LoRA matrix (rank
-4 on width 320 has 1,280), so that "8-bit" would hold for part of the adapter only. We set the limit to one full block:
-a tensor of at least 256 elements has 8-bit state. Below that there is next to nothing to save (2 KB a tensor), and one
-large entry would set the scale of the whole tensor.
+4 on width 320 has 1,280), so that "8-bit" would hold for part of the adapter only. We set the limit to one full block,
+which all of ``FlatParameters`` has: the whole adapter has 8-bit state.
 """
 
 import json
@@ -72,7 +71,7 @@ def build(
 def _build(groups: list[dict[str, Any]], optimizer: Optimizer) -> torch.optim.Optimizer:
     common: dict[str, Any] = {"betas": optimizer.betas, "weight_decay": optimizer.weight_decay}
     if optimizer.name == "adamw":
-        return torch.optim.AdamW(groups, **common)
+        return torch.optim.AdamW(groups, **common, fused=True)
     import bitsandbytes.optim
 
     quantized: Any = bitsandbytes.optim
@@ -157,7 +156,7 @@ def _fresh_state(optimizer: torch.optim.Optimizer, group: int, place: int, param
         made: dict[str, Any] = optimizer.state[parameter]
         return made
     moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-    return {"step": torch.zeros(()), **moments}
+    return {"step": torch.zeros((), device=parameter.device), **moments}
 
 
 def _put(target: Any, value: Any, key: str) -> Any:
