@@ -31,7 +31,7 @@ def stackable(layer: nn.Module) -> bool:
 
 
 class Stacked:
-    """The outputs of ``layers`` side by side: x [n, I] -> [n, O]. The weights are copied.
+    """The outputs of ``layers`` side by side: x [n, I] -> [n, O]. Weights are copied, but for a single one.
 
     Raises ValueError for a layer that is not ``stackable``.
     """
@@ -44,7 +44,7 @@ class Stacked:
         self.out = sum(weight.shape[0] for weight in weights)
         with torch.no_grad():
             downs, self._up = _low_rank(layers, weights)
-            self._multiply = linear(torch.cat([*weights, *downs]))
+            self._multiply = linear(torch.cat([*weights, *downs]) if len(weights) + len(downs) > 1 else weights[0])
             self._bias = _biases(bases) if any(base.bias is not None for base in bases) else None
 
     def __call__(self, x: Tensor) -> Tensor:

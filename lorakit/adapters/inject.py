@@ -207,12 +207,13 @@ def fold(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> N
             raise ModelError("the base is quantized: its weights cannot take the adapter in", where=path)
         terms = [(_delta(layer, name), 1.0) for name in layer.active_adapters if name in layer.lora_A]
         dtype = (dtypes or {}).get(f"{path}.weight", weight.dtype)
-        sums[path] = Change(terms).added(weight).to(dtype)
-        if not torch.isfinite(sums[path]).all():
+        total = Change(terms).added(weight).to(dtype)
+        if not torch.isfinite(total).all():
             raise ModelError(f"the sum overflows {dtype}", where=path)
+        sums[path] = total.to("cpu")  # a GPU may have no room for all layers twice
     for path, layer in layers.items():
         weight = _base_weight(layer)
-        weight.data = sums[path].to(weight.dtype)
+        weight.data = sums.pop(path).to(weight)
         parent, _, last = path.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.get_base_layer())
     if layers:

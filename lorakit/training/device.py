@@ -25,6 +25,9 @@ def choose(compute: Compute) -> tuple[torch.device, torch.dtype]:
         log.warning("%s; taking the CPU", reason)
     if compute.device == "cuda" and on_cpu:
         raise RecipeError("there is no CUDA device", where="compute.device", hint="set it to auto or cpu")
+    other = torch.accelerator.current_accelerator(check_available=True)
+    if on_cpu and compute.device == "auto" and other is not None and other.type != "cuda":
+        log.warning("this machine's %s is not used: lorakit trains on CUDA, ROCm or the CPU", other.type)
     _multiply_in_full()
     return torch.device("cpu" if on_cpu else "cuda"), _dtype(compute.precision, on_cpu)
 
@@ -36,7 +39,8 @@ def name(device: torch.device) -> str:
 
 def make_deterministic() -> None:
     """Have PyTorch's CUDA kernels sum in one order where they can. From PyTorch's notes on reproducibility."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):  # with others its sums have no order
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
@@ -54,12 +58,15 @@ def strictly_deterministic() -> Iterator[None]:
 
 def is_nondeterministic(error: RuntimeError) -> bool:
     """Whether PyTorch says that an operation has no kernel that sums in one order."""
-    return "does not have a deterministic implementation" in str(error)
+    words = ("does not have a deterministic implementation", "this operation is not deterministic")
+    return any(text in str(error) for text in words)
 
 
 def _multiply_in_full() -> None:
     """float32 in CUDA's convolutions and products has 23 bits, not TF32's 10 (PyTorch lets convolutions have those),
-    and partial sums of a bf16 or fp16 product are float32."""
+    and partial sums of a bf16 or fp16 product are float32. cuDNN's attention, which PyTorch prefers on the newest GPUs,
+    is left out: it takes time to plan each new shape, of which decoding has one a token, and sums in any order."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

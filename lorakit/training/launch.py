@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,10 +31,11 @@ from lorakit.errors import (
     RecipeError,
     first_line,
     is_out_of_memory,
+    shown,
 )
 from lorakit.recipe.schema import Compute
 from lorakit.training.device import choose, make_deterministic
-from lorakit.training.stop import caught
+from lorakit.training.stop import AT_ONCE, caught
 from lorakit.training.watch import Watch
 
 OWN_EXIT_CODES = frozenset({*range(10), TERMINATED, INTERRUPTED} - {1})
@@ -41,7 +43,8 @@ _PATIENCE = timedelta(minutes=60)
 _FIRST_SCALE = 2.0**10
 """Of fp16's loss, which is a sum over tokens: by PyTorch's 2^16 the first updates would overflow and be left out."""
 _LOST = ("connection", "closed", "reset by peer", "broken pipe", "timed out", "timeout", "socket")
-"""What a collective says when another rank is gone, rather than that this one cannot."""
+_LOST_BY_NCCL = ("ncclremoteerror", "remote process exited", "was aborted", "timed out", "timeout")
+"""What a collective of gloo or NCCL says when another rank is gone, rather than that this one cannot."""
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -208,13 +211,18 @@ def _lost(rank: int, code: int) -> RankError:
 
 @contextmanager
 def _forwarded_signals() -> Iterator[list[int]]:
-    """Pass signals that stop a run on to the children, which have their own process groups; yields those received."""
+    """Pass signals that stop a run on to the children, which have their own process groups; yields those received, of
+    several at once (``AT_ONCE``) the first."""
     import psutil
 
     received: list[int] = []
+    since = 0.0
 
     def forward(number: int, _frame: object) -> None:
-        received.append(number)
+        nonlocal since
+        if not received or time.monotonic() - since > AT_ONCE:
+            received.append(number)
+            since = time.monotonic()
         for child in psutil.Process().children():
             child.send_signal(number)
 
@@ -244,10 +252,12 @@ def _lost_rank() -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        if any(word in str(error).lower() for word in _LOST):
+        text = str(error)
+        if any(word in text.lower() for word in (_LOST_BY_NCCL if "nccl" in text.lower() else _LOST)):
             raise RankError("another rank is gone", hint="go on with --resume") from error
+        cause = text.partition("Last error:")[2].strip().splitlines() or [first_line(error)]
         hint = "NCCL_DEBUG=INFO has it say more"
-        raise RankError(f"the ranks cannot reach one another: {first_line(error)}", hint=hint) from error
+        raise RankError(f"the ranks cannot reach one another: {shown(cause[0])}", hint=hint) from error
 
 
 def _portable(error: Exception) -> LorakitError:

@@ -6,12 +6,17 @@ SIGHUP, which a lost connection sends, counts as SIGTERM; where nohup has it ign
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
 from lorakit.errors import INTERRUPTED, TERMINATED, Stopped
+
+AT_ONCE = 1.0
+"""Seconds after a signal in which others count as the same wish: what stops a whole tree of processes (systemd, a
+logout, pkill) reaches a rank directly and once more by way of its launcher."""
 
 
 def caught() -> list[signal.Signals]:
@@ -21,7 +26,7 @@ def caught() -> list[signal.Signals]:
 
 
 class StopSignals:
-    """While entered, the first signal is noted in ``received``; a second one ends the process at once.
+    """While entered, the first signal is noted in ``received``; a second one, later than ``AT_ONCE``, ends the process.
 
     ``tell`` is called with a line for the user. In a run of many ranks the launcher sends SIGTERM to the others as soon
     as one of them has ended; a rank that is leaving with the same error must not be cut off while it reports, so there
@@ -30,6 +35,7 @@ class StopSignals:
 
     def __init__(self, tell: Callable[[str], None], *, world: int) -> None:
         self.received = 0
+        self._since = 0.0
         self._tell = tell
         self._world = world
         self._earlier: dict[int, object] = {}
@@ -54,10 +60,11 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN if failed_with_others else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+            self._tell("stopping after this step; a second signal stops at once, without saving")
+        elif time.monotonic() - self._since > AT_ONCE:
             os._exit(INTERRUPTED)
-        self.received = number
-        self._tell("stopping after this step; a second signal stops at once, without saving")
 
 
 def stopped(*, by_sigterm: bool, step: int, resume_command: str) -> Stopped:

@@ -100,6 +100,7 @@ def test_rows_of_any_length_do_not_see_each_other():
     texts = [draw(count, count) for count in (5, 1, 300, 19)]
     for row, text in enumerate(texts):
         torch.testing.assert_close(ours.start(row, text), logits(model, text), **CLOSE)
+        assert len(ours._blocks[0].keys) == (1, 2, 4, 4)[row]  # on a GPU room that nobody needs is memory all the same
     for number in range(6):
         if number == 3:  # the longest row ends, the last takes its place, and is then short of a new one
             ours.move(3, 2)

@@ -160,13 +160,28 @@ def test_plan_and_load_refuse_the_head_alike(tmp_path: Path) -> None:
     assert caught.value.where == "adapter.targets"
 
 
+def test_a_quantized_base_keeps_more(tmp_path: Path) -> None:
+    """PEFT's float32 copy [tokens, in] of each of its layers' input, where the base would keep it in bfloat16."""
+    folder, data, where = *made(tmp_path), Place(torch.device("cpu"), torch.bfloat16)
+    bases = [LlamaBase.model_validate({"model": str(folder), "quantization": kind}) for kind in ("none", "nf4")]
+    plans = [plan(base, Adapter(rank=2), data, LAYOUT, where) for base in bases]
+    tokens = sum(len(chat.tokens) for chat in plans[0].chats.train)
+    kept = 2 * tokens * sum(target.inputs for target in plans[0].modules)
+    assert plans[1].memory["activations"] - plans[0].memory["activations"] == kept
+
+
+def made(folder: Path) -> tuple[Path, ChatData]:
+    """A base and four chats."""
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (folder / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    data = {"train": [{"path": str(folder / "chats.jsonl")}], "held_out": 0, "max_tokens": 64}
+    return tiny_llama(folder / "base"), ChatData.model_validate(data)
+
+
 def test_dora_keeps_more(tmp_path: Path) -> None:
     """[tokens, out] of each of its layers, in float32."""
-    tiny_llama(tmp_path / "base")
-    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
-    data = ChatData(train=[{"path": str(tmp_path / "chats.jsonl")}], held_out=0, max_tokens=64)  # type: ignore[list-item]
-    base = LlamaBase(model=str(tmp_path / "base"))
+    folder, data = made(tmp_path)
+    base = LlamaBase(model=str(folder))
     plain, dora = (plan(base, Adapter(rank=2, dora=on), data, LAYOUT, PLACE) for on in (False, True))
     tokens = sum(len(chat.tokens) for chat in plain.chats.train)
     kept = 4 * tokens * sum(target.outputs for target in dora.modules)

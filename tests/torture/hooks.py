@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from typing import Any
 
 
@@ -24,6 +25,7 @@ def install(
 
 def _signal_at(micro_batch: int, name: str, times: int) -> None:
     from lorakit.training.prefetch import Prefetch
+    from lorakit.training.stop import AT_ONCE
 
     taken = 0
     plain: Any = Prefetch.__next__
@@ -31,7 +33,8 @@ def _signal_at(micro_batch: int, name: str, times: int) -> None:
     def counting(self: Any) -> Any:
         nonlocal taken
         if taken == micro_batch:
-            for _ in range(times):
+            for number in range(times):
+                time.sleep(1.2 * AT_ONCE * (number > 0))
                 os.kill(os.getpid(), getattr(signal, name))
         taken += 1
         return plain(self)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate.commands import launch as accelerate_launch
@@ -90,11 +91,14 @@ def test_two_ranks_learn_what_one_process_learns(
 
 @pytest.mark.fault(44)
 def test_a_signal_stops_all_ranks_after_the_same_step_and_one_process_goes_on(session: Session, tmp_path: Path) -> None:
+    """As systemd sends it, to the whole tree of processes: each rank has it twice, and once more as SIGHUP."""
     folder = tmp_path / "run"
     with two_ranks(folder, steps=40, delay=0.05) as process:
         for line in process.stdout:
             if line.startswith("step 3 "):
-                process.send_signal(signal.SIGTERM)
+                for one in (launcher := psutil.Process(process.pid), *launcher.children()):
+                    one.send_signal(signal.SIGTERM)
+                    one.send_signal(signal.SIGHUP)
         err = process.stderr.read()
     assert process.returncode == 75, err
     found = checkpoint.newest(RunFolder(folder)).state
@@ -209,14 +213,42 @@ def test_products_are_not_rounded_on_the_way() -> None:
     matmul = torch.backends.cuda.matmul
     reduced = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
     assert not any([torch.backends.cudnn.allow_tf32, matmul.allow_tf32, *reduced])
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(("given", "taken"), [(None, ":4096:8"), (":4096:2:16:8", ":4096:8"), (":16:8", ":16:8")])
+def test_cublas_gets_a_workspace_with_which_its_sums_have_an_order(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, taken: str
+) -> None:
+    if given is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    else:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
+    device.make_deterministic()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == taken
 
 
 def lost(_: object) -> None:
     raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
 
 
+def gone(_: object) -> None:
+    raise distributed.DistBackendError(
+        "NCCL error in: x.cpp, ncclRemoteError: a network error or a remote process exiting"
+    )
+
+
 def misplaced(_: object) -> None:
-    raise distributed.DistBackendError("NCCL error: invalid usage\nDuplicate GPU detected : rank 0 and rank 1")
+    text = "NCCL error: invalid usage\nncclInvalidUsage: ...\nLast error:\nDuplicate GPU detected : rank 0 and rank 1"
+    raise distributed.DistBackendError(text)
+
+
+def full(_: object) -> None:
+    text = (
+        "NCCL error: unhandled system error\nncclSystemError: System call (e.g. socket, malloc) or library call failed"
+    )
+    raise distributed.DistBackendError(f"{text}\nLast error:\nError while creating shared memory segment /dev/shm/x")
 
 
 def broken(_: object) -> None:
@@ -227,7 +259,13 @@ def broken(_: object) -> None:
     ("work", "kind", "told"),
     [
         (lost, RankError, "^another rank is gone$"),
-        (misplaced, RankError, "^the ranks cannot reach one another: NCCL error: invalid usage$"),
+        (gone, RankError, "^another rank is gone$"),
+        (misplaced, RankError, "^the ranks cannot reach one another: Duplicate GPU detected : rank 0 and rank 1$"),
+        (
+            full,
+            RankError,
+            "^the ranks cannot reach one another: Error while creating shared memory segment /dev/shm/x$",
+        ),
         (broken, torch.AcceleratorError, "illegal memory access"),
     ],
 )

@@ -119,12 +119,12 @@ class PlainLlama:
             inner.layers[number] = nn.Identity()  # lets go of the weights: there is never more than one layer twice
         self._device, self._dtype, self._groups = model.device, model.dtype, self._blocks[0].groups
         self._lengths = [0] * self.rows
-        self._room = 0
+        self._held = self._room = 0
 
     @torch.inference_mode()
     def start(self, row: int, prompt: Sequence[int]) -> Tensor:
         count = len(prompt)
-        self._reserve(count)
+        self._reserve(row + 1, count)
         self._lengths[row] = count
         here = (slice(row, row + 1), slice(None), slice(count))
         place = _Place(1, here, here, self._cos[:count], self._sin[:count])
@@ -135,7 +135,7 @@ class PlainLlama:
         count = len(tokens)
         before = self._lengths[:count]
         longest = max(before) + 1
-        self._reserve(longest)
+        self._reserve(count, longest)
         self._lengths[:count] = [length + 1 for length in before]
         read = (slice(count), slice(None), slice(longest))
         if min(before) == max(before):
@@ -163,16 +163,19 @@ class PlainLlama:
             hidden = block(hidden, place)
         return self._head(self._norm(hidden.view(place.rows, -1, hidden.shape[-1])[:, -1]))
 
-    def _reserve(self, length: int) -> None:
-        """Room for as many tokens in every row, and their rotary angles [T, 1, D]."""
-        if length <= self._room:
+    def _reserve(self, rows: int, length: int) -> None:
+        """Room for so many tokens in each of so many rows, and their rotary angles [T, 1, D]."""
+        if rows <= self._held and length <= self._room:
             return
-        self._room = min(self.limit, max(length + GROWTH, 2 * self._room))
+        if rows > self._held:
+            self._held = min(self.rows, max(rows, 2 * self._held))
+        if length > self._room:
+            self._room = min(self.limit, max(length + GROWTH, 2 * self._room))
         at = torch.arange(self._room, device=self._device)[None]
         cos, sin = self._rotary(torch.empty(0, dtype=self._dtype, device=self._device), at)
         self._cos, self._sin = cos[0, :, None], signed(sin[0, :, None])
         for block in self._blocks:
-            block.reserve(self.rows, self._room, self._dtype, self._device)
+            block.reserve(self._held, self._room, self._dtype, self._device)
 
 
 class _Place:

@@ -76,6 +76,10 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
     directions = sum(target.outputs for target in targets) * tokens * size * adapter.dora
     if place.gradient_checkpointing:
         directions //= config.num_hidden_layers
+    # Over a quantized base PEFT's layers keep their input in float32, in place of the base's own.
+    inputs = sum(target.inputs for target in targets) * tokens * (4 - size) * (base.quantization != "none")
+    if place.gradient_checkpointing:
+        inputs //= config.num_hidden_layers
     hidden = hidden_bytes(config, tokens, size, checkpointing=place.gradient_checkpointing)
     logits = min(CHUNK_NUMBERS, tokens * config.vocab_size) * (size if size >= 4 else 4 + size)
     return LlamaPlan(
@@ -86,7 +90,7 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
             "base weights": _weight_bytes(outline, base.quantization, size),
             "adapter": 4 * trainable,
             "gradients": 4 * trainable,
-            "activations": hidden + directions + logits,
+            "activations": hidden + directions + inputs + logits,
         },
         chats,
         len(chats.train) / layout.batch_size,

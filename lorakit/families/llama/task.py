@@ -183,6 +183,8 @@ def load(
     chats = read_chats(folder, config, data, layout.seed, lambda: tokenizer)
     for note in chats.notes():
         log.warning("%s", note)
+    if base.quantization == "int8" and place.gradient_checkpointing:
+        log.warning("compute.gradient_checkpointing saves little over int8, whose layers keep their inputs: take nf4")
     lm = load_model(folder, place, base.quantization)
     _without_dropout(lm)
     injection = inject(lm, adapter, GROUPS, seed=mix(layout.seed, 6))
