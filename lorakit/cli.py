@@ -1,5 +1,7 @@
 """The command line: arguments, help, printing of errors, exit codes. Everything heavy is imported inside a command."""
 
+import codecs
+import io
 import logging
 import os
 import sys
@@ -130,7 +132,8 @@ def generate(
         Path | None, typer.Option(help="A file with one prompt a line; LLaMA then writes answers.jsonl.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="SD: a folder for the pictures. LLaMA: a .jsonl file.")
+        Path | None,
+        typer.Option("--out", "-o", help="SD: a folder for pictures (else: generated). LLaMA: a .jsonl file."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same output.")] = 0,
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option()] = "auto",
@@ -311,6 +314,16 @@ def doctor() -> None:
     raise typer.Exit(run())
 
 
+def _open_output() -> None:
+    """What goes to a stream that was closed (``>&-``) goes nowhere; what another's encoding lacks is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _run(arguments: Sequence[str] | None) -> object:
     try:
         return app(arguments, prog_name="lorakit", standalone_mode=False)
@@ -325,6 +338,7 @@ def _run(arguments: Sequence[str] | None) -> object:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code that `lorakit.errors` lists."""
+    _open_output()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every lost connection prints a stack of C++
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars for loading; lorakit shows its own

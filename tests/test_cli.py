@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,18 @@ def test_a_missing_base_exits_4(tmp_path: Path) -> None:
 def test_init_writes_a_recipe_once(tmp_path: Path) -> None:
     assert lorakit("init", "llama", tmp_path / "r.yaml").returncode == 0
     assert lorakit("init", "llama", tmp_path / "r.yaml").returncode == 7
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_output_is_none(tmp_path: Path, closed: str) -> None:
+    command = shlex.join([sys.executable, "-m", "lorakit", "init", "llama", str(tmp_path / "r.yaml")])
+    done = subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, check=False)
+    assert (done.returncode, (tmp_path / "r.yaml").is_file()) == (0, True), done.stderr
+
+
+def test_output_in_ascii_escapes_what_it_lacks(tmp_path: Path) -> None:
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-m", "lorakit", "inspect", str(tmp_path / "\u23ce")]
+    done = subprocess.run(words, capture_output=True, env=ascii_only, check=False)
+    assert done.returncode == 4
+    assert b"\\u23ce" in done.stderr or b"\\xe2" in done.stderr or b"\\udc" in done.stderr

@@ -87,6 +87,10 @@ def open_pieces(path: Path) -> list[Piece]:
 
     Raises ModelError naming the file and the key: no adapter, several formats in one, a tensor that is no part of LoRA.
     """
+    folder = path.parent if path.name == "adapter.safetensors" else path
+    if (folder / "state.json").is_file():
+        hint = "the run's adapter is written when it ends, into its folder's adapter/"
+        raise ModelError("a checkpoint, from which training goes on, and no adapter", where=str(path), hint=hint)
     try:
         return _open_folder(path) if path.is_dir() else [_open_file(path)]
     except ModelError as error:

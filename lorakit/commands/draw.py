@@ -11,13 +11,16 @@ from lorakit.commands.batch import Batch, check_stop, make_folder
 from lorakit.errors import ConflictError
 from lorakit.families.sd.drawing import DrawSettings
 
+IN_A_GRID = 64
+"""Pictures of a grid at most, the first ones: all of a night's would not fit into memory, nor on a screen."""
+
 
 def draw(batch: Batch, options: Mapping[str, Any]) -> None:
-    """Numbered PNG files after those that are there already, and a grid when there are several pictures.
+    """Numbered PNG files after those that are there already, and a grid of the first when there are several.
 
     ``options``: the fields of DrawSettings but the seed.
     """
-    out = batch.out or Path("pictures")
+    out = batch.out or Path("generated")
     if os.path.lexists(out) and (out.is_symlink() or not out.is_dir()):
         raise ConflictError("is not a folder", where=str(out), hint="give a folder for the pictures with --out")
     from lorakit.families.sd.generate import open_painter  # takes seconds, so after what is soon refused
@@ -39,8 +42,9 @@ def draw(batch: Batch, options: Mapping[str, Any]) -> None:
         for number, (picture, metadata) in enumerate(painter.paint(jobs, settings), start=first):
             save_picture(picture, metadata, out / f"{number:04d}.png")
             print(out / f"{number:04d}.png", flush=True)
-            drawn.append(picture)
-            labels.append(str(metadata["prompt"]))
+            if len(drawn) < IN_A_GRID:
+                drawn.append(picture)
+                labels.append(str(metadata["prompt"]))
             check_stop(signals, out)
     if len(drawn) > 1:
         sheet = out / f"grid-{first:04d}.png"

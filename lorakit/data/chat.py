@@ -94,7 +94,7 @@ def tell(record: Record) -> str:
 
 def _text(row: Mapping[str, Any], field: str, where: str, *, empty: bool = False) -> str:
     if field not in row or row[field] is None:
-        raise DataError(f"the field {field!r} is missing", where=where)
+        raise DataError(f"the field {field!r} is {'null' if field in row else 'missing'}", where=where)
     value = row[field]
     if not isinstance(value, str):
         raise DataError(f"{field!r} should be text, is {type(value).__name__}", where=where)
@@ -126,7 +126,7 @@ UNREAD = ("tool_calls", "function_call", "tools", "functions", "reasoning_conten
 def _refuse_unread(fields: Mapping[str, Any], where: str) -> None:
     for field in UNREAD:
         if fields.get(field) not in (None, "", "[]", [], {}):
-            raise DataError(f"{field!r} is not supported", where=where, hint="leave the field out to learn without it")
+            raise DataError(f"{field!r} is not supported", where=where, hint="leave such rows out: data.on_bad: skip")
 
 
 def _message(item: Mapping[str, Any], where: str, *, learned: bool = True) -> Message:

@@ -39,6 +39,8 @@ def load_folder(path: Path, split: str) -> Any:
 
 def load_hub(path: str, split: str, revision: str | None) -> Any:
     """A data set of the hub; its code is never run, as the library has no way to. Raises DataError."""
+    if Path(path).parent.name and Path(path).parent.is_dir():  # else the network would be asked for a mistyped name
+        raise DataError(f"no such file or folder in {shown(Path(path).parent)}", where=shown(path))
     import datasets
 
     try:

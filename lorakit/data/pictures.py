@@ -66,6 +66,11 @@ def find_pictures(data: PictureData, rejects: Rejects) -> list[Picture]:
         found = list(_from_table(load_datasets_folder(path, data), rejects))
     elif path.is_dir() and (tables := [path / name for name in METADATA if (path / name).is_file()]):
         found = list(_from_metadata(tables[0], data.caption_column, rejects))
+        named = {Path(picture.id).as_posix() for picture in found}
+        there = (shown(p.relative_to(path).as_posix()) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not rejects.errors and (unnamed := sorted(set(there) - named)):
+            told = "%d pictures are not named in %s, and left out: %s"
+            logger.warning(told, len(unnamed), shown(tables[0]), ", ".join(unnamed[:3]))
     elif path.is_dir():
         found = list(_from_folder(path, rejects))
     elif path.is_file() and path.suffix == ".parquet":

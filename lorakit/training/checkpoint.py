@@ -48,6 +48,9 @@ whether they are the same. What device and precision come to here, ``State.devic
 SAFE_WITHOUT_DROPOUT = ("compute.gradient_accumulation", "compute.compile")
 """Dropout's masks are drawn a micro-batch, so they depend on how a batch is divided, and others when compiled."""
 
+SAFE_WHEN_CONSTANT = ("train.steps", "train.epochs")
+"""The run's length, where no learning rate follows from it."""
+
 _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 log = logging.getLogger("lorakit")
@@ -183,10 +186,13 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
         raise RecipeError(reason, where="compute.precision", hint=hint)
     dropout = bool(old.recipe["adapter"]["dropout"] or new.recipe["adapter"]["dropout"])
     changed = changed_fields(old.recipe, new.recipe)
-    safe = SAFE if dropout else SAFE + SAFE_WITHOUT_DROPOUT
+    safe = [*SAFE, *(() if dropout else SAFE_WITHOUT_DROPOUT)]
+    safe += SAFE_WHEN_CONSTANT if _is_constant(old.recipe["optimizer"]) else ()
     unsafe = [field for field in changed if not any(fnmatchcase(field, pattern) for pattern in safe)]
     if unsafe:
         hint = "put them back, or start a new run under another output.name"
+        if set(unsafe) <= set(SAFE_WHEN_CONSTANT):
+            hint = "the learning rate follows from it; to train on, merge the adapter and start from the result"
         raise RecipeError(f"changed since the run was started: {', '.join(unsafe)}", hint=hint)
     if changed and not allow:
         hint = "these do not change what is learned: go on with --allow"
@@ -205,6 +211,11 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
         reason = f"this is {new.devices}, but the run was started on {old.devices}, where sums are rounded otherwise"
         reason += " and dropout draws other masks" if dropout else ""
         raise ConflictError(reason, where="compute.device", hint="go on there, or here with --allow")
+
+
+def _is_constant(optimizer: Mapping[str, Any]) -> bool:
+    """Whether the rate of a step is the same however many follow: a warmup below 1 is a share of them."""
+    return bool(optimizer["schedule"] == "constant" and (optimizer["warmup"] == 0 or optimizer["warmup"] >= 1))
 
 
 def check_data(run: RunFolder, old: State, data: Fingerprint) -> None:
@@ -245,7 +256,10 @@ def _sections(value: object) -> Mapping[str, Any] | None:
 
 def _read(folder: Path) -> Checkpoint:
     with _readable(folder / "state.json"):
-        state = State(**json.loads((folder / "state.json").read_bytes()))
+        told = json.loads((folder / "state.json").read_bytes())
+    if not isinstance(told, dict) or told.keys() != {field.name for field in dataclasses.fields(State)}:
+        raise CheckpointError("written by another version of lorakit, which can go on with it", where=str(folder))
+    state = State(**told)
     with _readable(folder / "adapter.safetensors"):
         return Checkpoint(folder, state, load_file(folder / "adapter.safetensors"))
 

@@ -8,6 +8,7 @@ import pytest
 from lorakit.commands.adapters import parse_adapter
 from lorakit.commands.generate import Request, run
 from lorakit.errors import ConflictError, DataError, RecipeError, ResourceError
+from lorakit.families.sd.pictures import read_settings
 from tests.tiny import tiny_llama, tiny_sd
 
 LLAMA = {
@@ -76,6 +77,7 @@ def test_pictures_are_numbered_on_and_never_named_by_their_prompt(tmp_path: Path
     first = (out / "0001.png").read_bytes()
     run(request(base, out, ("c",)), sd=SD, llama=LLAMA)
     assert sorted(p.name for p in out.iterdir()) == ["0001.png", "0002.png", "0003.png", "grid-0001.png"]
+    assert read_settings(out / "0001.png")["precision"] == "float32"  # type: ignore[index]
     assert (out / "0001.png").read_bytes() == first
     (tmp_path / "link").symlink_to(out)
     with pytest.raises(ConflictError):

@@ -47,6 +47,15 @@ def with_metadata(root: Path) -> Path:
     return root
 
 
+def test_pictures_that_a_table_does_not_name_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    find_pictures(PictureData(path=str(with_metadata(tmp_path))), Rejects("fail"))
+    assert not caplog.text
+    (tmp_path / "b/e.PNG").write_bytes(png(9))
+    assert len(find_pictures(PictureData(path=str(tmp_path)), Rejects("fail"))) == 3
+    assert "1 pictures are not named in" in caplog.text
+    assert "metadata.jsonl, and left out: b/e.PNG" in caplog.text
+
+
 def with_csv(root: Path) -> Path:
     (with_metadata(root) / "metadata.jsonl").unlink()
     (root / "metadata.csv").write_text("\n".join(["file_name,text", *(f'{n},"{t}"' for n, t in NAMES.items())]))

@@ -246,6 +246,16 @@ def test_42_the_base_that_an_adapter_names_is_not_loaded(here: Path, whole_llama
     assert f"--base {whole_llama}" in told.err
 
 
+def test_a_checkpoint_is_no_adapter(sd: Path) -> None:
+    """It has no alpha: read as what its names look like, it would be another adapter than the one that was trained."""
+    assert lorakit("train-sd", sd / "recipe.yaml").code == 0
+    (saved,) = (sd / "runs").glob("*/checkpoints/step-*")
+    for path in (saved, saved / "adapter.safetensors"):
+        told = lorakit("merge", sd / "base", path, sd / "out").refused(4, f"{path}: a checkpoint")
+        assert "adapter/" in told.err
+        lorakit("inspect", path).refused(4, f"{path}: a checkpoint")
+
+
 HOSTILE = [
     {"peft_type": "LOHA"}, {"peft_type": None}, {"modules_to_save": ["lm_head"]},
     {"lora_alpha": "much"}, {"lora_alpha": 0}, {"lora_alpha": -1}, {"lora_alpha": 10**400},

@@ -162,6 +162,12 @@ def test_settings_of_the_other_family(family: str, option: tuple[str, ...], requ
     lorakit("generate", "--base", base, "--prompt", "a", *option).refused(2, f"{option[0]}: is not for {base}")
 
 
+def test_the_prompt_that_is_no_good_is_told(tmp_path: Path, whole_llama: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("hallo\n" + "x " * 600 + "\nok\n")
+    words = ("generate", "--base", whole_llama, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "a.jsonl")
+    lorakit(*words).refused(4, f"prompt '{'x ' * 30}...': the prompt has", "tokens")
+
+
 def test_answers_that_nothing_keeps_cannot_be_gone_on_after(whole_llama: Path) -> None:
     lorakit("generate", "--base", whole_llama, "--prompt", "a", "--resume").refused(2, "--resume: has no answers")
 

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,39 @@ def test_another_device_needs_allow(dropout: float, end: str) -> None:
     with pytest.raises(ConflictError, match=f"this is cpu, but the run was started on cuda A, cuda B, .*{end}"):
         check_resumable(replace(here, devices="cuda A, cuda B"), here, allow=False)
     check_resumable(replace(here, devices="cuda A, cuda B"), here, allow=True)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "passes"),
+    [
+        ({"schedule": "constant", "warmup": 0}, True),
+        ({"schedule": "constant", "warmup": 20}, True),
+        ({"schedule": "constant", "warmup": 0.1}, False),
+        ({"schedule": "cosine", "warmup": 0}, False),
+    ],
+)
+@pytest.mark.fault(54)
+def test_a_run_may_become_longer_where_no_rate_follows_from_its_length(optimizer: dict[str, Any], passes: bool) -> None:
+    shorter, longer = (state(recipe=recipe(optimizer=optimizer, train={"steps": steps})) for steps in (10, 20))
+    with pytest.raises(RecipeError, match=r"changed since .*: train.steps$") as caught:
+        check_resumable(shorter, longer, allow=not passes)
+    assert ("--allow" if passes else "merge the adapter") in caught.value.hint
+    if passes:
+        check_resumable(shorter, longer, allow=True)
+
+
+@pytest.mark.parametrize("change", [{"new": 1}, {"world": None}])
+@pytest.mark.fault(47)
+def test_a_checkpoint_of_another_version_is_not_called_damaged(
+    tmp_path: Path, change: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    parameter, optimizer = trained()
+    checkpoint.save(run, state(step=3), {"w": parameter}, optimizer, keep=2)
+    path = run.checkpoint(3) / "state.json"
+    table = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({key: value for key, value in table.items() if value is not None or key != "world"}))
+    monkeypatch.setattr(atomic, "check_manifest", lambda _: None)  # that version's own held
+    with pytest.raises(CheckpointError):
+        checkpoint.newest(run)
+    assert "step-000003: written by another version of lorakit" in caplog.text

@@ -141,6 +141,14 @@ def test_a_resumed_run_is_bit_equal(session: Session, tmp_path: Path, name: str)
     assert losses[0] == losses[1]
 
 
+def test_a_finished_run_of_constant_rate_becomes_longer(session: Session, tmp_path: Path) -> None:
+    options = {"schedule": "constant", "warmup": 0, "dropout": 0.3}
+    _, expected, _ = go(session, tmp_path / "straight", **options)
+    go(session, tmp_path / "run", steps=5, **options)
+    _, state, _ = go(session, tmp_path / "run", resume=True, allow=True, **options)
+    assert same(state, expected)
+
+
 def test_dropout_changes_the_run_so_that_the_test_above_means_something(session: Session, tmp_path: Path) -> None:
     runs = [go(session, tmp_path / str(i), dropout=0.3, seed=s, steps=2)[1] for i, s in enumerate((0, 0, 1))]
     assert same(runs[0], runs[1])

@@ -16,7 +16,7 @@ from lorakit.adapters.pieces import TEMPLATE_KEY, trained_template
 from lorakit.data.chat import Message
 from lorakit.data.templates import ChatTemplate
 from lorakit.data.tokens import Renderer
-from lorakit.errors import ModelError, NonFiniteError
+from lorakit.errors import DataError, ModelError, NonFiniteError
 from lorakit.families.llama.base import as_folder
 from lorakit.families.llama.decode import AnyModel, Decoder, decoder
 from lorakit.families.llama.library import check_tokenizer, load_model, load_tokenizer
@@ -58,6 +58,9 @@ def choose(logits: Tensor, settings: Settings, generator: torch.Generator) -> in
     place = torch.rand(1, generator=generator, dtype=torch.float64) * sums[-1]
     return int(kept[min(int(torch.searchsorted(sums, place, right=True)), count - 1)])
 
+
+SHOWN = 60
+"""Characters of a prompt that an error tells it by."""
 
 Prompt = str | Sequence[Message]
 """Raw text to continue, or messages for the chat template."""
@@ -154,12 +157,24 @@ class Chat:
 
     def _encoded(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         limit = self.decoder.limit
-        encoded = [self.renderer.prompt(prompt) for prompt in prompts]
-        for tokens in encoded:
+        encoded = []
+        for prompt in prompts:
+            where = f"prompt {_beginning(prompt)!r}"
+            try:
+                tokens = self.renderer.prompt(prompt)
+            except DataError as error:
+                error.where = ": ".join([where, *([error.where] if error.where else [])])
+                raise
             if not 0 < len(tokens) < limit:
                 reason = f"the prompt has {len(tokens)} tokens, the model takes 1 to {limit - 1}"
-                raise ModelError(reason, where="prompt")
+                raise ModelError(reason, where=where)
+            encoded.append(tokens)
         return encoded
+
+
+def _beginning(prompt: Prompt) -> str:
+    text = prompt if isinstance(prompt, str) else prompt[-1].content
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def open_chat(

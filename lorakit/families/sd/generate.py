@@ -181,6 +181,7 @@ class Painter:
             "seed": seed,
             "scheduler": settings.scheduler or self.parts.schedule["_class_name"],
             "base": self.base,
+            "precision": str(self.dtype).removeprefix("torch."),
             "adapters": self.adapters,
         }
 
