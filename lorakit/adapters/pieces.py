@@ -3,6 +3,7 @@
 Only safetensors, GGUF and JSON are opened, never a pickle.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 from lorakit.adapters import formats, gguf_lora
 from lorakit.adapters.whole import Tokens, embeddings_as_layers, take_biases, take_tokens, whole_tensors
 from lorakit.errors import ModelError
+from lorakit.storage.bases import file_digest
 from lorakit.storage.checks import PICKLES, check_link, read_json, read_text
 from lorakit.storage.headers import read_header
 
@@ -95,6 +97,13 @@ def open_pieces(path: Path) -> list[Piece]:
         return _open_folder(path) if path.is_dir() else [_open_file(path)]
     except ModelError as error:
         raise located(error, path) from error
+
+
+def identity(adapter: Path, weight: float) -> dict[str, Any]:
+    """An adapter as it is written down with what it made: its name, its weight, and so much of a SHA-256 over its
+    weight files as tells it from others of its name."""
+    digests = b"".join(file_digest(piece.path) for piece in open_pieces(adapter))
+    return {"name": adapter.name, "weight": weight, "sha256": hashlib.sha256(digests).hexdigest()[:16]}
 
 
 def located(error: ModelError, path: Path) -> ModelError:

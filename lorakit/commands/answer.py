@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapters.pieces import identity
 from lorakit.commands.batch import Batch, check_stop, make_folder
 from lorakit.data.chat import Message
 from lorakit.errors import ConflictError, RecipeError
@@ -14,7 +15,10 @@ from lorakit.storage.atomic import disk_errors, write_bytes
 
 
 def answer(batch: Batch, options: Mapping[str, Any]) -> None:
-    """Stream to the terminal; where there is a file to write, add a {"prompt", "answer"} line for each that is done."""
+    """Stream to the terminal; where there is a file to write, add a {"prompt", "answer"} line for each that is done.
+
+    Beside the file stands what the answers were made with, for --resume.
+    """
     out = batch.out
     for name in ("system", "chat_template"):
         if options["raw"] and options[name] is not None:
@@ -23,6 +27,12 @@ def answer(batch: Batch, options: Mapping[str, Any]) -> None:
             raise RecipeError(f"--raw and {option} do not go together", hint=hint)
     if batch.resume and out is None:
         raise RecipeError("has no answers to go on after", where="--resume", hint="give their file with --out")
+    place = batch.place()
+    adapters = [identity(path, weight) for path, weight in batch.adapters]
+    made_with = {"base": batch.location.name, "adapters": adapters, "precision": str(place.dtype), "seed": batch.seed}
+    made_with |= {"fuse": batch.fuse, **options}
+    if out is not None and batch.resume and os.path.lexists(out):
+        _check_settings(out, made_with)
     prompts = _unanswered(out, batch.prompts) if out is not None and batch.resume else batch.prompts
     if out is not None and not batch.resume and os.path.lexists(out):
         raise ConflictError("exists already", where=str(out), hint="give another file with --out, or --resume")
@@ -34,11 +44,13 @@ def answer(batch: Batch, options: Mapping[str, Any]) -> None:
     from lorakit.families.llama.generate import Settings, open_chat  # takes seconds, so after what is soon refused
 
     template = options["chat_template"]
-    chat = open_chat(batch.location, batch.adapters, batch.place(), chat_template=template, fuse=batch.fuse)
+    chat = open_chat(batch.location, batch.adapters, place, chat_template=template, fuse=batch.fuse)
     names = ("temperature", "top_p", "min_p", "max_new_tokens")
     settings = Settings(seed=batch.seed, **{name: options[name] for name in names})
     questions = [prompt if options["raw"] else _messages(prompt, options["system"]) for prompt in prompts]
     pieces: list[str] = []
+    if out is not None:
+        write_bytes(_settings(out), json.dumps(made_with, ensure_ascii=False, indent=1).encode() + b"\n")
     with batch.stoppable() as signals:
         for number, piece in chat.answers(questions, settings):
             if not pieces and len(prompts) > 1:
@@ -54,6 +66,24 @@ def answer(batch: Batch, options: Mapping[str, Any]) -> None:
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 pieces.clear()
             check_stop(signals, out)
+
+
+def _settings(out: Path) -> Path:
+    """What all answers of ``out`` were made with, as JSON."""
+    return out.with_name(f"{out.stem}.settings.json")
+
+
+def _check_settings(out: Path, made_with: Mapping[str, Any]) -> None:
+    """Raises ConflictError when the answers that are there were made with anything else."""
+    try:
+        earlier = json.loads(_settings(out).read_bytes())
+        changed = [name for name in made_with if earlier[name] != made_with[name]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = f"how its answers were made is not to be read from {_settings(out).name}"
+        raise ConflictError(reason, where=str(out), hint="give another --out") from error
+    if changed:
+        reason = f"its answers were made with another {' and '.join(changed)}"
+        raise ConflictError(reason, where=str(out), hint="give what they were made with, or another --out")
 
 
 def _unanswered(out: Path, prompts: list[str]) -> list[str]:

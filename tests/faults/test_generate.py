@@ -102,7 +102,7 @@ def start(*words: object) -> subprocess.Popen[str]:
 
 def stop(running: subprocess.Popen[str], enough: Path, count: int, number: int) -> str:
     """Send a signal once ``count`` lines or pictures are at ``enough``; what the process said."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while time.monotonic() < end and running.poll() is None:
         done = len(list(enough.glob("*.png")))
         if enough.suffix == ".jsonl" and enough.exists():
@@ -111,7 +111,7 @@ def stop(running: subprocess.Popen[str], enough: Path, count: int, number: int) 
             break
         time.sleep(0.01)
     running.send_signal(number)
-    return running.communicate(timeout=60)[1]
+    return running.communicate(timeout=120)[1]
 
 
 @pytest.mark.fault(70)
@@ -148,9 +148,14 @@ def test_70_an_interrupted_batch_of_answers_goes_on(tmp_path: Path, whole_llama:
     assert lorakit("generate", *words, "--out", out, "--resume").code == 0
     assert lorakit("generate", *words, "--out", whole).code == 0
     assert out.read_bytes() == whole.read_bytes()
+    with untouched(tmp_path):
+        again = ("generate", *words, "--out", out, "--resume", "--temperature", "0.1", "--seed", "3")
+        lorakit(*again).refused(7, "made with another seed and temperature")
     out.write_text('{"prompt": "another"}\n')
     with untouched(tmp_path):
         lorakit("generate", *words, "--out", out, "--resume").refused(7, "other than the answers")
+    (tmp_path / "out.settings.json").unlink()
+    lorakit("generate", *words, "--out", out, "--resume").refused(7, "out.settings.json")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 Legend: B prompts at once, C latent channels, H and W latent height and width.
 """
 
-import hashlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lorakit.adapters.pieces import open_pieces
+from lorakit.adapters.pieces import identity
 from lorakit.errors import NonFiniteError
 from lorakit.families.place import Place
 from lorakit.families.sd.attention import text_once
@@ -28,7 +27,7 @@ from lorakit.families.sd.drawing import SCHEDULERS, DrawSettings
 from lorakit.families.sd.stored import load_with
 from lorakit.families.sd.walk import Walk, can_walk
 from lorakit.numerics.diffusion import guide
-from lorakit.storage.bases import BaseLocation, file_digest
+from lorakit.storage.bases import BaseLocation
 from lorakit.storage.foreign import model_errors
 
 logger = logging.getLogger("lorakit")
@@ -48,13 +47,7 @@ def open_painter(
     Raises: ModelError when the base does not load, or an adapter does not fit it.
     """
     parts = load_with(location, adapters, Place(device, dtype))
-    told = [{"name": path.name, "weight": weight, "sha256": _digest(path)} for path, weight in adapters]
-    return Painter(parts, location.name, told)
-
-
-def _digest(adapter: Path) -> str:
-    """So much of a SHA-256 over an adapter's weight files as tells it from others of its name."""
-    return hashlib.sha256(b"".join(file_digest(piece.path) for piece in open_pieces(adapter))).hexdigest()[:16]
+    return Painter(parts, location.name, [identity(path, weight) for path, weight in adapters])
 
 
 class Painter:
