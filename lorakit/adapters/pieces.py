@@ -6,6 +6,7 @@ Only safetensors, GGUF and JSON are opened, never a pickle.
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorakit.adapters import formats, gguf_lora
+from lorakit.adapters.targets import matches
 from lorakit.adapters.whole import Tokens, embeddings_as_layers, take_biases, take_tokens, whole_tensors
 from lorakit.errors import ModelError
+from lorakit.storage.atomic import check_manifest
 from lorakit.storage.bases import file_digest
 from lorakit.storage.checks import PICKLES, check_link, read_json, read_text
 from lorakit.storage.headers import read_header
@@ -29,6 +32,8 @@ TEMPLATE = "chat_template.jinja"
 """The chat template that an adapter was trained with, as transformers and TRL leave it beside a model."""
 TEMPLATE_KEY = "lorakit_chat_template"
 """The same among the metadata."""
+CHECKPOINT, STATE = "adapter.safetensors", "state.json"
+"""Of a checkpoint's folder (``training.checkpoint``)."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _WHOLE = {"I64", "I32"}
@@ -85,15 +90,14 @@ def trained_template(adapters: Iterable[Mapping[str, str]]) -> str | None:
 
 
 def open_pieces(path: Path) -> list[Piece]:
-    """The weight files of a PEFT folder (or a run folder with one), or the one of the other formats.
+    """The weight files of a PEFT folder, a run's folder or a checkpoint's, or the one of the other formats.
 
-    Raises ModelError naming the file and the key: no adapter, several formats in one, a tensor that is no part of LoRA.
+    Raises CheckpointError for a damaged checkpoint, and ModelError naming the file and the key: no adapter, several
+    formats in one, a tensor that is no part of LoRA.
     """
-    folder = path.parent if path.name == "adapter.safetensors" else path
-    if (folder / "state.json").is_file():
-        hint = "the run's adapter is written when it ends, into its folder's adapter/"
-        raise ModelError("a checkpoint, from which training goes on, and no adapter", where=str(path), hint=hint)
     try:
+        if path.name == CHECKPOINT and (path.parent / STATE).is_file():  # whose names diffusers' format has too
+            raise ModelError("one file of a checkpoint, without its alpha", hint=f"give the folder: {path.parent}")
         return _open_folder(path) if path.is_dir() else [_open_file(path)]
     except ModelError as error:
         raise located(error, path) from error
@@ -115,10 +119,50 @@ def located(error: ModelError, path: Path) -> ModelError:
 def _open_folder(path: Path) -> list[Piece]:
     if not (path / CONFIG).is_file() and (path / "adapter").is_dir():
         path = path / "adapter"
+    if (path / STATE).is_file():
+        return _open_checkpoint(path)
     if (path / DIFFUSERS).is_file():
         return [_open_file(path / DIFFUSERS)]
     parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()} or {"model": path}
     return [_open_peft(component, folder) for component, folder in parts.items()]
+
+
+def _open_checkpoint(folder: Path) -> list[Piece]:
+    """The adapter as it was in the middle of a run: tensors under the model's names, all else in the run's recipe.
+
+    Raises CheckpointError for a checkpoint that its manifest does not vouch for.
+    """
+    check_manifest(folder)
+    try:
+        state = read_json(folder / STATE)
+        recipe, base_id, section = state["recipe"], str(state["base_id"]), state["recipe"]["adapter"]
+        rank, alpha, patterns = section["rank"], section["alpha"], section["alpha_pattern"].items()
+        flags = {"use_rslora": section["rslora"], "use_dora": section["dora"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError("no recipe of an adapter", where=str(folder / STATE)) from error
+    run, base_name = folder.parent.parent.name, base_id.rpartition(" sha256:")[0]
+    metadata = {"lorakit_name": run, "lorakit_base": base_id, "lorakit_recipe": json.dumps(recipe)}
+    tensors, _ = _tensors(folder / CHECKPOINT)
+    components: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        first, _, rest = key.partition(".")
+        component, name = (first, rest) if first in COMPONENTS else ("model", key)
+        components.setdefault(component, {})[f"base_model.model.{name}"] = tensor
+    pieces = []
+    for component, own in components.items():
+        keys = {key: formats.split(key, "peft", component) for key in own}
+        ranks, alphas = {}, {}
+        for key, part in keys.items():
+            if part.part == "A":
+                name = f"^{re.escape(part.module)}$"
+                ranks[name] = len(own[key])
+                alphas[name] = next((value for p, value in patterns if matches(part.module, p)), alpha)
+        config: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, **flags}
+        config["rank_pattern"] = {name: value for name, value in ranks.items() if value != rank}
+        config["alpha_pattern"] = {name: value for name, value in alphas.items() if value != alpha}
+        config["base_model_name_or_path"] = base_name
+        pieces.append(Piece(folder / CHECKPOINT, "peft", own, keys, dict(metadata), config))
+    return pieces
 
 
 def _open_peft(component: str, folder: Path) -> Piece:

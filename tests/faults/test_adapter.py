@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorakit.adapters.files import read_adapter
 from tests.faults.harness import Told, forked, lorakit, untouched
 
 Edit = Callable[..., None]
@@ -246,14 +247,35 @@ def test_42_the_base_that_an_adapter_names_is_not_loaded(here: Path, whole_llama
     assert f"--base {whole_llama}" in told.err
 
 
-def test_a_checkpoint_is_no_adapter(sd: Path) -> None:
-    """It has no alpha: read as what its names look like, it would be another adapter than the one that was trained."""
-    assert lorakit("train-sd", sd / "recipe.yaml").code == 0
-    (saved,) = (sd / "runs").glob("*/checkpoints/step-*")
-    for path in (saved, saved / "adapter.safetensors"):
-        told = lorakit("merge", sd / "base", path, sd / "out").refused(4, f"{path}: a checkpoint")
-        assert "adapter/" in told.err
-        lorakit("inspect", path).refused(4, f"{path}: a checkpoint")
+SECTIONS = {
+    "llama": "adapter={rank: 4, dora: true, alpha_pattern: {q_proj: 5}}",
+    "sd": "adapter={rank: 4, rslora: true, text_encoder: true, targets: [to_q, to_v, q_proj], "
+    "alpha_pattern: {to_v: 3, layers.1.*: 7}, rank_pattern: {q_proj: 2}}",
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "sd"])
+def test_a_checkpoint_is_the_adapter_of_its_step(family: str, request: pytest.FixtureRequest) -> None:
+    """Its file alone, which lacks alpha, would pass for another one."""
+    folder: Path = request.getfixturevalue(family)
+    assert lorakit(f"train-{family}", folder / "recipe.yaml", "--set", SECTIONS[family]).code == 0
+    (run,) = (folder / "runs").iterdir()
+    *_, saved = sorted((run / "checkpoints").iterdir())
+    there, here = (read_adapter(path) for path in (run, saved))
+    assert here.family == there.family
+    assert here.components.keys() == there.components.keys()
+    for name, deltas in there.components.items():
+        assert here.components[name].keys() == deltas.keys()
+        for module, delta in deltas.items():
+            other = here.components[name][module]
+            assert other.scale == delta.scale
+            for one, two in ((other.A, delta.A), (other.B, delta.B), (other.magnitude, delta.magnitude)):
+                assert one is two is None or torch.equal(one, two)
+    assert here.metadata["lorakit_base"] == there.metadata["lorakit_base"]
+    assert lorakit("merge", folder / "base", saved, folder / "out").code == 0
+    lorakit("inspect", saved / "adapter.safetensors").refused(4, "one file of a checkpoint", str(saved))
+    (saved / "adapter.safetensors").write_bytes((saved / "adapter.safetensors").read_bytes()[:-1] + b"!")
+    lorakit("inspect", saved).refused(9, "differs from its manifest")
 
 
 HOSTILE = [
