@@ -29,8 +29,9 @@ class StopSignals:
     """While entered, the first signal is noted in ``received``; a second one, later than ``AT_ONCE``, ends the process.
 
     ``tell`` is called with a line for the user. In a run of many ranks the launcher sends SIGTERM to the others as soon
-    as one of them has ended; a rank that is leaving with the same error must not be cut off while it reports, so there
-    SIGTERM stays ignored after an error. Outside the main thread, where Python allows no handlers, nothing is caught.
+    as one of them has ended, and may pass on late what each has had already; a rank that is leaving with the same error
+    must not be cut off while it reports, so there signals stay ignored after an error. Outside the main thread, where
+    Python allows no handlers, nothing is caught.
     """
 
     def __init__(self, tell: Callable[[str], None], *, world: int) -> None:
@@ -55,8 +56,8 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        failed_with_others = kind is not None and self._world > 1
         for number, handler in self._earlier.items():
-            failed_with_others = kind is not None and self._world > 1 and number == signal.SIGTERM
             signal.signal(number, signal.SIG_IGN if failed_with_others else handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
