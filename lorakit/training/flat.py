@@ -1,8 +1,8 @@
 """The trained parameters and their gradient as flat tensors.
 
-An adapter is hundreds of small matrices. As one tensor they are updated by one kernel instead of hundreds, which for
-the 8-bit optimizers takes a tenth of the time and less, and their gradient is summed over ranks, measured and clipped
-as one. (PyTorch's FSDP calls such a tensor a FlatParameter.)
+An adapter is hundreds of small matrices. As one tensor they are updated by one kernel instead of hundreds, which took
+the 8-bit optimizers between a third and a twentieth of the time, and their gradient is summed over ranks, measured and
+clipped as one. (PyTorch's FSDP calls such a tensor a FlatParameter.)
 
 The sum over ranks is taken here and not by DistributedDataParallel: of a few megabytes there is nothing to gain from
 buckets whose exchange overlaps with the backward pass; DDP would broadcast the frozen base at the start, and divide by
