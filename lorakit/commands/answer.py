@@ -11,7 +11,7 @@ from lorakit.adapters.pieces import identity
 from lorakit.commands.batch import Batch, check_stop, make_folder
 from lorakit.data.chat import Message
 from lorakit.errors import ConflictError, RecipeError
-from lorakit.storage.atomic import disk_errors, write_bytes
+from lorakit.storage.atomic import disk_errors, write_bytes, write_text
 
 
 def answer(batch: Batch, options: Mapping[str, Any]) -> None:
@@ -49,8 +49,6 @@ def answer(batch: Batch, options: Mapping[str, Any]) -> None:
     settings = Settings(seed=batch.seed, **{name: options[name] for name in names})
     questions = [prompt if options["raw"] else _messages(prompt, options["system"]) for prompt in prompts]
     pieces: list[str] = []
-    if out is not None:
-        write_bytes(_settings(out), json.dumps(made_with, ensure_ascii=False, indent=1).encode() + b"\n")
     with batch.stoppable() as signals:
         for number, piece in chat.answers(questions, settings):
             if not pieces and len(prompts) > 1:
@@ -61,6 +59,8 @@ def answer(batch: Batch, options: Mapping[str, Any]) -> None:
             else:
                 print(flush=True)
                 if out is not None:
+                    if not os.path.lexists(out):
+                        write_text(_settings(out), json.dumps(made_with, ensure_ascii=False, indent=1) + "\n")
                     line = {"prompt": prompts[number], "answer": "".join(pieces)}
                     with disk_errors(out), out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -168,7 +168,7 @@ def open_session(compute: Compute) -> Session:
 def relaunch(argv: Sequence[str], processes: int, *, device: str = "auto", module: str = "lorakit") -> int:
     """Run ``python -m lorakit ARGV`` as ``processes`` ranks of this machine and return their exit code.
 
-    SIGTERM and SIGINT go to every rank; a second one ends them at once (130). RankError when a rank ended by anything
+    SIGTERM and SIGINT go to every rank; a second one kills them (130). RankError when a rank ended by anything
     but one of lorakit's own exit codes; no rank is left behind. For several machines use ``accelerate launch`` itself.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -211,8 +211,8 @@ def _lost(rank: int, code: int) -> RankError:
 
 @contextmanager
 def _forwarded_signals() -> Iterator[list[int]]:
-    """Pass signals that stop a run on to the children, which have their own process groups; yields those received, of
-    several at once (``AT_ONCE``) the first."""
+    """Pass the first signal that stops a run on to the children, which have their own process groups, and kill them at
+    the next; yields those received, of several at once (``AT_ONCE``) the first."""
     import psutil
 
     received: list[int] = []
@@ -224,7 +224,7 @@ def _forwarded_signals() -> Iterator[list[int]]:
             received.append(number)
             since = time.monotonic()
         for child in psutil.Process().children():
-            child.send_signal(number)
+            child.send_signal(number if len(received) == 1 else signal.SIGKILL)
 
     earlier = {number: signal.signal(number, forward) for number in caught()}
     try:

@@ -28,10 +28,10 @@ def caught() -> list[signal.Signals]:
 class StopSignals:
     """While entered, the first signal is noted in ``received``; a second one, later than ``AT_ONCE``, ends the process.
 
-    ``tell`` is called with a line for the user. In a run of many ranks the launcher sends SIGTERM to the others as soon
-    as one of them has ended, and may pass on late what each has had already; a rank that is leaving with the same error
-    must not be cut off while it reports, so there signals stay ignored after an error. Outside the main thread, where
-    Python allows no handlers, nothing is caught.
+    ``tell`` is called with a line for the user. One of many ranks is ended by its launcher alone: that may pass on late
+    what the rank has had already, and sends SIGTERM to all as soon as one has ended. So there a second signal does
+    nothing, and after an error, which the rank must not be kept from reporting, signals stay ignored. Outside the main
+    thread, where Python allows no handlers, nothing is caught.
     """
 
     def __init__(self, tell: Callable[[str], None], *, world: int) -> None:
@@ -64,7 +64,7 @@ class StopSignals:
         if not self.received:
             self.received, self._since = number, time.monotonic()
             self._tell("stopping after this step; a second signal stops at once, without saving")
-        elif time.monotonic() - self._since > AT_ONCE:
+        elif self._world == 1 and time.monotonic() - self._since > AT_ONCE:
             os._exit(INTERRUPTED)
 
 

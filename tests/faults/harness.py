@@ -130,4 +130,4 @@ def untouched(root: Path) -> Iterator[None]:
     yield
     after = files(root)
     assert {name: after.get(name) for name in before} == before
-    assert set(after) == set(before)
+    assert set(after) == set(before), sorted(set(after) ^ set(before))

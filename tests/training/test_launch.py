@@ -111,6 +111,24 @@ def test_a_signal_stops_all_ranks_after_the_same_step_and_one_process_goes_on(se
         torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.fault(44)
+@pytest.mark.parametrize("again", ["ranks", "launcher"])
+def test_the_launchers_second_signal_ends_all_and_a_ranks_does_not(tmp_path: Path, again: str) -> None:
+    """A busy launcher may pass on late what each rank has had directly."""
+    with two_ranks(tmp_path / "run", steps=40, delay=2 if again == "ranks" else 6) as process:
+        for line in process.stdout:
+            if line.startswith("step 1 "):
+                launcher = psutil.Process(process.pid)
+                launcher.send_signal(signal.SIGTERM)
+                time.sleep(1.3)
+                for one in [launcher] if again == "launcher" else launcher.children():
+                    one.send_signal(signal.SIGTERM)
+        err = process.stderr.read()
+    assert process.returncode == (75 if again == "ranks" else 130), err
+    assert (tmp_path / "run/checkpoints/step-000002").exists() == (again == "ranks")
+    assert not ranks_alive(tmp_path / "run")
+
+
 def test_ranks_that_find_different_checkpoints_are_refused(
     session: Session, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

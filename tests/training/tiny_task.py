@@ -48,8 +48,8 @@ class LoRA(nn.Module):
 
 
 class TinyTask:
-    """``nan_at``: name of an example whose input is NaN. ``delay``: seconds that a loss takes. ``fate``: a signal that
-    rank 1 gets as it makes its ninth micro-batch. ``seeds``: torch's, at each loss in training.
+    """``nan_at``: name of an example whose input is NaN. ``delay``: seconds that a loss takes in training. ``fate``: a
+    signal that rank 1 gets as it makes its ninth micro-batch. ``seeds``: torch's, at each loss in training.
     """
 
     base_id = "tiny"
@@ -95,8 +95,8 @@ class TinyTask:
             yield self.batch([draw.index for draw in draws])
 
     def loss(self, batch: TinyBatch) -> Tensor:
-        time.sleep(self.delay)
         if self.model.training:
+            time.sleep(self.delay)
             self.seeds.append(torch.initial_seed())
         return cross_entropy(self.model(batch.x).float(), batch.labels, reduction="sum")
 
