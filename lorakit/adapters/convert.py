@@ -4,6 +4,7 @@ A conversion is right when every module's change comes back within the rounding 
 lost or new.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from lorakit.adapters.files import read_adapter
 from lorakit.adapters.formats import Format
 from lorakit.adapters.pieces import DIFFUSERS
 from lorakit.adapters.write import taken_apart, version_of, with_one_alpha, write_diffusers, write_kohya, write_peft
-from lorakit.errors import ModelError, RecipeError
+from lorakit.errors import ConflictError, ModelError, RecipeError
 from lorakit.storage.atomic import new_file, new_folder
 
 Models = Mapping[str, nn.Module]
@@ -28,7 +29,8 @@ _ENDINGS: dict[Format, tuple[str, ...]] = {
     "kohya": (".safetensors",),
     "gguf": (".gguf",),
 }
-"""How OUT may end; without an ending it is a folder."""
+"""How OUT may end; without an ending of a file it is a folder."""
+_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 _FAMILIES: dict[Format, tuple[str, ...]] = {
     "peft": ("sd", "llama"),
     "diffusers": ("sd",),
@@ -71,10 +73,11 @@ def convert(
     Raises RecipeError for a format that the family or ``out`` does not fit, ConflictError when ``out`` exists, and
     ModelError when a module is lost or its change does not come back.
     """
-    _check(saved, out, to, models, dtype)
+    _check(saved, to, models, dtype)
+    check_out(out, to)
     cast = {c: {path: _cast(d, to, dtype) for path, d in deltas.items()} for c, deltas in saved.components.items()}
     written = replace(saved, components=cast)
-    if out.suffix:
+    if _ending(out):
         with new_file(out) as path:
             _write_file(path, out.stem, written, to, models, base_name)
             return _compared(saved, path, out, to, models)
@@ -92,14 +95,25 @@ def _cast(delta: Delta, to: Format, dtype: torch.dtype | None) -> Delta:
     return delta if dtype is None else to_dtype(delta, dtype)
 
 
-def _check(saved: SavedAdapter, out: Path, to: Format, models: Models | None, dtype: torch.dtype | None) -> None:
+def check_out(out: Path, to: Format) -> None:
+    """RecipeError when ``out`` does not end as ``to`` does, ConflictError when it exists."""
+    if _ending(out) not in _ENDINGS[to]:
+        kinds = " or ".join(f"a name that ends in {end}" if end else "a folder's name" for end in _ENDINGS[to])
+        raise RecipeError(f"{to} is written as {kinds}", where=str(out))
+    if os.path.lexists(out):
+        raise ConflictError("exists already", where=str(out), hint="choose another name, or remove it")
+
+
+def _ending(out: Path) -> str:
+    """That of a file; a folder's name may hold dots."""
+    return out.suffix if out.suffix.lower() in _FILES else ""
+
+
+def _check(saved: SavedAdapter, to: Format, models: Models | None, dtype: torch.dtype | None) -> None:
     if saved.family not in _FAMILIES[to]:
         family = "Stable Diffusion" if saved.family == "sd" else "a language model"
         fitting = " or ".join(form for form, families in _FAMILIES.items() if saved.family in families)
         raise RecipeError(f"{to} is no format for {family}", where="--to", hint=f"choose {fitting}")
-    if out.suffix not in _ENDINGS[to]:
-        kinds = " or ".join(f"a name that ends in {end}" if end else "a folder's name" for end in _ENDINGS[to])
-        raise RecipeError(f"{to} is written as {kinds}", where=str(out))
     if to == "gguf" and dtype == torch.bfloat16:
         raise RecipeError("a GGUF adapter is float32 or float16", where="--dtype")
     if models is None and to in ("kohya", "gguf"):

@@ -59,7 +59,9 @@ def recognise(tensors: Mapping[str, Tensor]) -> Version | None:
     """
     across: dict[int, Version] = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
     of_text: dict[int, Version] = {768: "sd_v1", 1024: "sd_v2"}
-    for name, tensor in tensors.items():
+    text_last = sorted(tensors, key=lambda name: name.startswith(("lora_te_", "text_encoder.")))  # SDXL has SD 1's
+    for name in text_last:
+        tensor = tensors[name]
         if tensor.dim() != 2 or not name.endswith(("lora_down.weight", "lora_A.weight", ".down.weight")):
             continue
         width = tensor.shape[1]

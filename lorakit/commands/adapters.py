@@ -45,7 +45,8 @@ def parse_adapter(text: str) -> tuple[Path, float]:
 def named_base(pieces: "Sequence[Piece]") -> str:
     """The base that an adapter's metadata name, as it was named in training; empty when they name none."""
     for piece in pieces:
-        for text in (piece.config.get("base_model_name_or_path"), piece.metadata.get("lorakit_base")):
+        config = piece.component_config(piece.component) or {}
+        for text in (config.get("base_model_name_or_path"), piece.metadata.get("lorakit_base")):
             if text:
                 return str(text).partition(" sha256:")[0]
     return ""

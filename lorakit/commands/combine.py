@@ -1,11 +1,8 @@
 """`lorakit merge --as-adapter RANK`: several adapters as one, by singular values."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from lorakit.errors import ConflictError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,13 +18,12 @@ def run(
     dry_run: bool,
 ) -> None:
     """Write the best adapter of at most ``rank`` for the weighted sum as PEFT has it, and print what that keeps."""
-    if os.path.lexists(out):
-        raise ConflictError("exists already", where=str(out), hint="choose another name, or remove it")
     from lorakit.adapters.combine import combine
-    from lorakit.adapters.convert import convert
+    from lorakit.adapters.convert import check_out, convert
     from lorakit.adapters.files import read_adapter
     from lorakit.adapters.reduce import resize
 
+    check_out(out, "peft")
     saved = [(read_adapter(path, models), weight) for path, weight in adapters]
     smaller, kept = resize(combine(saved), rank)
     if dry_run:

@@ -9,10 +9,11 @@ from lorakit.errors import RecipeError
 
 def run(base: str, tuned: str, out: Path, rank: int) -> None:
     """Write the best adapter of ``rank`` for the difference as PEFT has it, and print what that keeps."""
-    from lorakit.adapters.convert import convert
+    from lorakit.adapters.convert import check_out, convert
     from lorakit.adapters.reduce import extract
     from lorakit.storage.bases import resolve
 
+    check_out(out, "peft")
     one, other = resolve(base), resolve(tuned)
     if one.layout != other.layout:
         raise RecipeError(f"{one.name} is {one.layout}, {other.name} is {other.layout}", hint="give two of one kind")

@@ -10,7 +10,7 @@ from lorakit.commands.progress import counted, warnings_to
 
 def run(adapter: Path, out: Path, rank: int, base: str | None) -> None:
     """Write ``adapter`` with at most ``rank`` a module in its own format, and print what that keeps."""
-    from lorakit.adapters.convert import convert
+    from lorakit.adapters.convert import check_out, convert
     from lorakit.adapters.files import assemble
     from lorakit.adapters.pieces import open_pieces
     from lorakit.adapters.reduce import resize
@@ -18,6 +18,7 @@ def run(adapter: Path, out: Path, rank: int, base: str | None) -> None:
     with warnings_to(Console(stderr=True)):
         pieces = open_pieces(adapter)
         form = pieces[0].format
+        check_out(out, form)
         found = base_for(pieces, base, form)
         models = None if found is None else found.models
         whole = assemble(adapter, pieces, models)

@@ -20,6 +20,8 @@ from lorakit.adapters.convert import Conversion, convert
 from lorakit.adapters.delta import Delta, SavedAdapter
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.outline import adaptable
+from lorakit.adapters.pieces import open_pieces
+from lorakit.commands.adapters import named_base
 from lorakit.errors import ConflictError, ModelError, RecipeError, ResourceError
 from tests.tiny import tiny_sd_unet, tiny_sdxl_unet
 
@@ -207,7 +209,19 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(ConflictError):
         convert(sd, tmp_path / "there", "peft", models=MODELS["sd"], base_name="")
+    for name in ("a.safetensors", "a.ckpt"):
+        with pytest.raises(RecipeError, match="peft is written as a folder's name"):
+            convert(sd, tmp_path / name, "peft", models=MODELS["sd"], base_name="")
     dora = some_adapter("llama", lambda options: options[0], dora=True)
     with pytest.raises(ModelError, match="no DoRA"):
         convert(dora, tmp_path / "a.gguf", "gguf", models=MODELS["llama"], base_name="")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_folders_name_may_hold_dots_and_a_diffusers_file_names_its_base(tmp_path: Path) -> None:
+    saved = some_adapter("sd", lambda options: options[0])
+    for to in ("peft", "diffusers"):
+        folder = tmp_path / f"{to}-v1.5"
+        convert(saved, folder, to, models=MODELS["sd"], base_name="builtin:mini-sd sha256:0")
+        assert folder.is_dir()
+        assert named_base(open_pieces(folder)) == "builtin:mini-sd"

@@ -257,3 +257,8 @@ def test_a_published_models_adapter_is_recognised(version: Any) -> None:
     assert recognise({f"lora_unet_{path.replace('.', '_')}.lora_down.weight": torch.zeros(4, width)}) == version
     assert recognise({f"unet.{path}.lora_A.weight": torch.zeros(4, width)}) == version
     assert recognise({f"unet.{path}.lora_A.weight": torch.zeros(4, 40)}) is None
+    layer = "layers.0.self_attn.q_proj.lora_A.weight"
+    encoder = {f"text_encoder.text_model.encoder.{layer}": torch.zeros(4, 1024 if version == "sd_v2" else 768)}
+    assert recognise({**encoder, f"unet.{path}.lora_A.weight": torch.zeros(4, width)}) == version
+    second = {f"text_encoder_2.text_model.encoder.{layer}": torch.zeros(4, 1280)}
+    assert recognise({**encoder, **second}) == "sdxl_base_v1-0"

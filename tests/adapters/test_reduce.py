@@ -16,7 +16,7 @@ from lorakit.adapters.outline import adaptable
 from lorakit.adapters.reduce import extract, resize
 from lorakit.cli import app
 from lorakit.commands.adapters import meta_models
-from lorakit.errors import ModelError
+from lorakit.errors import LorakitError, ModelError
 from lorakit.storage.bases import resolve
 from tests.adapters.test_convert import MODELS, random_delta
 from tests.tiny import tiny_llama, tiny_sd
@@ -102,6 +102,12 @@ def test_extract_then_resize_a_llama(tmp_path: Path) -> None:
     kept = [shares(product(delta), 4) for delta in saved.values()]
     expected = sum(share * square for share, square in kept) / sum(square for _, square in kept)
     assert f"rank 4 keeps {expected:.2%} of the change" in done.stdout
+    nowhere = str(tmp_path / "nowhere")  # where the result cannot go is told before any other base is looked for
+    for out, code in ((tmp_path / "small", 7), (tmp_path / "a.safetensors", 2)):
+        for words in (["extract", str(base), nowhere], ["resize", str(tmp_path / "full"), "--base", nowhere]):
+            with pytest.raises(LorakitError) as refused:
+                CliRunner().invoke(app, [*words, str(out), "--rank", "4"], catch_exceptions=False)
+            assert refused.value.exit_code == code
 
 
 def test_models_that_do_not_compare(tmp_path: Path) -> None:
