@@ -20,6 +20,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 PIXEL_CAP = 2**26
 """Most pixels of a picture, read from its header before anything is decoded (8,192 x 8,192)."""
 ORIENTATION = ExifTags.Base.Orientation
+_PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+"""Where a PNG may say that it is turned; its pixels may stand before."""
 SHAPE_CAP = 2.0
 """Longest side of a bucket, in units of ``resolution``."""
 
@@ -47,7 +49,8 @@ def decode(data: bytes, where: str) -> Image.Image:
 def read_size(data: bytes, where: str) -> Size:
     """Width and height of the upright picture, from its header. Raises: DataError as ``decode``, pixels aside."""
     with _opened(data, where) as image:
-        turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        marked = image.format != "PNG" or any(mark in data for mark in _PNG_EXIF)  # Pillow decodes a PNG to see
+        turned = marked and image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else image.size
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from lorakit.data import images
 from lorakit.errors import DataError
@@ -88,6 +89,21 @@ def test_exif_rotation_is_applied() -> None:
         turned = encoded(picture(), "PNG", exif=exif)
         assert np.array_equal(pixels(turned), expected), orientation
         assert images.read_size(turned, "a.png") == expected.shape[1::-1]
+
+
+def test_xmp_rotation_is_applied() -> None:
+    told = PngInfo()
+    told.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    turned = encoded(picture(), "PNG", pnginfo=told)
+    assert np.array_equal(pixels(turned), np.rot90(GRADIENT, -1))
+    assert images.read_size(turned, "a.png") == (16, 24)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_size_needs_the_header_alone(kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (90, 70, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), kind)
+    assert images.read_size(data[: len(data) // 2], "a") == (70, 90)
 
 
 def test_alpha_is_laid_over_white() -> None:

@@ -67,7 +67,7 @@ def lorakit(*words: object) -> Told:
     return Told(code, out.getvalue(), err.getvalue())
 
 
-def process(*words: object, prelude: str = "", seconds: float = 60, env: Mapping[str, str] | None = None) -> Told:
+def process(*words: object, prelude: str = "", seconds: float = 180, env: Mapping[str, str] | None = None) -> Told:
     """Run a command in a process of its own, after ``prelude`` (Python); it must end within ``seconds``."""
     code = f"import sys\n{prelude}\nfrom lorakit.cli import main\nmain()"
     done = subprocess.run(

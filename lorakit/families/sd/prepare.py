@@ -16,7 +16,7 @@ from lorakit.data.images import Size, choose_bucket, cut_out, decode, fit, read_
 from lorakit.data.pictures import Picture, find_pictures
 from lorakit.data.records import Rejects
 from lorakit.errors import DataError
-from lorakit.families.sd.base import Parts, vae_factor
+from lorakit.families.sd.base import Parts
 from lorakit.families.sd.conditioning import Text, ids_of
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import PictureData
@@ -100,6 +100,7 @@ class _Entry(NamedTuple):
 
     content: str
     key: str
+    bucket: int
     frame: tuple[int, ...]
 
 
@@ -110,7 +111,6 @@ class _LatentMaker:
         self.data = data
         self.vae = vae
         self.seed = seed
-        self.factor = vae_factor(vae.config)
         self.sizes = sizes
         self.cache = TensorCache(default_folder() / "latents")
         self.vae_hash = checksum(dict(vae.state_dict()))
@@ -123,17 +123,16 @@ class _LatentMaker:
         if self.data.crop == "random":
             number = mix(self.seed, 5, int(content[:15], 16))
             x, y = torch.rand(2, generator=torch.Generator().manual_seed(number), dtype=torch.float64).tolist()
+        size = read_size(encoded, picture.id)
+        bucket = choose_bucket(size, self.sizes)
         entries = []
         for mirror in (False, True) if self.data.flip else (False,):
             sizes = repr(self.sizes)
             key = content_key("latents 1", content, sizes, x, y, int(mirror), self.vae_hash, "float32")
             if not self.cache.holds(key):
-                image = decode(encoded, picture.id)
-                size = self.sizes[choose_bucket(image.size, self.sizes)]
-                self.cache.write(key, self._encode(torch.from_numpy(fit(image, size, (x, y), mirror).copy())))
-            size = read_size(encoded, picture.id)
-            frame = cut_out(size, self.sizes[choose_bucket(size, self.sizes)], (x, y), mirror)
-            entries.append(_Entry(content, key, frame))
+                pixels = fit(decode(encoded, picture.id), self.sizes[bucket], (x, y), mirror)
+                self.cache.write(key, self._encode(torch.from_numpy(pixels.copy())))
+            entries.append(_Entry(content, key, bucket, cut_out(size, self.sizes[bucket], (x, y), mirror)))
         return entries
 
     @torch.no_grad()
@@ -144,10 +143,8 @@ class _LatentMaker:
         return {"mean": posterior.mean[0], "deviation": posterior.std[0]}
 
     def example(self, picture: Picture, entry: _Entry) -> Example:
-        _, height, width = self.cache.read(entry.key)["mean"].shape
-        bucket = self.sizes.index((width * self.factor, height * self.factor))
         caption = with_trigger(picture.caption, self.data.trigger)
-        return Example(picture.id, caption, entry.content, entry.key, bucket, entry.frame)
+        return Example(picture.id, caption, entry.content, entry.key, entry.bucket, entry.frame)
 
 
 class TextStates:
