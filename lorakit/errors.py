@@ -20,8 +20,23 @@ TERMINATED = 75
 """Exit code of a run that SIGTERM stopped and that has saved."""
 INTERRUPTED = 130
 """Exit code of a run that SIGINT stopped."""
-DISK_ERRORS = frozenset({errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG})
-"""Numbers of the operating system's errors that mean: this disk takes no more."""
+_FULL = {errno.ENOSPC: "free some space, or write elsewhere", errno.EDQUOT: "free some space, or write elsewhere"}
+_FORBIDDEN = dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that can be written")
+_GONE = dict.fromkeys(
+    (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),
+    "the file system does not answer: check the disk or the mount, then go on",
+)
+_UNABLE = dict.fromkeys(
+    (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP), "this file system lacks what a safe write needs: write to another"
+)
+DISK_ERRORS: dict[int, str] = {
+    **_FULL,
+    **_FORBIDDEN,
+    **_GONE,
+    **_UNABLE,
+    errno.EFBIG: "the file system, or a limit, allows no file of this size: write elsewhere",
+}
+"""What to do about the numbers of the operating system's errors that speak of a disk, not of what lorakit does."""
 
 
 def shown(name: object) -> str:

@@ -14,6 +14,7 @@ import lorakit
 PACKAGE = Path(lorakit.__file__).parent
 FLOORS = {
     "errors": 0,
+    "paths": 0,
     "recipe": 1,
     "numerics": 2,
     "storage": 3,

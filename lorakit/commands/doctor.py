@@ -1,7 +1,6 @@
 """``lorakit doctor``: what this machine and installation can do, found by trying it."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -11,6 +10,7 @@ from typing import Literal
 from packaging.version import Version
 
 from lorakit.errors import LorakitError, ModelError, first_line
+from lorakit.paths import free_bytes
 
 LITTLE_DISK = 5 * 10**9
 LITTLE_MEMORY = 3 * 10**9
@@ -161,7 +161,9 @@ def _bases() -> Iterator[Finding]:
 
 
 def _disk(folder: Path) -> Finding:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
+    if free is None:
+        return Finding("disk free", "not known", "notice", "the file system does not say")
     if free < LITTLE_DISK:
         return Finding("disk free", _gigabytes(free), "notice", "little: checkpoints and merged models may not fit")
     return Finding("disk free", _gigabytes(free), "works")

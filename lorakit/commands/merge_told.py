@@ -45,6 +45,7 @@ def tell_plan(plan: "MergePlan", overwrite: bool) -> None:
 
     check_out(plan, overwrite)
     free = check_space(plan)
+    told = "what is free is not known" if free is None else f"{free / 1e9:.1f} GB are free"
     print(f"base     {plan.base.name} ({plan.base.layout})")
     for adapter in plan.adapters:
         ranks = ", ".join(map(str, adapter.ranks))
@@ -57,7 +58,7 @@ def tell_plan(plan: "MergePlan", overwrite: bool) -> None:
         print("         the head, tied to the embedding, gets a weight of its own, and the config says so")
     for name, file in plan.files.items():
         print(f"writes   {plan.out / name}: {len(file.tensors)} tensors, {file.size / 1e9:.3f} GB")
-    print(f"in all   {plan.size / 1e9:.3f} GB ({', '.join(plan.dtypes)}), {free / 1e9:.1f} GB are free")
+    print(f"in all   {plan.size / 1e9:.3f} GB ({', '.join(plan.dtypes)}), {told}")
 
 
 def tell(report: "MergeReport") -> None:

@@ -1,13 +1,12 @@
 """`--dry-run`: what a recipe would train, on what, for how long and in how much memory. No weights are read."""
 
-import shutil
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from lorakit.paths import free_bytes
 from lorakit.recipe.schema import LlamaRecipe, Optimizer, SDRecipe
 
 if TYPE_CHECKING:
@@ -98,8 +97,6 @@ def _disk(recipe: SDRecipe | LlamaRecipe, trained: int) -> str:
     """Adapter and checkpoints, beside what the disk has."""
     a_checkpoint = trained * (4 + STATE_BYTES[recipe.optimizer.name])
     need = (recipe.train.keep_checkpoints + 1) * a_checkpoint + 8 * trained
-    place = Path(recipe.output.folder).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    return f"disk: {need / 1e6:,.1f} MB for checkpoints and the adapter, {free / 1e9:,.1f} GB free"
+    free = free_bytes(recipe.output.folder)
+    told = "what is free is not known" if free is None else f"{free / 1e9:,.1f} GB free"
+    return f"disk: {need / 1e6:,.1f} MB for checkpoints and the adapter, {told}"

@@ -90,8 +90,9 @@ def _named(error: Exception) -> LorakitError:
     text = first_line(error)
     if is_out_of_memory(error):
         return ResourceError("out of memory", hint="free some memory, or take a smaller model or smaller examples")
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return ResourceError(f"cannot write: {error.strerror}", where=str(error.filename or ""))
+    hint = DISK_ERRORS.get(error.errno or 0) if isinstance(error, OSError) else None
+    if isinstance(error, OSError) and hint and not isinstance(error, PermissionError):
+        return ResourceError(f"cannot read or write: {error.strerror}", where=str(error.filename or ""), hint=hint)
     kind: type[LorakitError] = ModelError
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):

@@ -67,9 +67,9 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
         with (
             session.told_once(),
             stopping_at_once("stopped before the first step", f"go on with: {resume_command}") as beginning,
-            opened(root, rank=session.rank) as run_folder,
             Terminal(quiet=not session.is_main) as terminal,
             warnings_to(terminal.console),
+            opened(root, rank=session.rank) as run_folder,
         ):
             terminal.stage(f"loading {recipe.base.model}")
             layout = Layout(

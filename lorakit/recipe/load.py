@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorakit.errors import RecipeError
+from lorakit.paths import lies_in
 from lorakit.recipe import document
 from lorakit.recipe.build import build
 from lorakit.recipe.document import HINT, Fault, Mapping, Node, Scalar, compose, escape, raise_faults
@@ -212,13 +213,11 @@ def _folder_faults(recipe: SDRecipe | LlamaRecipe, root: Mapping, source: str) -
     loops = {field: loop for field, text in named.items() if (loop := _loop(Path(text)))}
     for field, loop in loops.items():
         yield Fault(_place(root, field, source), f"{escape(str(loop))} is a symbolic link that leads to itself")
-    inside = Path(os.path.realpath(run))
     for field, text in named.items():
-        if field != "output.folder" and field not in loops and "output.folder" not in loops and os.path.exists(text):
-            outer = Path(os.path.realpath(text))
-            if inside == outer or outer in inside.parents:
-                reason = f"the run folder {escape(str(run))} would be inside {field} ({escape(text)})"
-                yield Fault(_place(root, "output.folder", source), f"{reason}; choose another output.folder")
+        sound = field != "output.folder" and not {field, "output.folder"} & loops.keys() and os.path.exists(text)
+        if sound and lies_in(run, text):
+            reason = f"the run folder {escape(str(run))} would be inside {field} ({escape(text)})"
+            yield Fault(_place(root, "output.folder", source), f"{reason}; choose another output.folder")
 
 
 def _loop(path: Path) -> Path | None:

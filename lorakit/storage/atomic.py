@@ -11,6 +11,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,26 +24,45 @@ from lorakit.errors import DISK_ERRORS, CheckpointError, ConflictError, Resource
 
 MANIFEST = "manifest.json"
 TMP = ".tmp-"
-_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+OLD = ".old-"
+_UNLISTED = {"Thumbs.db", "desktop.ini", "@eaDir"}
+"""What programs that show folders leave in them, beside files whose names begin with a dot."""
+NO_SUCH_CALL = frozenset({errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
+"""How a file system says that it cannot flush a folder, or has no locks."""
+log = logging.getLogger("lorakit")
 
 
 @contextmanager
 def disk_errors(where: Path | None = None) -> Iterator[None]:
-    """Turn a full, read-only or failing disk into ResourceError; other exceptions pass unchanged.
-
-    Libraries written in Rust put the error's number into their message only: ``... (os error 28)``.
-    """
+    """Turn a full, read-only or failing disk into ResourceError; other exceptions pass unchanged."""
     try:
         yield
     except Exception as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-        if number not in DISK_ERRORS | _FORBIDDEN:
+        number = os_error(error)
+        if number is None or number not in DISK_ERRORS:
             raise
-        forbidden = number in _FORBIDDEN
-        hint = "choose a folder that can be written" if forbidden else "free some space, or write elsewhere"
         place = where or getattr(error, "filename", None) or ""
-        raise ResourceError(f"cannot write: {os.strerror(number)}", where=str(place), hint=hint) from error
+        reason = f"cannot write: {os.strerror(number)}"
+        raise ResourceError(reason, where=str(place), hint=DISK_ERRORS[number]) from error
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """A file that cannot be read, although it is there, is a ResourceError: that says nothing of what is in it."""
+    try:
+        yield
+    except Exception as error:
+        number = os_error(error)
+        if number in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            raise
+        hint = "go on when it can be read; or take it away, if it never will be"
+        raise ResourceError(f"cannot be read: {os.strerror(number)}", where=str(path), hint=hint) from error
+
+
+def os_error(error: Exception) -> int | None:
+    """The number of an operating system's error; libraries in Rust have it in their text: ``... (os error 28)``."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return error.errno if isinstance(error, OSError) else int(told[1]) if told else None
 
 
 def sha256(path: Path) -> str:
@@ -58,8 +78,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
-            os.chmod(partial, 0o666 & ~_umask())
+                _fsync(file.fileno())
+            _allow(partial, 0o666)
             os.replace(partial, path)
         fsync(path.parent)
 
@@ -74,8 +94,9 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
     """Yield an empty folder beside ``final`` that takes its place, complete and flushed, when the block ends well.
 
     An error in the block removes it. ``manifest`` adds manifest.json. A ``final`` that exists is a ConflictError
-    unless ``replace`` is set; it then changes places with the new one in one step, and is removed.
-    ResourceError when the disk refuses.
+    unless ``replace`` is set; it then changes places with the new one, and is removed: in one step where the file
+    system can, else in two, of which ``sweep_killed`` takes the first back when there is no second. ResourceError when
+    the disk refuses.
     """
     if not replace and os.path.lexists(final):
         raise ConflictError("exists already", where=str(final), hint="choose another name, or remove it")
@@ -83,15 +104,15 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
         make_folder(final.parent)
         with _beside(final, folder=True) as folder:
             yield folder
-            os.chmod(folder, 0o777 & ~_umask())
+            _allow(folder, 0o777)
             _flush(folder, manifest)
-            there = replace and os.path.lexists(final)
-            if not (there and _exchange(folder, final)):
-                if there:
-                    discard(final)
+            if not (replace and os.path.lexists(final)):
                 os.rename(folder, final)
+            elif not _exchange(folder, final):
+                with _out_of_the_way(final):
+                    os.rename(folder, final)
         fsync(final.parent)
-        _remove(folder)
+        _try_to_remove(folder)
 
 
 def make_folder(folder: Path) -> None:
@@ -115,7 +136,7 @@ def new_file(final: Path, *, replace: bool = False) -> Iterator[Path]:
         with _beside(final, folder=False, suffix=final.suffix) as path:
             yield path
             fsync(path)
-            os.chmod(path, 0o666 & ~_umask())
+            _allow(path, 0o666)
             os.replace(path, final)
         fsync(final.parent)
 
@@ -124,15 +145,7 @@ def new_file(final: Path, *, replace: bool = False) -> Iterator[Path]:
 def _beside(final: Path, *, folder: bool, suffix: str = "") -> Iterator[Path]:
     """A new and empty file or folder beside ``final``, locked against ``sweep_killed``; an error removes it."""
     sweep_killed(final)
-    held = None
-    while held is None:
-        if folder:
-            path = Path(tempfile.mkdtemp(prefix=f"{TMP}{final.name}-", dir=final.parent))
-        else:
-            handle, name = tempfile.mkstemp(prefix=f"{TMP}{final.name}-", suffix=suffix, dir=final.parent)
-            os.close(handle)
-            path = Path(name)
-        held = _hold(path)
+    path, held = _made(TMP, final, folder=folder, suffix=suffix)
     try:
         yield path
     except BaseException:
@@ -143,13 +156,28 @@ def _beside(final: Path, *, folder: bool, suffix: str = "") -> Iterator[Path]:
         os.close(held)
 
 
+def _made(prefix: str, final: Path, *, folder: bool, suffix: str = "") -> tuple[Path, int]:
+    """A new file or folder beside ``final``, and its handle, which holds a lock on it until it is closed."""
+    while True:
+        if folder:
+            path = Path(tempfile.mkdtemp(prefix=f"{prefix}{final.name}-", dir=final.parent))
+        else:
+            handle, name = tempfile.mkstemp(prefix=f"{prefix}{final.name}-", suffix=suffix, dir=final.parent)
+            os.close(handle)
+            path = Path(name)
+        held = _hold(path)
+        if held is not None:
+            return path, held
+
+
 def check_manifest(folder: Path) -> None:
     """Compare each file with manifest.json; CheckpointError naming the first that is missing, changed or unlisted.
 
     The manifest itself must be what this module writes, byte for byte: a changed space in it counts as damage too.
     """
     try:
-        written = (folder / MANIFEST).read_bytes()
+        with read_errors(folder / MANIFEST):
+            written = (folder / MANIFEST).read_bytes()
         listed = json.loads(written)["files"]
         expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
         if written != _manifest(listed):
@@ -158,19 +186,60 @@ def check_manifest(folder: Path) -> None:
         raise CheckpointError("the manifest is missing or cannot be read", where=str(folder / MANIFEST)) from error
     present = {name: path for name, path in _files(folder) if name != MANIFEST}
     for name in sorted(expected.keys() ^ present.keys()):
+        if name not in expected and any(part[0] == "." or part in _UNLISTED for part in name.split("/")):
+            continue
         reason = "is missing" if name in expected else "is not in the manifest"
         raise CheckpointError(f"a file {reason}", where=str(folder / name))
     for name, (size, digest) in expected.items():
         path = present[name]
-        if path.is_symlink() or path.stat().st_size != size or sha256(path) != digest:
-            raise CheckpointError("the file differs from its manifest", where=str(path))
+        with read_errors(path):
+            if path.is_symlink() or path.stat().st_size != size or sha256(path) != digest:
+                raise CheckpointError("the file differs from its manifest", where=str(path))
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder so that no half-removed one is ever seen under its name."""
+    """Remove a file or folder so that no half-removed one is ever seen under its name.
+
+    What an overlay has from a lower layer has no other name to take, and is removed where it is. What somebody else has
+    open, a network's file system keeps until then under ``.tmp-*``.
+    """
     aside = Path(tempfile.mkdtemp(prefix=f"{TMP}{path.name}-", dir=path.parent))
-    os.rename(path, aside / path.name)
-    _remove(aside)
+    try:
+        os.rename(path, aside / path.name)
+    except OSError as error:
+        os.rmdir(aside)
+        if error.errno != errno.EXDEV:
+            raise
+        _remove(path)
+    else:
+        _try_to_remove(aside)
+
+
+@contextmanager
+def _out_of_the_way(final: Path) -> Iterator[None]:
+    """``final`` has another name in the block, and is removed after it; an error brings it back."""
+    aside, held = _made(OLD, final, folder=True)
+    try:
+        try:
+            os.rename(final, aside / final.name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            _remove(final)  # as in ``discard``
+        yield
+    finally:
+        with suppress(OSError):
+            _bring_back(aside, final)
+        os.close(held)
+
+
+def _bring_back(aside: Path, final: Path) -> None:
+    """End ``_out_of_the_way``: what was ``final`` is so again, unless something else is, and removed then."""
+    earlier = aside / final.name
+    if os.path.lexists(earlier) and not os.path.lexists(final):
+        os.rename(earlier, final)
+    _remove(earlier)
+    os.rmdir(aside)  # not empty, when it is of another place whose name begins as this one's
 
 
 def sweep(folder: Path) -> None:
@@ -178,24 +247,30 @@ def sweep(folder: Path) -> None:
     if not folder.is_dir():
         return
     for path in folder.glob(f"{TMP}*"):
-        _remove(path)
+        _try_to_remove(path)
 
 
 def sweep_killed(final: Path) -> None:
-    """Remove what was being written to ``final`` when its process was killed; links are left alone.
+    """Remove what was being written to ``final`` when its process was killed, and bring back what stood there, if
+    nothing else does; links are left alone.
 
-    What a living process is writing there, it holds a lock on. On a file system without locks nothing is removed.
+    What a living process is writing there, it holds a lock on. On a file system without locks (NFS has none on folders)
+    nothing is removed, but named in a warning.
     """
-    for path in final.parent.glob(f"{TMP}{glob.escape(final.name)}-*"):
-        if path.is_symlink():
-            continue
-        with suppress(OSError):  # in use, or swept by somebody else
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(path)
-            finally:
-                os.close(handle)
+    for prefix, finish in ((OLD, lambda path: _bring_back(path, final)), (TMP, _remove)):
+        for path in final.parent.glob(f"{prefix}{glob.escape(final.name)}-*"):
+            if path.is_symlink():
+                continue
+            with suppress(OSError):  # swept by somebody else
+                handle = os.open(path, os.O_RDONLY)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    finish(path)
+                except OSError as error:
+                    if error.errno in NO_SUCH_CALL:
+                        log.warning("%s: of a killed process, if nobody is writing there: this disk has no locks", path)
+                finally:
+                    os.close(handle)
 
 
 def _hold(path: Path) -> int | None:
@@ -213,12 +288,20 @@ def _hold(path: Path) -> int | None:
 
 
 def fsync(path: Path) -> None:
-    """Flush one file or folder to the disk."""
+    """Flush one file or folder to the disk, where its file system can."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _fsync(handle)
     finally:
         os.close(handle)
+
+
+def _fsync(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SUCH_CALL:
+            raise
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -235,6 +318,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _try_to_remove(path: Path) -> None:
+    """``_remove``, or some of it: a file that somebody has open keeps its folder on a network's file system."""
+    with suppress(OSError):
+        _remove(path)
 
 
 def _flush(folder: Path, manifest: bool) -> None:
@@ -266,7 +355,9 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
     return sorted((path.relative_to(folder).as_posix(), path) for path in found)
 
 
-def _umask() -> int:
+def _allow(path: Path, mode: int) -> None:
+    """The mode that a new file or folder has, which ``tempfile`` keeps from others; some file systems have none."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    with suppress(OSError):
+        os.chmod(path, mode & ~mask)

@@ -123,13 +123,14 @@ def check_link(path: Path, root: Path) -> None:
 
 
 def files_of(root: Path) -> Iterator[Path]:
-    """Every file below a model's folder, hidden folders left out. A folder that is a link is refused."""
+    """Every file below a model's folder, but for hidden folders and what macOS puts beside files on foreign disks
+    (``._NAME``). A folder that is a link is refused."""
     for below, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             if (Path(below) / name).is_symlink():
                 raise ModelError("a folder that is a link", where=str(Path(below) / name))
-        yield from (Path(below) / name for name in sorted(names))
+        yield from (Path(below) / name for name in sorted(names) if not name.startswith("._"))
 
 
 def shard_files(folder: Path, stem: str) -> list[Path]:

@@ -23,6 +23,8 @@ LARGE = 1 << 20
 KEPT = 24
 """Pieces of memory of at most WRITE bytes, and a little, that are kept to be taken again."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
+_UNABLE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What a file system without direct transfers says, when a file is opened or only when it is read or written."""
 
 
 class DirectReader:
@@ -51,7 +53,7 @@ class DirectReader:
         try:
             return min(os.preadv(self._direct, [room.data], start), size)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in _UNABLE:
                 raise
             return os.preadv(self._handle, [exact], start)
 
@@ -69,7 +71,10 @@ class _PageCache:
         self._start = 0
         self._mincore = getattr(ctypes.CDLL(None), "mincore", None)
         if size and self._mincore is not None:
-            self._map = mmap.mmap(handle, size, prot=mmap.PROT_READ)  # never read through: a file may become shorter
+            try:  # never read through: a file may become shorter
+                self._map = mmap.mmap(handle, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            except OSError:
+                return
             self._start = np.frombuffer(self._map, np.uint8).ctypes.data
 
     def has(self, begin: int, end: int) -> bool:
@@ -119,7 +124,7 @@ class DirectWriter:
                 else:
                     count = os.pwrite(direct, content[:whole], self._place)
             except OSError as error:
-                if direct is None or error.errno != errno.EINVAL:
+                if direct is None or error.errno not in _UNABLE:
                     raise
                 os.close(direct)  # a file system that will not, or a limit amid a block: the cache's way says which
                 self._direct = None
@@ -140,7 +145,7 @@ def _open_direct(path: Path, flags: int) -> int | None:
     try:
         return os.open(path, flags | _DIRECT)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+        if error.errno not in _UNABLE:
             raise
         return None
 

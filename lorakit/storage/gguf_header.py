@@ -217,7 +217,10 @@ def read_gguf(path: Path) -> GgufHeader:
         raise ModelError("no such file", where=str(path))
     try:
         size = path.stat().st_size
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        private = {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ}  # which FUSE has where it has no shared one
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, **private) as data:
             return _parse(_Cursor(data, size), size)
-    except (OSError, ValueError, OverflowError) as error:
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    except (ValueError, OverflowError) as error:
         raise ModelError(f"broken GGUF header: {error}", where=str(path), hint="get the file again") from error

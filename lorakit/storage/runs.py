@@ -2,13 +2,17 @@
 
 import errno
 import fcntl
+import logging
 import os
 import re
+import socket
 from pathlib import Path
 from typing import Self
 
 from lorakit.errors import ConflictError, RecipeError
 from lorakit.storage import atomic
+
+log = logging.getLogger("lorakit")
 
 
 class RunFolder:
@@ -91,21 +95,29 @@ class RunFolder:
         while True:
             handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock_file(handle)
                 if self._is_current(handle):
                     os.ftruncate(handle, 0)
-                    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+                    os.pwrite(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                     self._lock = handle
                     return
             except OSError as error:
-                pid = os.pread(handle, 20, 0).decode(errors="replace").strip()
+                process = os.pread(handle, 100, 0).decode(errors="replace").strip()
                 os.close(handle)
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
-                reason = f"another run (process {pid}) is using this folder"
+                reason = f"another run (process {process}) is using this folder"
                 hint = "wait for it, stop it, or give another output.name"
                 raise ConflictError(reason, where=str(self.root), hint=hint) from error
             os.close(handle)
+
+    def _lock_file(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in atomic.NO_SUCH_CALL:
+                raise
+            log.warning("%s: this file system has no locks: nothing keeps a second run out of the folder", self.root)
 
     def _is_current(self, handle: int) -> bool:
         try:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from lorakit.errors import CheckpointError, ConflictError, DataError, ModelError, RecipeError, shown
@@ -111,8 +112,10 @@ def save(
         with atomic.disk_errors(run.metrics):
             atomic.fsync(run.metrics)
     with atomic.new_folder(final, manifest=True, replace=True) as folder:
-        save_file({k: v.detach().cpu().contiguous() for k, v in adapter.items()}, folder / "adapter.safetensors")
-        save_file(tensors, folder / "optimizer.safetensors", metadata={"optimizer": meta})
+        # By Python, since safetensors' own writer does not hear of a quota that closing the file runs into.
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
+        (folder / "adapter.safetensors").write_bytes(to_bytes(plain))
+        (folder / "optimizer.safetensors").write_bytes(to_bytes(tensors, metadata={"optimizer": meta}))
         (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n", encoding="utf-8")
     atomic.check_manifest(final)
     prune(run, state.step, keep=keep)
@@ -260,14 +263,17 @@ def _read(folder: Path) -> Checkpoint:
     if not isinstance(told, dict) or told.keys() != {field.name for field in dataclasses.fields(State)}:
         raise CheckpointError("written by another version of lorakit, which can go on with it", where=str(folder))
     state = State(**told)
+    with _readable(folder / "optimizer.safetensors"), safe_open(folder / "optimizer.safetensors", "pt"):
+        pass
     with _readable(folder / "adapter.safetensors"):
         return Checkpoint(folder, state, load_file(folder / "adapter.safetensors"))
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """A file that cannot be understood is a CheckpointError that names it."""
+    """A file that cannot be understood is a CheckpointError that names it; one that cannot be read a ResourceError."""
     try:
-        yield
+        with atomic.read_errors(path):
+            yield
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error

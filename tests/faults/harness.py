@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from lorakit import cli
+from tests.torture.refuse import refuse
 
 CODES = frozenset({0, 2, 3, 4, 5, 6, 7, 8, 9, 75, 130})
 """Every exit code that a command may end with."""
@@ -82,8 +83,11 @@ def process(*words: object, prelude: str = "", seconds: float = 180, env: Mappin
     return Told(done.returncode, done.stdout, done.stderr)
 
 
-def forked(*words: object, megabytes: int = 1500, seconds: float = 60) -> Told:
-    """Run a command in a fork of this process, which saves its imports, with so much memory to add and time to take."""
+def forked(
+    *words: object, megabytes: int = 1500, seconds: float = 60, refused: Mapping[str, int] | None = None
+) -> Told:
+    """Run a command in a fork of this process, which saves its imports, with so much memory to add and time to take;
+    the kernel refuses it the calls of ``refused`` (``tests/torture/refuse.py``)."""
     with tempfile.TemporaryFile("w+") as told, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which the child does not use
         child = os.fork()
@@ -92,6 +96,7 @@ def forked(*words: object, megabytes: int = 1500, seconds: float = 60) -> Told:
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20,) * 2)
                 torch.set_num_threads(1)
+                refuse(refused or {})
                 done = lorakit(*words)
                 json.dump([done.code, done.out, done.err], told)
                 told.flush()

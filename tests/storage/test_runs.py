@@ -1,6 +1,7 @@
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def test_layout(tmp_path: Path) -> None:
     with RunFolder.open_new(tmp_path / "runs" / "name") as run:
         assert run.checkpoint(200) == tmp_path / "runs" / "name" / "checkpoints" / "step-000200"
         assert run.samples(7).parts[-2:] == ("samples", "step-000007")
-        assert (run.root / ".lock").read_text() == f"{os.getpid()}\n"
+        assert (run.root / ".lock").read_text() == f"{os.getpid()} on {socket.gethostname()}\n"
     assert os.listdir(run.root) == []
 
 
@@ -68,7 +69,7 @@ def test_a_lock_file_that_a_run_removes_as_it_ends_is_not_taken(
 
     monkeypatch.setattr(fcntl, "flock", late)
     with RunFolder.open_new(tmp_path):
-        assert lock.read_text() == f"{os.getpid()}\n"
+        assert lock.read_text() == f"{os.getpid()} on {socket.gethostname()}\n"
         with pytest.raises(ConflictError, match="another run"):
             RunFolder.open_existing(tmp_path)
 
@@ -86,6 +87,6 @@ def test_a_second_process_conflicts_and_a_dead_ones_lock_is_recovered(tmp_path: 
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         holder.stdout.close()
-    assert (tmp_path / ".lock").read_text() == f"{holder.pid}\n"
+    assert (tmp_path / ".lock").read_text() == f"{holder.pid} on {socket.gethostname()}\n"
     with RunFolder.open_new(tmp_path):
-        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / ".lock").read_text() == f"{os.getpid()} on {socket.gethostname()}\n"

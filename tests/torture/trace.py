@@ -56,7 +56,11 @@ def be_traced(*, wait: bool = True) -> None:
     _check(_libc.ptrace(_TRACEME, 0, None, None))
     if wait:
         os.kill(os.getpid(), signal.SIGSTOP)
-    program = _filter()
+    put_in_place(_filter())
+
+
+def put_in_place(program: bytes) -> None:
+    """A seccomp filter, in classic BPF, for this thread and those that it starts."""
     instructions = ctypes.create_string_buffer(program)
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(instructions)))
     _check(_libc.prctl(38, 1, 0, 0, 0))  # PR_SET_NO_NEW_PRIVS

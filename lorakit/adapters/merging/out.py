@@ -1,10 +1,10 @@
 """Where a merged model may go."""
 
 import os
-import shutil
 
 from lorakit.adapters.merging.plan import MergePlan
 from lorakit.errors import ConflictError, ResourceError
+from lorakit.paths import free_bytes, lies_in
 
 SPARE = 50_000_000
 """Bytes that the disk must have left for configs, tokenizer and receipt."""
@@ -12,10 +12,9 @@ SPARE = 50_000_000
 
 def check_out(plan: MergePlan, overwrite: bool) -> None:
     """Raises ConflictError when OUT is, holds or is inside an input, or exists and may not be replaced."""
-    out, target = plan.out, plan.out.resolve()
-    inputs = [("base", plan.base.path), *(("adapter", adapter.path) for adapter in plan.adapters)]
-    for name, path in ((name, path.resolve()) for name, path in inputs):
-        if target == path or target in path.parents or path in target.parents:
+    out = plan.out
+    for name, path in [("base", plan.base.path), *(("adapter", adapter.path) for adapter in plan.adapters)]:
+        if lies_in(out, path) or lies_in(path, out):
             raise ConflictError(f"OUT is the {name}, lies inside it or contains it", where=str(out))
     if not os.path.lexists(out):
         return
@@ -29,12 +28,11 @@ def check_out(plan: MergePlan, overwrite: bool) -> None:
         raise ConflictError("not a model's folder: it is not replaced", where=str(out))
 
 
-def check_space(plan: MergePlan) -> int:
-    """Bytes that are free where OUT goes. ResourceError when the merged model takes more."""
-    parent = next(path for path in plan.out.resolve().parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < plan.size + SPARE:
-        needed = plan.size + SPARE
+def check_space(plan: MergePlan) -> int | None:
+    """Bytes that are free where OUT goes, if the disk says so. ResourceError when the merged model takes more."""
+    folder = plan.out.resolve().parent
+    free, needed = free_bytes(folder), plan.size + SPARE
+    if free is not None and free < needed:
         reason = f"the merged model takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
-        raise ResourceError(reason, where=str(parent), hint="free some space, or write elsewhere")
+        raise ResourceError(reason, where=str(folder), hint="free some space, or write elsewhere")
     return free

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lorakit.adapters.merging.change import Change, rows_at_once
 from lorakit.adapters.merging.source import FileSource
 from lorakit.adapters.merging.stream import READ, OutFile, Span, Summed, worked
 from lorakit.errors import ModelError
+from lorakit.storage.atomic import fsync
 from lorakit.storage.bases import file_digest
 
 SINGLE = 2.0**-24
@@ -108,10 +110,11 @@ def _one_rounding(total: Tensor, found: Tensor) -> float:
 
 def forget(path: Path) -> None:
     """Write a file through to the disk and drop it from the page cache, so that reading reads the disk."""
+    fsync(path)
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # a file system without a cache of its own
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)

@@ -1,0 +1,33 @@
+"""What the operating system says of places on its disks, whatever they are called there."""
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+
+def lies_in(path: Path | str, folder: Path | str) -> bool:
+    """Whether ``path``, which need not exist, is ``folder`` or below it: links, bind mounts and disks that do not tell
+    upper from lower case give one place several names.
+    """
+    place, outer = (Path(os.path.realpath(one)) for one in (path, folder))
+    above = (place, *place.parents)
+    return outer in above or any(_same(one, outer) for one in above)
+
+
+def _same(one: Path, other: Path) -> bool:
+    with suppress(OSError):  # not there
+        found = os.stat(one), os.stat(other)
+        return found[0].st_ino != 0 and os.path.samestat(*found)
+    return False
+
+
+def free_bytes(path: Path) -> int | None:
+    """What is free on the disk of ``path``, or of the folder that it would be made in; None where the disk does not
+    say, as some networks' do not.
+    """
+    place = next(one for one in (path, *path.absolute().parents) if one.exists())
+    with suppress(OSError):
+        usage = shutil.disk_usage(place)
+        return usage.free if usage.total else None
+    return None
