@@ -136,7 +136,8 @@ def _open_checkpoint(folder: Path) -> list[Piece]:
     try:
         state = read_json(folder / STATE)
         recipe, base_id, section = state["recipe"], str(state["base_id"]), state["recipe"]["adapter"]
-        rank, alpha, patterns = section["rank"], section["alpha"], section["alpha_pattern"].items()
+        rank, patterns = section["rank"], section["alpha_pattern"].items()
+        alpha = rank if section["alpha"] is None else section["alpha"]
         flags = {"use_rslora": section["rslora"], "use_dora": section["dora"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError("no recipe of an adapter", where=str(folder / STATE)) from error

@@ -114,7 +114,7 @@ def injection(outline: Outline, adapter: Adapter, groups: Mapping[str, Sequence[
         if layer.shared:
             raise RecipeError(f"{name} shares its weight with another layer", where="adapter.targets")
         targets.append(target)
-    alphas = {name: alphas.get(name, adapter.alpha) for name in names}
+    alphas = {name: alphas.get(name, adapter.lora_alpha) for name in names}
     return Injection(adapter, tuple(targets), alphas, suffixes(outline.modules, names))
 
 

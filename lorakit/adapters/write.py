@@ -130,14 +130,16 @@ def peft_config(injection: Injection, base_name: str, task: Literal["CAUSAL_LM"]
         base_model_name_or_path=base_name,
         inference_mode=True,
         r=adapter.rank,
-        lora_alpha=_whole(adapter.alpha),
+        lora_alpha=_whole(adapter.lora_alpha),
         lora_dropout=adapter.dropout,
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
         target_modules=list(injection.suffixes),
         rank_pattern={f"^{t.name}": t.rank for t in injection.targets if t.rank != adapter.rank},
-        alpha_pattern={f"^{name}": _whole(alpha) for name, alpha in injection.alphas.items() if alpha != adapter.alpha},
+        alpha_pattern={
+            f"^{name}": _whole(alpha) for name, alpha in injection.alphas.items() if alpha != adapter.lora_alpha
+        },
     )
     table: dict[str, Any] = cast(Any, config).to_dict()
     return table | {key: sorted(value) for key, value in table.items() if isinstance(value, set)}

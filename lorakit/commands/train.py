@@ -2,6 +2,7 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,7 +101,7 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
         if session.is_main:
             if finished_before:
                 print("the run had finished already")
-            _tell(recipe, root, outcome)
+            _tell(recipe, root, outcome, task.generate_options)
         failed = False
     finally:
         session.close(failed=failed)
@@ -126,10 +127,11 @@ def _resume_command(words: list[str], world: int) -> str:
     return shlex.join(["lorakit", *words, *ranks, "--resume"])
 
 
-def _tell(recipe: SDRecipe | LlamaRecipe, root: Path, outcome: "Outcome") -> None:
+def _tell(recipe: SDRecipe | LlamaRecipe, root: Path, outcome: "Outcome", options: Sequence[str]) -> None:
     print(f"trained {outcome.steps} steps on {outcome.examples} examples in {outcome.seconds / 60:.1f} minutes: {root}")
     if outcome.first_held_out is not None:
         print(f"held-out loss {outcome.first_held_out:.4f} -> {outcome.last_held_out:.4f}")
     revision = ["--revision", recipe.base.revision] if recipe.base.revision else []
-    command = shlex.join(["lorakit", "generate", "--base", recipe.base.model, *revision, "--adapter", str(root)])
+    words = ["--base", recipe.base.model, *revision, "--adapter", str(root), *options]
+    command = shlex.join(["lorakit", "generate", *words])
     print(f'next: {command} --prompt "..."')

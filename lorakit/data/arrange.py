@@ -45,6 +45,11 @@ def held_out_ids(pictures: Sequence[Picture], share: float, seed: int) -> set[st
     return set(sorted(names, key=lambda name: content_key(seed, name))[:count])
 
 
+def repeats(data: PictureData, picture: Picture) -> int:
+    """How often ``picture`` comes in one epoch."""
+    return picture.repeats if data.repeats == "folders" else data.repeats
+
+
 @dataclass(frozen=True)
 class Survey:
     """A recipe's pictures as training takes them, by their sizes alone."""
@@ -72,10 +77,10 @@ def survey(data: PictureData, sizes: Sequence[Size], seed: int, size_of: Callabl
         except DataError as error:
             rejects(error)
     if not found:
-        raise DataError("no picture can be used", where=data.path)
+        raise DataError("no picture can be used", where=data.path, hint=rejects.first())
     aside = held_out_ids([picture for picture, *_ in found], data.held_out, seed)
     training = [entry for entry in found if entry[0].id not in aside]
     examples: Counter[Size] = Counter()
-    for *_, size in training:
-        examples[size] += data.repeats * (2 if data.flip else 1)
+    for picture, _, size in training:
+        examples[size] += repeats(data, picture) * (2 if data.flip else 1)
     return Survey(training, len(found) - len(training), examples, rejects.errors)

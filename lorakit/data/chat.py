@@ -2,7 +2,7 @@
 
 ``messages``    {"messages": [{"role": "user", "content": "..."}, ...]}, OpenAI's
 ``sharegpt``    {"conversations": [{"from": "human", "value": "..."}, ...]}
-``alpaca``      {"instruction": "...", "input": "...", "output": "..."}
+``alpaca``      {"instruction": "...", "input": "...", "output": "..."}, or a question and an answer by other names
 ``completion``  {"prompt": "...", "completion": "..."}, raw text without a template, or two lists of messages
 ``text``        {"text": "..."}
 ``squad``       {"context", "question", "answers"}, or SQuAD's and KorQuAD's nested {"paragraphs": [{"qas": ...}]}
@@ -171,7 +171,8 @@ def _sharegpt(row: Mapping[str, Any], where: str) -> Example:
 
 def _system(row: Mapping[str, Any], where: str) -> list[Message]:
     """A row's own system prompt, if it has one."""
-    return [Message("system", _text(row, "system", where))] if _said(row, "system") else []
+    field = next((field for field in ("system", "system_prompt") if _said(row, field)), None)
+    return [Message("system", _text(row, field, where))] if field else []
 
 
 def _said(row: Mapping[str, Any], field: str) -> bool:
@@ -181,11 +182,14 @@ def _said(row: Mapping[str, Any], field: str) -> bool:
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> Example:
-    """LLaMA-Factory's ``history`` has earlier [question, answer] pairs."""
-    question = _text(row, "instruction", where)
-    if _said(row, "input"):
-        question += "\n\n" + _text(row, "input", where)
-    answer = _text(row, "output", where)
+    """Dolly has a ``context`` for the input; LLaMA-Factory's ``history`` has earlier [question, answer] pairs."""
+    asked = next((field for field in ("instruction", "question", "prompt", "input") if field in row), "instruction")
+    answered = next((field for field in ("output", "response", "answer") if field in row), "output")
+    question = _text(row, asked, where)
+    for more in ("input", "context"):
+        if more != asked and _said(row, more):
+            question += "\n\n" + _text(row, more, where)
+    answer = _text(row, answered, where)
     earlier: list[Message] = []
     for pair in row.get("history") or []:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
@@ -232,4 +236,9 @@ SIGNS: tuple[tuple[str, frozenset[str]], ...] = (
     ("alpaca", frozenset({"instruction", "output"})),
     ("completion", frozenset({"prompt", "completion"})),
     ("text", frozenset({"text"})),
+    ("alpaca", frozenset({"instruction", "response"})),
+    ("alpaca", frozenset({"question", "answer"})),
+    ("alpaca", frozenset({"question", "response"})),
+    ("alpaca", frozenset({"prompt", "response"})),
+    ("alpaca", frozenset({"input", "output"})),
 )

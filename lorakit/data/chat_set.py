@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from lorakit.data.cache import content_key
+from lorakit.data.chat import Chat
 from lorakit.data.chat_sources import read_split
 from lorakit.data.encoded import encode
 from lorakit.data.templates import named_source
@@ -24,6 +25,8 @@ class ChatSet:
     """Bad rows that were left out."""
     repeated: int
     """Training rows that also stand in held-out sources."""
+    raw: bool
+    """Whether no training row went through the chat template."""
 
     @property
     def tokens(self) -> int:
@@ -55,7 +58,8 @@ class ChatSet:
             lines.append(f"{rows} of {len(self.train)} training rows were longer than max_tokens: {tokens} tokens cut")
         turns = sum(row.unlearned_turns for row in self.train)
         if turns:
-            lines.append(f"{turns} earlier answers have no labels, because the chat template rewrites them")
+            told = f"{turns} earlier answers have no labels, because the chat template rewrites them"
+            lines.append(f"{told}; a data.chat_template that writes every answer alike learns them (chatml does)")
         if self.repeated:
             lines.append(f"{self.repeated} training rows also stand in the held-out data: its loss is flattered")
         return lines
@@ -74,5 +78,6 @@ def load_chats(data: ChatData, tokenizer: Callable[[], Any], seed: int, identity
     rows = encode((*split.train, *split.held_out), renderer, identity, split.rejects)
     train, held_out = (tuple(row for e in part for row in rows[id(e)]) for part in (split.train, split.held_out))
     if not train:
-        raise DataError("no training row is left", where="data.train", hint="the skipped rows say why")
-    return ChatSet(train, held_out, tuple(split.rejects.errors), split.repeated)
+        raise DataError("no training row is left", where="data.train", hint=split.rejects.first())
+    raw = not any(isinstance(example, Chat) for example in split.train)
+    return ChatSet(train, held_out, tuple(split.rejects.errors), split.repeated, raw)

@@ -29,6 +29,8 @@ def read_split(data: ChatData, seed: int) -> Split:
     """Read every source of a recipe. Raises DataError for a bad row (``on_bad: fail``), or when nothing is left."""
     rejects = Rejects(data.on_bad)
     sources = [(source, _some(source, rejects)) for source in data.train]
+    if not any(rows for _, rows in sources):
+        raise DataError("no row can be used", where="data.train", hint=rejects.first())
     if isinstance(data.held_out, list):
         held_out = [example for source in data.held_out for example in _some(source, rejects)]
         keys = {said(example) for example in held_out}
@@ -39,8 +41,6 @@ def read_split(data: ChatData, seed: int) -> Split:
         sources = [(source, [row for row in rows if said(row) not in apart]) for source, rows in sources]
         repeated = 0
     train = [row for n, (source, rows) in enumerate(sources) for row in _weighed(source, rows, mix(seed, 5, n))]
-    if not train:
-        raise DataError("no training example is left", where="data.train", hint="see the bad rows that were skipped")
     return Split(tuple(train), tuple(held_out), rejects, repeated)
 
 

@@ -25,7 +25,10 @@ def load_folder(path: Path, split: str) -> Any:
             raise DataError(f"no split {split!r}; it has {', '.join(splits)}", where=where)
         path = _inside(path, split, path / "dataset_dict.json")
     elif not (path / "state.json").is_file():
-        raise DataError("this folder was not made by datasets.save_to_disk", where=where, hint="give a file inside it")
+        kinds = (".jsonl", ".json", ".csv", ".parquet")
+        inside = sorted(one for one in path.rglob("*") if one.suffix in kinds and one.is_file())
+        hint = f"give each file inside it as a source of its own: {shown(inside[0])}" if inside else "give a file"
+        raise DataError("this folder was not made by datasets.save_to_disk", where=where, hint=hint)
     for field in ("_data_files", "_indices_data_files"):
         for name in _names(path / "state.json", field):
             _inside(path, name, path / "state.json")

@@ -29,7 +29,7 @@ def encode(
     """
     contents = {id(example): _content(example) for example in examples}
     order = sorted(set(contents.values()))
-    cache, key = TensorCache(default_folder() / "rows"), content_key("rows 2", identity, *order)
+    cache, key = TensorCache(default_folder() / "rows"), content_key("rows 3", identity, *order)
     known = _unpacked(cache.read(key), order) if cache.holds(key) else Rows()
     before, found = len(known), dict[int, list[Encoded]]()
     for example in examples:

@@ -28,6 +28,8 @@ BESIDE = frozenset(
     (".txt", ".json", ".jsonl", ".csv", ".caption", ".npz", ".npy", ".pt", ".safetensors", ".toml", ".yaml", ".yml")
 )
 """What other trainers keep beside a picture, under its name."""
+MASKS = ("-masklabel", "-condlabel")
+"""What OneTrainer's masks and conditions are called, behind the picture's name."""
 FILE_CAP = 2**28
 """Largest picture file, in bytes (256 MiB)."""
 
@@ -41,6 +43,8 @@ class Picture:
     id: str
     caption: str
     read: Callable[[], bytes]
+    repeats: int = 1
+    """By the number that the name of a folder around it begins with."""
 
 
 class Table(Protocol):
@@ -72,7 +76,7 @@ def find_pictures(data: PictureData, rejects: Rejects) -> list[Picture]:
             told = "%d pictures are not named in %s, and left out: %s"
             logger.warning(told, len(unnamed), shown(tables[0]), ", ".join(unnamed[:3]))
     elif path.is_dir():
-        found = list(_from_folder(path, rejects))
+        found = list(_from_folder(path, rejects, warn=data.repeats != "folders"))
     elif path.is_file() and path.suffix == ".parquet":
         found = list(_from_table(ParquetTable(path, data.image_column, data.caption_column), rejects))
     elif path.is_file() and path.suffix in (".jsonl", ".csv"):
@@ -82,8 +86,7 @@ def find_pictures(data: PictureData, rejects: Rejects) -> list[Picture]:
     else:
         raise DataError("neither a folder nor a .parquet, .jsonl or .csv file", where=shown(data.path))
     if not found:
-        hint = "; ".join(str(error) for error in rejects.errors[:3])
-        raise DataError("no picture with a caption was found", where=shown(data.path), hint=hint)
+        raise DataError("no picture with a caption was found", where=shown(data.path), hint=rejects.first())
     return found
 
 
@@ -119,33 +122,54 @@ def read_inside(root: Path, name: str, where: str, most: int = FILE_CAP) -> byte
         raise DataError(f"cannot be read: {label}: {reason}", where=where) from error
 
 
-def _from_folder(root: Path, rejects: Rejects) -> Iterator[Picture]:
-    """Every file named like a picture, or with a .txt of the same name next to it; hidden ones left out."""
+def _from_folder(root: Path, rejects: Rejects, *, warn: bool) -> Iterator[Picture]:
+    """Every file named like a picture, or with a .txt or .caption of the same name next to it.
+
+    Hidden files are left out, and the masks that OneTrainer keeps beside pictures.
+    """
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir())
     for link in sorted(p for p in root.rglob("*") if p.is_symlink() and p.is_dir()):
         error = DataError("a link to a folder, which is not followed", where=shown(link.relative_to(root).as_posix()))
         rejects(error)
     known = set(names)
-    if repeats := {part for name in names for part in Path(name).parts[:-1] if re.match(r"\d+_", part)}:
-        told = "%s: the number is no repeat count here; every picture counts once, data.repeats repeats them all"
+    repeats = {part for name in names for part in Path(name).parts[:-1] if _repeats(part)}
+    if repeats and warn:
+        told = "%s: the number is no repeat count unless data.repeats is folders; every picture counts alike"
         logger.warning(told, ", ".join(map(shown, sorted(repeats)[:3])))
+    masks = several = 0
     for name in names:
         path = Path(name)
-        beside = [path.with_suffix(suffix).as_posix() for suffix in (".txt", ".TXT")]
+        beside = [path.with_suffix(suffix).as_posix() for suffix in (".txt", ".TXT", ".caption")]
         caption = next((other for other in beside if other in known), beside[0])
         if any(part.startswith(".") for part in path.parts) or path.suffix.lower() in BESIDE:
             continue
         if path.suffix.lower() not in SUFFIXES and caption not in known:
             continue
+        if path.stem.endswith(MASKS):
+            masks += 1
+            continue
         label = shown(name)
         try:
             if caption not in known:
                 raise DataError(f"no caption: there is no {shown(caption)}", where=label)
-            text = decoded(read_inside(root, caption, shown(caption), most=CAPTION_BYTES + 3), shown(caption))
+            said = read_inside(root, caption, shown(caption), most=CAPTION_BYTES + 3)
+            text = decoded(said, shown(caption))
         except DataError as error:
             rejects(error)
             continue
-        yield Picture(label, text, _FileReader(root, name, label))
+        several += b"\n" in said.strip()
+        times = next((number for part in reversed(path.parts[:-1]) if (number := _repeats(part))), 1)
+        yield Picture(label, text, _FileReader(root, name, label), times)
+    if masks:
+        logger.warning("%d masks (%s) are left out: the whole of each picture is learned", masks, ", ".join(MASKS))
+    if several:
+        logger.warning("%d captions have several lines, which are read as one caption", several)
+
+
+def _repeats(folder: str) -> int:
+    """The number that kohya's folder names begin with; 0 for other names."""
+    found = re.match(r"(\d{1,6})_", folder)
+    return int(found[1]) if found else 0
 
 
 def _from_metadata(path: Path, column: str, rejects: Rejects) -> Iterator[Picture]:
@@ -154,7 +178,9 @@ def _from_metadata(path: Path, column: str, rejects: Rejects) -> Iterator[Pictur
         try:
             for field in ("file_name", column):
                 if field not in row:
-                    raise DataError(f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}", where=where)
+                    reason = f"no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}"
+                    hint = "name it with data.caption_column" if field == column else ""
+                    raise DataError(reason, where=where, hint=hint)
             name = row["file_name"]
             if not isinstance(name, str) or not name:
                 raise DataError("file_name is not a name", where=where)

@@ -1,7 +1,8 @@
 """Files to records: each a dict of fields and the place it came from, ``FILE:LINE``, for error messages.
 
-jsonl, json, csv and parquet files, folders made by ``datasets.save_to_disk``, and hub data sets. A row of a file with
-lines is named by its line; a row of parquet or a data set by its number from 1. URLs, pipes and devices are refused.
+jsonl, json, csv, parquet and txt files, folders made by ``datasets.save_to_disk``, and hub data sets. A row of a file
+with lines is named by its line; a row of parquet or a data set by its number from 1. URLs, pipes and devices are
+refused.
 """
 
 import csv
@@ -46,6 +47,10 @@ class Rejects:
             raise error
         self.errors.append(error)
 
+    def first(self) -> str:
+        """The first three, for a hint."""
+        return "; ".join(str(error) for error in self.errors[:3])
+
 
 def read_records(
     path: str, *, split: str = "train", revision: str | None = None, on_bad: OnBad = fail
@@ -64,12 +69,11 @@ def read_records(
         return _hub(path, split, revision)
     if not stat.S_ISREG(local.stat().st_mode):
         raise DataError("not a regular file (a pipe or a device?)", where=shown(path))
-    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    if local.suffix.lower() not in readers:
+    if local.suffix.lower() not in READERS:
         raise DataError(
-            f"no reader for files ending in {local.suffix!r}", where=shown(path), hint=f"known: {', '.join(readers)}"
+            f"no reader for files ending in {local.suffix!r}", where=shown(path), hint=f"known: {', '.join(READERS)}"
         )
-    return _steadily(local, readers[local.suffix.lower()](local, on_bad))
+    return _steadily(local, READERS[local.suffix.lower()](local, on_bad))
 
 
 class Stamp(NamedTuple):
@@ -147,10 +151,11 @@ def _json(path: Path, on_bad: OnBad) -> Iterator[Record]:
     text = _utf8(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), name)
     line, seen = 1, 0
     try:
-        for value, position in _items(text):
-            line, seen = line + text.count("\n", seen, position), position
+        for number, (value, position) in enumerate(_items(text), 1):
+            breaks, seen = text.count("\n", seen, position), position
+            line += breaks
             try:
-                record = _object(value, f"{name}:{line}")
+                record = _object(value, f"{name}:{line}" if breaks or number == 1 else f"{name}:{line} (item {number})")
             except DataError as error:
                 on_bad(error)
             else:
@@ -265,8 +270,24 @@ def _parquet(path: Path, _on_bad: OnBad) -> Iterator[Record]:
         raise DataError(f"corrupt parquet after row {number}: {first_line(error)}", where=name) from None
 
 
+def _txt(path: Path, _on_bad: OnBad) -> Iterator[Record]:
+    """One row of plain text."""
+    text = _utf8(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), shown(path))
+    yield Record({"text": text}, f"{shown(path)}:1")
+
+
+READERS: dict[str, Callable[[Path, OnBad], Iterator[Record]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".txt": _txt,
+}
+
+
 def _hub(path: str, split: str, revision: str | None) -> Iterator[Record]:
-    if not HUB_ID.fullmatch(path) or Path(path).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+    if not HUB_ID.fullmatch(path) or Path(path).suffix in READERS:
         raise DataError("no such file or folder", where=shown(path))
     return _numbered(plain_rows(load_hub(path, split, revision)), path)
 

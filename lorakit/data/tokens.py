@@ -138,12 +138,12 @@ class Renderer:
                     raise DataError(f"the {message.role}'s message contains the special token {mark!r}")
 
     def _labelled(self, text: str, spans: Sequence[Span], *, add_end: bool, where: str) -> Encoded:
-        """Tokenize once and label what touches a span."""
+        """Tokenize once and label what touches a span; ``add_end`` sees to it that it ends with the end's token."""
         found, places = self._encoder.encode(text)
         tokens, labels = found.tolist(), np.zeros(len(found), bool)
         for span in spans:
             labels |= (places[:, 1] > span.start) & (places[:, 0] < span.end)
-        if add_end:
+        if add_end and tokens[-1:] != [self.tokenizer.eos_token_id]:
             tokens, labels = [*tokens, self.tokenizer.eos_token_id], np.append(labels, True)
         whole = self._with_bos(tokens)
         labels = np.concatenate([np.zeros(len(whole) - len(tokens), bool), labels])

@@ -1,7 +1,7 @@
 """The contract between the training loop and a model family."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -35,6 +35,8 @@ class Task(Protocol):
     """Hashes of the base's configurations and vocabularies, by name."""
     fingerprint: Fingerprint
     """What the examples are made of, so that a resumed run notices changed data."""
+    generate_options: Sequence[str]
+    """What `lorakit generate` takes, beside base and adapter, to be asked as the training asks."""
 
     def parameter_groups(self) -> list[tuple[list[nn.Parameter], float]]:
         """Trainable parameters and their peak learning rates."""

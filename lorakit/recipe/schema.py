@@ -28,8 +28,8 @@ class Adapter(Section):
 
     rank: Positive = 16
     """Inner dimension of A and B."""
-    alpha: Rate = 16.0
-    """scale = alpha / rank, or alpha / sqrt(rank) with rslora."""
+    alpha: Rate | None = None
+    """scale = alpha / rank, or alpha / sqrt(rank) with rslora; as large as rank when absent."""
     rslora: bool = False
     """Rank-stabilised scale (Kalajdzievski 2023, arXiv:2312.03732)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -46,6 +46,11 @@ class Adapter(Section):
     """Alpha by module-name pattern, over ``alpha``."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """How A starts; B starts at zero either way."""
+
+    @property
+    def lora_alpha(self) -> float:
+        """``alpha``, or what stands for it."""
+        return self.rank if self.alpha is None else self.alpha
 
 
 class Train(Section):
@@ -126,7 +131,7 @@ class LlamaBase(Section):
 
 class ChatSource(Section):
     path: str
-    """A jsonl, json, csv or parquet file, a folder made by datasets.save_to_disk, or a hub id."""
+    """A jsonl, json, csv, parquet or txt file, a folder made by datasets.save_to_disk, or a hub id."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text", "squad"] = "auto"
     """How a row is laid out; auto tells it from the first row's fields."""
     split: str = "train"
@@ -178,7 +183,6 @@ class SDBase(Section):
 
 class SDAdapter(Adapter):
     rank: Positive = 8
-    alpha: Rate = 8.0
     text_encoder: bool = False
     """LoRA in the text encoder's attention too; in both of SDXL's."""
 
@@ -191,7 +195,8 @@ class SDOptimizer(Optimizer):
 
 class PictureData(Section):
     path: str
-    """A folder of pictures with .txt captions or metadata.jsonl, a parquet file, a datasets folder, or a hub id."""
+    """A folder of pictures with .txt or .caption files or metadata.jsonl, a parquet file, a datasets folder, or a hub
+    id."""
     split: str = "train"
     """Split of a hub data set."""
     revision: str | None = None
@@ -210,8 +215,8 @@ class PictureData(Section):
     """Where the excess is cut; random draws one place a picture, the same each epoch."""
     flip: bool = False
     """Add each picture's mirror image."""
-    repeats: Positive = 1
-    """How often a picture comes in one epoch."""
+    repeats: Positive | Literal["folders"] = 1
+    """How often a picture comes in one epoch; folders: as kohya's folder names say, 10 times in 10_name."""
     caption_dropout: Share = 0.1
     """Share of examples with an empty caption, so that guidance works."""
     shuffle_tags: bool = False

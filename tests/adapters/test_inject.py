@@ -225,6 +225,12 @@ def test_state_round_trip(model: LlamaForCausalLM, folder: Path) -> None:
     assert torch.equal(logits(model), logits(other))
 
 
+@pytest.mark.parametrize("rank", [2, 8])
+def test_without_an_alpha_the_scale_is_one(model: LlamaForCausalLM, rank: int) -> None:
+    made = inject(model, Adapter(rank=rank), LLAMA, seed=0)
+    assert {made.scale(target) for target in made.targets} == {1.0}
+
+
 def test_scale(model: LlamaForCausalLM) -> None:
     base = logits(model)
     inject(model, Adapter(rank=4, rslora=True), LLAMA, seed=0)
@@ -313,7 +319,7 @@ def test_quantized_base(kind: str) -> None:
     model = nn.Sequential(new.to("cpu"))
     x = torch.randn(3, 64)
     before = model(x).detach()
-    inject(model, Adapter(rank=4, targets="all-linear"), {}, seed=0)
+    inject(model, Adapter(rank=4, alpha=16, targets="all-linear"), {}, seed=0)
     state = disturb(model)
     change = x @ state["0.lora_A.weight"].T @ state["0.lora_B.weight"].T * 4
     torch.testing.assert_close(model(x) - before, change, rtol=1e-3, atol=1e-3)

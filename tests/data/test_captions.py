@@ -29,6 +29,8 @@ def test_trigger() -> None:
     assert captions.with_trigger("a cat", "zwx") == "zwx, a cat"
     assert captions.with_trigger("a cat", "") == "a cat"
     assert captions.with_trigger("", "zwx") == "zwx"
+    assert captions.with_trigger("zwx , a cat", "zwx") == "zwx , a cat"
+    assert captions.with_trigger("zwxy, a cat", "zwx") == "zwx, zwxy, a cat"
 
 
 def test_shuffling_keeps_the_first_tags_and_loses_none() -> None:

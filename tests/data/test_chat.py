@@ -60,6 +60,14 @@ def read(row, layout=None):
         ),
         ({"instruction": "q", "input": "i", "output": "a"}, (Message("user", "q\n\ni"), Message("assistant", "a"))),
         (
+            {"instruction": "q", "context": "c", "response": "a", "category": "qa"},
+            (Message("user", "q\n\nc"), Message("assistant", "a")),
+        ),
+        ({"prompt": "q", "response": "a"}, ANSWER),
+        ({"question": "q", "answer": "a"}, ANSWER),
+        ({"input": "q", "output": "a"}, ANSWER),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, (Message("system", "s"), *ANSWER)),
+        (
             {"prompt": [{"role": "user", "content": "q"}], "completion": [ASSISTANT]},
             ANSWER,
         ),

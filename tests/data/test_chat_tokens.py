@@ -199,6 +199,9 @@ def test_completions_and_texts(tokenizer):
     (row,) = renderer.encode(Completion("", "all of it", "f:1"))
     assert learned(row, tokenizer) == ["all of it<|im_end|>"]
     assert row.count == len(row.tokens) - 1
+    (ended,) = renderer.encode(Completion("", "all of it<|im_end|>", "f:1"))  # as notebooks for other trainers write it
+    assert ended.tokens.tolist() == row.tokens.tolist()
+    assert ended.labels.tolist() == row.labels.tolist()
 
 
 def test_long_texts_come_in_pieces_and_every_token_is_learned_once(tokenizer):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lorakit.data.arrange import held_out_ids
+from lorakit.data.arrange import held_out_ids, survey
 from lorakit.data.pictures import Picture, find_pictures
 from lorakit.data.records import Rejects
 from lorakit.errors import DataError
@@ -249,6 +249,30 @@ def test_a_number_before_a_folders_name_is_told_to_be_none(tmp_path: Path, caplo
     folder(tmp_path / "10_cat")
     assert len(find_pictures(PictureData(path=str(tmp_path)), Rejects("fail"))) == len(NAMES)
     assert "10_cat: the number is no repeat count" in caplog.text
+
+
+def test_kohyas_folders_say_how_often_a_picture_comes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("10_cat", "2_dog/deep", "2020", "plain"):
+        folder(tmp_path / name)
+    data = PictureData(path=str(tmp_path), repeats="folders", held_out=0)
+    found = survey(data, [(32, 32)], 0, lambda _: (40, 40))
+    assert found.examples == {(32, 32): 3 * (10 + 2 + 1 + 1)}
+    assert "repeat" not in caplog.text
+
+
+def test_masks_are_no_pictures_and_lines_of_a_caption_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = folder(tmp_path)
+    for name in ("a-masklabel.png", "a-condlabel.png"):
+        (root / name).write_bytes(b"x")
+    (root / "a.txt").unlink()
+    (root / "a.caption").write_text("one\ntwo\n")
+    found = {picture.id: picture.caption for picture in find_pictures(PictureData(path=str(root)), Rejects("fail"))}
+    assert found.keys() == set(NAMES)
+    assert "one two" in found.values()
+    assert "2 masks" in caplog.text
+    assert "1 captions have several lines" in caplog.text
 
 
 def test_what_other_trainers_keep_beside_a_picture_is_none(tmp_path: Path) -> None:

@@ -100,6 +100,24 @@ def test_json_errors_name_their_line(tmp_path, text, line, reason):
     assert caught.value.where == f"{path}:{line}"
 
 
+def test_rows_of_one_line_have_names_of_their_own(tmp_path):
+    path = write(tmp_path / "a.json", '[{"a": 1}, {"a": 2},\n{"a": 3}]')
+    assert [where for _, where in read_records(path)] == [f"{path}:1", f"{path}:1 (item 2)", f"{path}:2"]
+
+
+def test_a_text_file_is_one_row(tmp_path):
+    path = write(tmp_path / "a.txt", "\ufeffone\ntwo")
+    assert list(read_records(path)) == [({"text": "one\ntwo"}, f"{path}:1")]
+
+
+def test_a_folder_of_files_names_one_of_them(tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.jsonl", "{}")
+    with pytest.raises(DataError, match="not made by") as caught:
+        list(read_records(str(tmp_path)))
+    assert str(tmp_path / "data" / "train.jsonl") in caught.value.hint
+
+
 def test_csv_with_a_wrong_number_of_fields(tmp_path):
     path = write(tmp_path / "bad.csv", "a,b\n1,2\n1,2,3\n")
     with pytest.raises(DataError, match="3 fields under 2 columns") as caught:
@@ -129,7 +147,7 @@ def test_refuses_urls_pipes_devices_and_unknown_files(tmp_path):
         "https://example.com/a.jsonl": "URLs",
         str(tmp_path / "pipe.jsonl"): "regular",
         "/dev/zero": "regular",
-        write(tmp_path / "a.txt", "x"): "no reader",
+        write(tmp_path / "a.md", "x"): "no reader",
         str(tmp_path / "none.jsonl"): "no such",
         str(tmp_path): "save_to_disk",
     }

@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit.adapters.inject import adapter_parameters
 from lorakit.errors import ModelError, RecipeError
+from lorakit.families.llama import generate
 from lorakit.families.llama import task as llama
 from lorakit.families.llama.plan import plan as plan_llama
 from lorakit.families.place import Place
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
+from lorakit.storage.bases import resolve
 from tests.families.test_llama_plan import another
 from tests.tiny import tiny_llama, tiny_sd
 
@@ -35,12 +37,12 @@ def folder(tmp_path_factory):
     return root
 
 
-def load(folder, *, layout=None, place=PLACE, adapter=None, base=None, **data):
+def load(folder, *, layout=None, place=PLACE, adapter=None, base=None, system="Be brief.", **data):
     return llama.load(
         LlamaBase(model=str(folder / "base"), **(base or {})),
         adapter or Adapter(rank=4),
         ChatData(train=[{"path": str(folder / "chats.jsonl")}], held_out=0.2, max_tokens=128, **data),
-        LlamaSample(prompts=["What does len do?", "두 번째?"], max_new_tokens=6, system="Be brief."),
+        LlamaSample(prompts=["What does len do?", "두 번째?"], max_new_tokens=6, system=system),
         layout or Layout(0, 4),
         place,
         learning_rate=2e-2,
@@ -170,6 +172,22 @@ def test_state_goes_round_and_a_wrong_one_is_refused(folder):
     state.pop(next(iter(state)))
     with pytest.raises(ModelError, match="missing"):
         task.load_adapter_state(state)
+
+
+def test_plain_text_is_sampled_as_it_is_learned(folder, tmp_path):
+    """A base without a chat template is what most texts are trained on."""
+    folder = shutil.copytree(folder, tmp_path / "texts")
+    (folder / "base/chat_template.jinja").unlink()
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"text": f"It is {w}."}) + "\n" for w in WORDS))
+    with pytest.raises(RecipeError, match="no system message"):
+        load(folder)
+    task = load(folder, system=None)
+    task.model.eval()
+    task.sample(tmp_path)
+    (first, _) = (json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines())
+    chat = generate.open_chat(resolve(str(folder / "base")), [], PLACE, chat_template=None, fuse=False)
+    assert first["answer"] == chat.answer(first["prompt"], generate.Settings(max_new_tokens=6, temperature=0))
+    assert task.generate_options == ("--raw",)
 
 
 def test_sample_answers_are_repeatable_and_leave_the_model_training(folder, tmp_path):

@@ -51,4 +51,4 @@ def test_what_is_cut_off() -> None:
     fits, long = (tokenizer.decode(whole[:size]) for size in (room, room + 1))
     assert torch.equal(ids_of(conditioning, [fits]), ids_of(conditioning, [long]))
     assert (unread(conditioning, fits), unread(conditioning, long)) == ("", tokenizer.decode(whole[room]).strip())
-    assert cut_captions(conditioning, [fits, long, long, "a"]) == 1
+    assert cut_captions(conditioning, [fits, long, long, "a"]) == 2

@@ -53,7 +53,7 @@ LLAMA = BOTH | {
     "base.model": "builtin:smollm2-135m",
     "base.quantization": "none",
     "adapter.rank": 16,
-    "adapter.alpha": 16.0,
+    "adapter.alpha": None,
     "data.train.0.path": "a",
     "data.train.0.format": "auto",
     "data.train.0.split": "train",
@@ -72,7 +72,7 @@ LLAMA = BOTH | {
 SD = BOTH | {
     "base.model": "builtin:mini-sd",
     "adapter.rank": 8,
-    "adapter.alpha": 8.0,
+    "adapter.alpha": None,
     "adapter.text_encoder": False,
     "data.path": "a",
     "data.split": "train",

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from lorakit.data.chat import Message
 from lorakit.data.chat_set import ChatSet
 from lorakit.data.templates import named_source
 from lorakit.data.tokens import Renderer
+from lorakit.errors import RecipeError
 from lorakit.families.llama import packed
 from lorakit.families.llama.base import (
     GROUPS,
@@ -68,6 +69,7 @@ class LlamaTask:
         self.base_texts = texts(loaded.location)
         self.fingerprint = loaded.chats.fingerprint()
         self.chats = loaded.chats
+        self.generate_options: Sequence[str] = ("--raw",) if loaded.chats.raw else ()
         self._loaded = loaded
         self._sampling = sampling
         self._layout = layout
@@ -131,7 +133,8 @@ class LlamaTask:
         lm.eval()
         lm.set_attn_implementation("sdpa")
         try:
-            answers = [chat.answer([*system, Message("user", prompt)], settings) for prompt in sampling.prompts]
+            raw = self.chats.raw
+            answers = [chat.answer(p if raw else [*system, Message("user", p)], settings) for p in sampling.prompts]
         finally:
             lm.set_attn_implementation(packed.NAME)
             lm.train(training)
@@ -181,6 +184,8 @@ def load(
     check_trainable(config)
     tokenizer = load_fitting_tokenizer(folder, config)
     chats = read_chats(folder, config, data, layout.seed, lambda: tokenizer)
+    if chats.raw and sample.system is not None:
+        raise RecipeError("the data is raw text, which has no system message", where="sample.system")
     for note in chats.notes():
         log.warning("%s", note)
     if base.quantization == "int8" and place.gradient_checkpointing:

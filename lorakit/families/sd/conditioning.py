@@ -62,13 +62,13 @@ def ids_of(conditioning: Conditioning, captions: Sequence[str]) -> Tensor:
 
 
 def cut_captions(conditioning: Conditioning, captions: Sequence[str]) -> int:
-    """How many different captions ``ids_of`` cuts."""
+    """How many captions ``ids_of`` cuts."""
     different, cut = list(dict.fromkeys(captions)), set()
     for tokenizer in conditioning.tokenizers:
         found = _called(tokenizer, different, truncation=True, return_overflowing_tokens=True)
         pieces = Counter(found["overflow_to_sample_mapping"])
-        cut |= {place for place, count in pieces.items() if count > 1}
-    return len(cut)
+        cut |= {different[place] for place, count in pieces.items() if count > 1}
+    return sum(caption in cut for caption in captions)
 
 
 def unread(conditioning: Conditioning, caption: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.data.arrange import held_out_ids
+from lorakit.data.arrange import held_out_ids, repeats
 from lorakit.data.cache import TensorCache, checksum, content_key, default_folder
 from lorakit.data.captions import with_trigger
 from lorakit.data.images import Size, choose_bucket, cut_out, decode, fit, read_size
@@ -76,7 +76,7 @@ def prepare_examples(data: PictureData, vae: Any, sizes: tuple[Size, ...], layou
         listed = "; ".join(str(error) for error in rejects.errors[:20])
         logger.warning("%d pictures left out: %s", len(rejects.errors), listed)
     if not found:
-        raise DataError("no picture can be used", where=data.path)
+        raise DataError("no picture can be used", where=data.path, hint=rejects.first())
     kept = [pictures[number] for number in sorted(found)]
     aside = held_out_ids(kept, data.held_out, layout.seed)
     train: list[Example] = []
@@ -86,7 +86,7 @@ def prepare_examples(data: PictureData, vae: Any, sizes: tuple[Size, ...], layou
         if pictures[number].id in aside:
             held_out.append(made[0])
         else:
-            train.extend(made * data.repeats)
+            train.extend(made * repeats(data, pictures[number]))
     shown_too = {example.content for example in held_out} & {example.content for example in train}
     if shown_too:
         logger.warning(

@@ -90,6 +90,7 @@ class SDTask:
         self.base_id = f"{loaded.location.name} sha256:{digest(loaded.location)}"
         self.base_texts = texts(loaded.location)
         self.fingerprint = loaded.examples.fingerprint()
+        self.generate_options: Sequence[str] = ()
         self.examples = loaded.examples
         self.parts = parts
         self._loaded = loaded
@@ -244,7 +245,9 @@ def _tell_cut_captions(parts: Parts, examples: Examples) -> None:
     captions = [example.caption for example in (*examples.train, *examples.held_out)]
     if cut := cut_captions(parts.conditioning, captions):
         length = min(tokenizer.model_max_length for tokenizer in parts.conditioning.tokenizers)
-        logger.warning("%d captions are longer than %d tokens; the text encoder does not see their ends", cut, length)
+        logger.warning(
+            "%d captions are longer than %d tokens; the text encoder does not see their ends", cut, length - 2
+        )
 
 
 @contextmanager
