@@ -96,7 +96,8 @@ class Beginning:
 def stopping_at_once(told: str, hint: str) -> Iterator[Beginning]:
     """Around loading and what comes after it: a signal that comes before the work has nothing to wait for.
 
-    It raises Stopped at once, with ``told`` and ``hint``. Meanwhile ``StopSignals`` may take its place.
+    It raises Stopped at once, with ``told`` and ``hint``. Meanwhile ``StopSignals`` may take its place. When all is
+    ``over``, SIGTERM does nothing until the process ends; Ctrl-C ends a tracker that takes too long.
     """
     beginning = Beginning()
 
@@ -120,5 +121,5 @@ def stopping_at_once(told: str, hint: str) -> Iterator[Beginning]:
         raise Stopped(f"{number.name}: {told}", exit_code=code, hint=hint) from None
     finally:
         for number, handler in earlier.items():
-            if signal.getsignal(number) is stop:
+            if signal.getsignal(number) is stop and not (beginning.over and number != signal.SIGINT):
                 signal.signal(number, handler)

@@ -146,6 +146,11 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(llama: Path) -> None:
     assert list((llama / "runs").glob("*/adapter/adapter_model.safetensors"))
 
 
+def test_a_signal_after_the_end_changes_nothing(llama: Path) -> None:
+    after = f"import atexit, os\natexit.register(os.kill, os.getpid(), {int(signal.SIGTERM)})"
+    assert process("train-llama", llama / "recipe.yaml", prelude=after).code == 0
+
+
 def test_allow_is_for_a_run_that_is_resumed(sd: Path) -> None:
     lorakit("train-sd", sd / "recipe.yaml", "--allow").refused(2, "--allow: is for a run that is resumed")
     assert not (sd / "runs").exists()
