@@ -1,6 +1,7 @@
 """Adapters on the command line, and the base that their module names are held against. No weights are read."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,14 @@ def parse_adapter(text: str) -> tuple[Path, float]:
     """``PATH`` or ``PATH:WEIGHT``; RecipeError when there is nothing at the path."""
     path, weight = Path(text), 1.0
     head, colon, tail = text.rpartition(":")
-    if colon and not path.exists():
+    if colon and not os.path.exists(path):  # Path.exists raises where a name is too long
         try:
             path, weight = Path(head), float(tail)
         except ValueError:
             weight = math.nan
         if not math.isfinite(weight):
             raise RecipeError(f"{tail!r} is not a weight", where=text, hint="PATH:0.8, say")
-    if not path.exists():
+    if not os.path.exists(path):
         raise RecipeError(
             "there is no such adapter", where=str(path), hint="give a run folder, a PEFT folder or a file"
         )

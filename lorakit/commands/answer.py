@@ -34,13 +34,17 @@ def answer(batch: Batch, options: Mapping[str, Any]) -> None:
     if out is not None and batch.resume and os.path.lexists(out):
         _check_settings(out, made_with)
     prompts = _unanswered(out, batch.prompts) if out is not None and batch.resume else batch.prompts
+    if not prompts:
+        print(f"{out} has all answers")
+        return
     if out is not None and not batch.resume and os.path.lexists(out):
         raise ConflictError("exists already", where=str(out), hint="give another file with --out, or --resume")
     if out is not None:
         make_folder(out.parent, out)
     for name in ("temperature", "top_p", "min_p"):
         if not math.isfinite(options[name]):
-            raise RecipeError(f"{options[name]} is not a finite number", where=name)
+            where = f"--{name.replace('_', '-')}"
+            raise RecipeError(f"{options[name]} is not a finite number", where=where)
     from lorakit.families.llama.generate import Settings, open_chat  # takes seconds, so after what is soon refused
 
     template = options["chat_template"]
@@ -70,7 +74,7 @@ def answer(batch: Batch, options: Mapping[str, Any]) -> None:
 
 def _settings(out: Path) -> Path:
     """What all answers of ``out`` were made with, as JSON."""
-    return out.with_name(f"{out.stem}.settings.json")
+    return out.with_name(f"{out.name}.settings.json")
 
 
 def _check_settings(out: Path, made_with: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from PIL.Image import Image
 
 from lorakit.commands.batch import Batch, check_stop, make_folder
-from lorakit.errors import ConflictError
+from lorakit.errors import ConflictError, RecipeError
 from lorakit.families.sd.drawing import DrawSettings
 
 IN_A_GRID = 64
@@ -29,7 +29,11 @@ def draw(batch: Batch, options: Mapping[str, Any]) -> None:
     place = batch.place()
     painter = open_painter(batch.location, batch.adapters, place.device, place.dtype)
     settings = DrawSettings(seed=batch.seed, **options)
-    settings.check(painter.parts.size, painter.parts.factor)
+    try:
+        settings.check(painter.parts.size, painter.parts.factor)
+    except RecipeError as error:
+        error.where = f"--{error.where.replace('_', '-')}"
+        raise
     jobs = painter.jobs(batch.prompts, settings)
     if batch.resume:
         done = [metadata for path in sorted(out.glob("*.png")) if (metadata := read_settings(path)) is not None]

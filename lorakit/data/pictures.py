@@ -66,22 +66,23 @@ def find_pictures(data: PictureData, rejects: Rejects) -> list[Picture]:
     Raises: DataError when there is nothing at the path, nothing in it, or (by ``rejects``) at the first bad picture.
     """
     path = Path(data.path).expanduser()
-    if (path.is_dir() and (path / "state.json").is_file()) or (path / "dataset_dict.json").is_file():
+    is_folder, is_file = os.path.isdir(path), os.path.isfile(path)  # Path's own raise where a name is too long
+    if is_folder and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         found = list(_from_table(load_datasets_folder(path, data), rejects))
-    elif path.is_dir() and (tables := [path / name for name in METADATA if (path / name).is_file()]):
+    elif is_folder and (tables := [path / name for name in METADATA if (path / name).is_file()]):
         found = list(_from_metadata(tables[0], data.caption_column, rejects))
         named = {Path(picture.id).as_posix() for picture in found}
-        there = (shown(p.relative_to(path).as_posix()) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not rejects.errors and (unnamed := sorted(set(there) - named)):
+        pictures = (shown(p.relative_to(path).as_posix()) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not rejects.errors and (unnamed := sorted(set(pictures) - named)):
             told = "%d pictures are not named in %s, and left out: %s"
             logger.warning(told, len(unnamed), shown(tables[0]), ", ".join(unnamed[:3]))
-    elif path.is_dir():
+    elif is_folder:
         found = list(_from_folder(path, rejects, warn=data.repeats != "folders"))
-    elif path.is_file() and path.suffix == ".parquet":
+    elif is_file and path.suffix == ".parquet":
         found = list(_from_table(ParquetTable(path, data.image_column, data.caption_column), rejects))
-    elif path.is_file() and path.suffix in (".jsonl", ".csv"):
+    elif is_file and path.suffix in (".jsonl", ".csv"):
         found = list(_from_metadata(path, data.caption_column, rejects))
-    elif not path.exists() and HUB_ID.fullmatch(data.path):
+    elif not os.path.exists(path) and HUB_ID.fullmatch(data.path):
         found = list(_from_table(load_hub_table(data), rejects))
     else:
         raise DataError("neither a folder nor a .parquet, .jsonl or .csv file", where=shown(data.path))

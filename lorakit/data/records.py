@@ -63,9 +63,9 @@ def read_records(
     if "://" in path:
         raise DataError("URLs are not read", where=shown(path), hint="download the file and give its path")
     local = Path(path).expanduser()
-    if local.is_dir():
+    if os.path.isdir(local):  # Path.is_dir raises where a name is too long
         return _numbered(plain_rows(load_folder(local, split)), shown(path))
-    if not local.exists():
+    if not os.path.exists(local):
         return _hub(path, split, revision)
     if not stat.S_ISREG(local.stat().st_mode):
         raise DataError("not a regular file (a pipe or a device?)", where=shown(path))

@@ -4,6 +4,7 @@ A hub id is downloaded as safetensors and JSON, never as pickles or code; no oth
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Literal
 from lorakit.errors import ModelError, first_line
 from lorakit.storage import checks
 from lorakit.storage.gguf_base import check_gguf
-from lorakit.storage.headers import read_text
+from lorakit.storage.headers import header_bytes
 
 __all__ = [
     "BaseLocation",
@@ -70,7 +71,7 @@ def resolve(model: str, revision: str | None = None) -> BaseLocation:
         path = _builtin(model)
     else:
         path = Path(model).expanduser()
-        if path.exists():
+        if os.path.exists(path):  # Path.exists raises where a name is too long
             if revision is not None:
                 raise ModelError("a revision is for hub ids, this is a path", where=model)
         elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) and path.suffix not in (
@@ -185,7 +186,7 @@ def description(location: BaseLocation) -> str:
     total = hashlib.sha256()
     for name, file in _files(location):
         if file.suffix in TEXTS or file.suffix == ".safetensors":
-            content = read_text(file) if file.suffix == ".safetensors" else file.read_bytes()
+            content = header_bytes(file) if file.suffix == ".safetensors" else file.read_bytes()
             total.update(f"{name}\0{len(content)}\0".encode() + content)
     return total.hexdigest()
 

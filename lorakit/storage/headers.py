@@ -74,7 +74,7 @@ def _parse(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))), metadata
 
 
-def read_text(path: Path) -> bytes:
+def header_bytes(path: Path) -> bytes:
     """A file's header as it stands there, unchecked. Raises ModelError when the file has not that much."""
     if not path.is_file():
         raise ModelError("no such file", where=str(path))
@@ -96,7 +96,7 @@ def read_header(path: Path) -> Header:
     Raises ModelError when the file is absent or truncated, the header is malformed or oversized, or tensors overlap,
     leave holes, or do not take the bytes that their dtype and shape say.
     """
-    text = read_text(path)
+    text = header_bytes(path)
     size, start = path.stat().st_size, 8 + len(text)
     try:
         tensors, metadata = _parse(text)

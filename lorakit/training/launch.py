@@ -175,7 +175,8 @@ def relaunch(argv: Sequence[str], processes: int, *, device: str = "auto", modul
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # OpenMP takes a list, by level of nesting
+    cores = int(threads) if threads.isdecimal() else len(os.sched_getaffinity(0))
     options = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
     options += ["--gpu_ids", "all"]  # else those of the user's own configuration of Accelerate
     options += ["--mixed_precision", "no", "--dynamo_backend", "no", "--monitor_interval", "0.2"]

@@ -64,7 +64,7 @@ def test_66_out_is_there_or_a_link(tmp_path: Path, whole_sd: Path, whole_llama: 
 )
 def test_67_sizes_steps_and_counts(tmp_path: Path, whole_sd: Path, option: str, value: str) -> None:
     told = lorakit("generate", "--base", whole_sd, "--prompt", "a", "--out", tmp_path / "out", f"--{option}={value}")
-    told.refused(2, option.replace("-", "_") if f"--{option}" not in told.err else f"--{option}")
+    told.refused(2, f"--{option}")
     assert not (tmp_path / "out").exists()
 
 
@@ -72,7 +72,7 @@ def test_67_sizes_steps_and_counts(tmp_path: Path, whole_sd: Path, option: str, 
 @pytest.mark.parametrize("option", ["temperature=nan", "temperature=inf", "top-p=nan", "min-p=nan", "seed=-1"])
 def test_67_choices_that_are_no_numbers(tmp_path: Path, whole_llama: Path, option: str) -> None:
     told = lorakit("generate", "--base", whole_llama, "--prompt", "a", "--out", tmp_path / "out.jsonl", f"--{option}")
-    told.refused(2, option.split("=")[0].replace("-", "_") if "finite" in told.err else option.split("=")[0])
+    told.refused(2, f"--{option.split('=')[0]}")
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -148,14 +148,15 @@ def test_70_an_interrupted_batch_of_answers_goes_on(tmp_path: Path, whole_llama:
     assert lorakit("generate", *words, "--out", out, "--resume").code == 0
     assert lorakit("generate", *words, "--out", whole).code == 0
     assert out.read_bytes() == whole.read_bytes()
+    assert lorakit("generate", *words, "--out", out, "--resume").out == f"{out} has all answers\n"
     with untouched(tmp_path):
         again = ("generate", *words, "--out", out, "--resume", "--temperature", "0.1", "--seed", "3")
         lorakit(*again).refused(7, "made with another seed and temperature")
     out.write_text('{"prompt": "another"}\n')
     with untouched(tmp_path):
         lorakit("generate", *words, "--out", out, "--resume").refused(7, "other than the answers")
-    (tmp_path / "out.settings.json").unlink()
-    lorakit("generate", *words, "--out", out, "--resume").refused(7, "out.settings.json")
+    (tmp_path / f"{out.name}.settings.json").unlink()
+    lorakit("generate", *words, "--out", out, "--resume").refused(7, f"{out.name}.settings.json")
 
 
 @pytest.mark.parametrize(

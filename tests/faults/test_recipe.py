@@ -143,6 +143,15 @@ def test_10_environment_variables_stay_literal(tmp_path: Path, monkeypatch: pyte
     lorakit("data", tmp_path / "r.yaml").refused(3, "${PICTURES}")
 
 
+def test_names_that_are_too_long_are_names_of_nothing(llama: Path) -> None:
+    long, recipe = "n" * 300, llama / "recipe.yaml"
+    lorakit("train-llama", recipe, "--set", f"base.model={long}").refused(4, "no such folder or file")
+    lorakit("train-llama", recipe, "--set", f"data.train=[{{path: {long}}}]").refused(3, "no such file")
+    lorakit("merge", llama / "base", long, llama / "out").refused(2, "there is no such adapter")
+    (llama / "sd.yaml").write_text(f"data: {{path: {long}}}")
+    lorakit("data", llama / "sd.yaml").refused(3, "neither a folder nor")
+
+
 def test_torch_is_not_imported_for_a_fault_of_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("data: {path: a}\ntrain: {steps: 0}\n")
     watch = (

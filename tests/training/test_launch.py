@@ -181,6 +181,17 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path: Path) -> None:
     assert not ranks_alive(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("given", "each"), [("6,2", "3"), ("8", "4"), ("auto", None)])
+def test_cores_are_shared_by_the_ranks(monkeypatch: pytest.MonkeyPatch, given: str, each: str | None) -> None:
+    """OMP_NUM_THREADS may be a list, by level of nesting."""
+    seen: list[Any] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(accelerate_launch, "launch_command", seen.append)
+    assert launch.relaunch([], 2, device="cpu") == 0
+    expected = each or str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert str(seen[0].num_cpu_threads_per_process) == expected
+
+
 def test_device_cpu_is_honoured(session: Session) -> None:
     assert (session.rank, session.world, session.device.type, session.is_main) == (0, 1, "cpu", True)
     assert session.dtype == torch.float32

@@ -42,7 +42,7 @@ class Span(NamedTuple):
     change: Change | None = None
 
     def blocks(self, elements: int) -> Iterator[tuple[int, int]]:
-        """The rows cut into spans of at most ``elements``, of as many as are summed at a time at least."""
+        """The rows cut into spans, multiples of ``rows_at_once``: at most ``elements`` numbers where one multiple fits."""
         columns = max(1, self.source.slots[self.name].columns)
         step = rows_at_once(columns)
         step *= max(1, elements // (step * columns))

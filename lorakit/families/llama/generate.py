@@ -197,8 +197,6 @@ def open_chat(
     trained = []
     for number, (path, weight) in enumerate(adapters):
         saved = read_adapter(path, {"model": model})
-        if saved.family != "llama":
-            raise ModelError("an adapter for Stable Diffusion, not for a language model", where=str(path))
         apply(model, saved.components["model"], weight=weight, name=f"adapter{number}")
         trained.append(saved.metadata)
     if fuse:

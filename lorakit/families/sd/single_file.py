@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lorakit.errors import ModelError
 from lorakit.families.sd.encoders import Shapes, bare_names
 from lorakit.families.sd.kinds import UNET, VAE, Kind, kind_of
+from lorakit.storage.checks import read_text
 from lorakit.storage.headers import read_header
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -182,7 +183,7 @@ def _prediction_type(path: Path, metadata: Mapping[str, str], kind: Kind, shapes
         return "v_prediction"
     settings = path.with_suffix(".yaml")
     if settings.is_file():
-        return "v_prediction" if re.search(r"parameterization:\s*[\"']?v\b", settings.read_text()) else "epsilon"
+        return "v_prediction" if re.search(r"parameterization:\s*[\"']?v\b", read_text(settings)) else "epsilon"
     if kind.guess is None:
         reason = "an SD 2.x file does not tell whether it predicts epsilon or v"
         hint = f"put its {settings.name} beside it, or convert it to a diffusers folder"
