@@ -42,7 +42,7 @@ class Span(NamedTuple):
     change: Change | None = None
 
     def blocks(self, elements: int) -> Iterator[tuple[int, int]]:
-        """The rows cut into spans, multiples of ``rows_at_once``: at most ``elements`` numbers where one multiple fits."""
+        """The rows cut into multiples of ``rows_at_once``, of at most ``elements`` numbers where one of them fits."""
         columns = max(1, self.source.slots[self.name].columns)
         step = rows_at_once(columns)
         step *= max(1, elements // (step * columns))
