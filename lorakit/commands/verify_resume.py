@@ -2,7 +2,7 @@
 
 The recipe is trained twice for a few steps by ``python -m lorakit`` itself, in folders of their own beside the output:
 once without a stop, once stopped by SIGTERM and resumed. Of the recipe changes only where it writes, that every step
-has a checkpoint, and that there are no samples and no trackers, so schedule, data and dropout are those of the real run.
+has a checkpoint, and that there are no samples or trackers: schedule, data and dropout are those of the real run.
 """
 
 import hashlib
