@@ -22,12 +22,16 @@ def _same(one: Path, other: Path) -> bool:
     return False
 
 
+def standing(path: Path) -> Path:
+    """``path``, or the folder above it that there is."""
+    return next(one for one in (path, *path.absolute().parents) if os.path.exists(one))
+
+
 def free_bytes(path: Path) -> int | None:
     """What is free on the disk of ``path``, or of the folder that it would be made in; None where the disk does not
     say, as some networks' do not.
     """
-    place = next(one for one in (path, *path.absolute().parents) if one.exists())
     with suppress(OSError):
-        usage = shutil.disk_usage(place)
+        usage = shutil.disk_usage(standing(path))
         return usage.free if usage.total else None
     return None

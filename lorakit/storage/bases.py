@@ -116,8 +116,8 @@ def _layout(path: Path) -> Layout:
             return "diffusers"
         if (path / "config.json").is_file():
             return "transformers"
-        if (path / "adapter_config.json").is_file():
-            raise ModelError("an adapter, not a base model", where=str(path))
+        if any((path / name).is_file() for name in ("adapter_config.json", "adapter/adapter_config.json")):
+            raise ModelError("an adapter, not a base model", where=str(path), hint=checks.TRAIN_ON)
         raise ModelError("neither config.json nor model_index.json: no model's folder", where=str(path))
     if path.suffix == ".safetensors":
         return "single-file"

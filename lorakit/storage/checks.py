@@ -52,6 +52,7 @@ WEIGHTS = {
 }  # fmt: skip
 """The components that have weights lorakit loads, and their files' stem; only SDXL has the last one."""
 
+TRAIN_ON = "to train on from an adapter, `lorakit merge` it with its base, and name the result"
 CODE = {".py", ".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib"}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 ENCODERS = (("cond_stage_model.",), ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."))
@@ -263,7 +264,7 @@ def check_single_file(path: Path) -> None:
     found = {name: info.shape for name, info in read_header(path).tensors.items()}
     first = "model.diffusion_model.input_blocks.0.0.weight"
     if any(name.startswith(("lora_unet_", "lora_te", "base_model.model.", "unet.")) for name in found):
-        raise ModelError("an adapter, not a base model", where=str(path))
+        raise ModelError("an adapter, not a base model", where=str(path), hint=TRAIN_ON)
     if any(name.startswith("conditioner.embedders.0.model.") for name in found):
         raise ModelError(
             "the refiner of Stable Diffusion XL, not a base that makes pictures from text", where=str(path)

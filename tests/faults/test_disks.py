@@ -124,6 +124,20 @@ def test_a_base_under_another_name_is_the_base(llama: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_merge_onto_a_disk_that_is_read_only_says_so(llama: Path) -> None:
+    assert forked("train-llama", llama / "recipe.yaml").code == 0
+    place = llama / "read-only"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place], check=False).returncode:
+        pytest.skip("this system mounts nothing here")
+    try:
+        merge = ("merge", llama / "base", llama / "runs/chats", place / "merged", "--dry-run")
+        forked(*merge).refused(6, f"{place}: cannot be written")
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_what_an_overlay_has_below_is_replaced(tmp_path: Path) -> None:
     """A run or a model that came with a container's image: its folders cannot be renamed."""
     lower, upper, work, seen = (tmp_path / name for name in ("lower", "upper", "work", "seen"))

@@ -266,3 +266,12 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     path.write_bytes(head[:10])
     with pytest.raises(ModelError, match="GGUF"):
         resolve(str(path))
+
+
+@pytest.mark.parametrize("place", ["", "adapter"])
+def test_an_adapter_says_how_to_train_on(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="an adapter, not a base") as caught:
+        resolve(str(tmp_path))
+    assert "lorakit merge" in caught.value.hint

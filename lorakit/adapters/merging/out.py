@@ -4,7 +4,7 @@ import os
 
 from lorakit.adapters.merging.plan import MergePlan
 from lorakit.errors import ConflictError, ResourceError
-from lorakit.paths import free_bytes, lies_in
+from lorakit.paths import free_bytes, lies_in, standing
 
 SPARE = 50_000_000
 """Bytes that the disk must have left for configs, tokenizer and receipt."""
@@ -29,8 +29,13 @@ def check_out(plan: MergePlan, overwrite: bool) -> None:
 
 
 def check_space(plan: MergePlan) -> int | None:
-    """Bytes that are free where OUT goes, if the disk says so. ResourceError when the merged model takes more."""
+    """Bytes that are free where OUT goes, if the disk says so.
+
+    ResourceError when the merged model takes more, or nothing can be written there.
+    """
     folder = plan.out.resolve().parent
+    if not os.access(standing(folder), os.W_OK):
+        raise ResourceError("cannot be written", where=str(folder), hint="choose a folder that can be written")
     free, needed = free_bytes(folder), plan.size + SPARE
     if free is not None and free < needed:
         reason = f"the merged model takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
