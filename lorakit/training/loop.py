@@ -87,17 +87,19 @@ def train(task: Task, session: Session, plan: Plan, run: RunFolder, progress: Pr
     """
     told = progress if session.is_main else Silent()
     with _memory_errors(), StopSignals(told.stage, world=session.world) as signals:
-        loop = _Loop(task, session, plan, run)
-        with loop.prefetching():
-            return loop.run(told, signals)
+        loop = _Loop(task, session, plan, run, told, signals)
+        try:
+            return loop.run()
+        finally:
+            loop.batches.close()
 
 
 class _Loop:
-    progress: Progress
-    signals: StopSignals
-
-    def __init__(self, task: Task, session: Session, plan: Plan, run: RunFolder) -> None:
+    def __init__(
+        self, task: Task, session: Session, plan: Plan, run: RunFolder, progress: Progress, signals: StopSignals
+    ) -> None:
         self.task, self.session, self.plan, self.folder = task, session, plan, run
+        self.progress, self.signals = progress, signals
         self.total = optim.total_steps(plan.train, task.steps_per_epoch)
         self.state = State(
             base_id=task.base_id,
@@ -136,26 +138,18 @@ class _Loop:
         self.saved_step = self.state.step if found else -1
         self.saved_time = time.monotonic()
         self.strict = torch.are_deterministic_algorithms_enabled()
+        self.batches = self.coming_batches()
 
     def write_down(self) -> None:
         """What the run is made from, beside its checkpoints."""
         atomic.write_text(self.folder.recipe, self.plan.recipe_text)
         self.task.fingerprint.write(self.folder.data)
 
-    @contextmanager
-    def prefetching(self) -> Iterator[None]:
-        self.batches = self.coming_batches()
-        try:
-            yield
-        finally:
-            self.batches.close()
-
     def coming_batches(self) -> Prefetch[Batch]:
         return Prefetch(self.task.batches("train", self.state.step))
 
-    def run(self, progress: Progress, signals: StopSignals) -> Outcome:
-        self.progress, self.signals = progress, signals
-        progress.start(self.total, self.state.step)
+    def run(self) -> Outcome:
+        self.progress.start(self.total, self.state.step)
         self.task.model.train()
         self.measure()
         while self.state.step < self.total:
@@ -168,7 +162,7 @@ class _Loop:
             if stopping:
                 self.stop(update.sigterm)
             self.measure()
-        progress.stage("saving the adapter")
+        self.progress.stage("saving the adapter")
         self.session.on_main(lambda: self.task.save(self.folder.root, self.folder.root.name, self.plan.recipe))
         self.metrics.draw()
         state = self.state
