@@ -16,10 +16,11 @@ def run(adapter: Path, out: Path, to: "Format", base: str | None, dtype: str | N
     """Convert, and print how far the result is from what was read."""
     import torch
 
-    from lorakit.adapters.convert import convert
+    from lorakit.adapters.convert import check_out, convert
     from lorakit.adapters.files import assemble
     from lorakit.adapters.pieces import open_pieces
 
+    check_out(out, to)
     console = Console(stderr=True)
     with warnings_to(console):
         pieces = open_pieces(adapter)
