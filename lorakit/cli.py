@@ -129,7 +129,8 @@ def generate(
     adapter: AdapterSpecs = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="May be given again.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file with one prompt a line; LLaMA then writes answers.jsonl.")
+        Path | None,
+        typer.Option(help="A prompt a line, or .jsonl with a field prompt; LLaMA then writes answers.jsonl."),
     ] = None,
     out: Annotated[
         Path | None,

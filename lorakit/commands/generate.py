@@ -1,6 +1,6 @@
 """`lorakit generate`: pictures or answers, whichever family the base is of."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,16 +72,27 @@ def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) ->
 
 
 def _prompts(request: Request) -> list[str]:
-    prompts = list(request.prompts)
-    if request.prompts_file is not None:
-        try:
-            lines = request.prompts_file.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot be read: {error}", where=str(request.prompts_file)) from error
-        prompts += [line.removesuffix("\r") for line in lines if line.strip()]
+    prompts = [*request.prompts, *(_read_prompts(request.prompts_file) if request.prompts_file is not None else ())]
     if not prompts:
         raise RecipeError("there is no prompt", hint="give --prompt TEXT or --prompts FILE")
     return prompts
+
+
+def _read_prompts(path: Path) -> Iterator[str]:
+    """A prompt a line; of a .jsonl file the field ``prompt``, which may have several lines."""
+    if path.suffix == ".jsonl":
+        from lorakit.data.records import read_records
+
+        for row, where in read_records(str(path)):
+            if not isinstance(row.get("prompt"), str):
+                raise DataError("there is no text in the field 'prompt'", where=where)
+            yield row["prompt"]
+        return
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read: {error}", where=str(path)) from error
+    yield from (line.removesuffix("\r") for line in lines if line.strip())
 
 
 def _check_texts(given: Mapping[str, Iterable[str | None]]) -> None:

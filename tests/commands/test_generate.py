@@ -61,6 +61,9 @@ def test_prompts_are_asked_for_and_read_as_utf8(tmp_path: Path) -> None:
 @pytest.mark.fault(66)
 def test_answers_go_to_a_file_that_did_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, out = tiny_llama(tmp_path / "base"), tmp_path / "in" / "a folder" / "answers.jsonl"
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(DataError, match=r"p\.jsonl:2: there is no text in the field 'prompt'"):
+        run(request(tmp_path, prompts=(), file=tmp_path / "p.jsonl"), sd=SD, llama=LLAMA)
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n", encoding="utf-8-sig")
     run(request(base, out, (), tmp_path / "prompts.txt"), sd=SD, llama=LLAMA)
     rows = [json.loads(line) for line in out.read_text().splitlines()]

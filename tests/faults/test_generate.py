@@ -168,6 +168,15 @@ def test_settings_of_the_other_family(family: str, option: tuple[str, ...], requ
     lorakit("generate", "--base", base, "--prompt", "a", *option).refused(2, f"{option[0]}: is not for {base}")
 
 
+def test_prompts_of_several_lines(tmp_path: Path, whole_llama: Path) -> None:
+    prompts = ["one\ntwo", "three"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt, "id": 1}) + "\n" for prompt in prompts))
+    words = ("--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "a.jsonl", "--max-new-tokens", "1")
+    assert lorakit("generate", "--base", whole_llama, *words).code == 0
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == prompts
+
+
 def test_the_prompt_that_is_no_good_is_told(tmp_path: Path, whole_llama: Path) -> None:
     (tmp_path / "prompts.txt").write_text("hallo\n" + "x " * 600 + "\nok\n")
     words = ("generate", "--base", whole_llama, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "a.jsonl")
