@@ -111,6 +111,7 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
             elif not _exchange(folder, final):
                 with _out_of_the_way(final):
                     os.rename(folder, final)
+                    fsync(final.parent)
         fsync(final.parent)
         _try_to_remove(folder)
 

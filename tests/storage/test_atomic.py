@@ -73,6 +73,19 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, asked: l
     assert asked == [*flushed, "exchange new/x~ new/x", "fsync new"]
 
 
+def test_without_exchange_the_new_folder_is_on_the_disk_before_the_old_one_is_removed(
+    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "x")
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(atomic, "_remove", lambda path: asked.append(f"remove {path.name}"))
+    asked.clear()
+    make(tmp_path / "x", replace=True)
+    calls = [re.sub(r"\.old-x-\w+", "old", call) for call in asked]
+    order = ["mkdir old", "rename x old/x", "rename x~ x", "fsync .", "remove x"]
+    assert [call for call in calls if call in order][:5] == order
+
+
 def test_made_folders_are_on_the_disk_before_what_is_in_them(tmp_path: Path, asked: list[str]) -> None:
     atomic.make_folder(tmp_path / "a" / "b")
     assert asked == ["mkdir a", "fsync .", "mkdir a/b", "fsync a"]
