@@ -11,10 +11,8 @@ from lorakit.errors import (
     DataError,
     LorakitError,
     ModelError,
-    NonFiniteError,
     RecipeError,
     ResourceError,
-    Stopped,
     first_line,
     is_out_of_memory,
     shown,
@@ -69,8 +67,7 @@ def tell(error: LorakitError) -> int:
     What every rank raises alike is told by one alone; ``Session`` has put a note on the others' errors.
     """
     rank = os.environ.get("RANK", "0")
-    shared = isinstance(error, Stopped | NonFiniteError | RecipeError) or hasattr(error, "__notes__")
-    if rank != "0" and shared:
+    if hasattr(error, "__notes__"):
         return error.exit_code
     red, plain = ("\033[31m", "\033[0m") if _in_colour() else ("", "")
     who = "" if rank == "0" else f" rank {rank}:"

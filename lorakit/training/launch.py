@@ -39,6 +39,8 @@ from lorakit.training.stop import AT_ONCE, caught
 from lorakit.training.watch import Watch
 
 OWN_EXIT_CODES = frozenset({*range(10), TERMINATED, INTERRUPTED} - {1})
+RANK_0_SECONDS = 15.0
+"""How long other ranks wait for rank 0 to tell what none of them can have."""
 _PATIENCE = timedelta(minutes=60)
 _FIRST_SCALE = 2.0**10
 """Of fp16's loss, which is a sum over tokens: by PyTorch's 2^16 the first updates would overflow and be left out."""
@@ -147,8 +149,16 @@ class Session:
 
 
 def open_session(compute: Compute) -> Session:
-    """Join the ranks that the launcher started, or be the only one; RecipeError when ``compute`` cannot be had here."""
-    device, dtype = choose(compute)
+    """Join the ranks that the launcher started, or be the only one; RecipeError when ``compute`` cannot be had here.
+
+    Where no rank can have it, rank 0 says so, and the launcher ends the others, which wait for that.
+    """
+    try:
+        device, dtype = choose(compute)
+    except RecipeError:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(RANK_0_SECONDS)
+        raise
     if device.type == "cuda":
         make_deterministic()
     _die_with_launcher()

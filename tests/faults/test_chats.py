@@ -185,7 +185,7 @@ def test_22_all_labels_masked(llama: Path) -> None:
     refuse(llama, "chats.jsonl:5", "no label is left")
     (llama / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 8)
     done = lorakit("data", llama / "recipe.yaml", "--set", "data.on_bad=skip")
-    done.refused(3, "data.train", "no training example")
+    done.refused(3, "data.train", "no row can be used")
 
 
 @pytest.mark.fault(23)
