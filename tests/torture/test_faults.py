@@ -138,15 +138,17 @@ def test_a_folder_that_cannot_be_written(llama: Bench, small_disk: Path) -> None
 def test_a_second_run_is_told_who_has_the_folder_and_a_dead_ones_lock_is_taken(llama: Bench) -> None:
     cwd = llama.fresh("two")
     first = llama.runner.start([*llama.command, "--set", "train.steps=100000"], cwd)
-    lock = cwd / "runs/run/.lock"
-    end = time.monotonic() + 60
-    while not (lock.exists() and lock.read_text().strip()) and time.monotonic() < end:
-        time.sleep(0.02)
-    for words in ([], ["--resume"]):
-        second = llama.runner.run([*llama.command, *words], cwd)
-        assert second.code == 7, second.err
-        assert f"another run (process {first.pid} on " in second.err
-    first.kill(9)
+    try:
+        lock = cwd / "runs/run/.lock"
+        end = time.monotonic() + 60
+        while not (lock.exists() and lock.read_text().strip()) and time.monotonic() < end:
+            time.sleep(0.02)
+        for words in ([], ["--resume"]):
+            second = llama.runner.run([*llama.command, *words], cwd)
+            assert second.code == 7, second.err
+            assert f"another run (process {first.pid} on " in second.err
+    finally:  # it would train on when the test fails
+        first.kill(9)
     assert first.wait().code == -9
     assert lock.exists()
     shutil.rmtree(cwd / "runs/run/checkpoints", ignore_errors=True)
