@@ -42,7 +42,7 @@ NEVER = {
 ONLY_IN = {
     "typer": ("cli.py",),
     "accelerate": ("training/",),
-    "peft": ("adapters/",),
+    "peft": ("adapters/peft_lora.py",),
     "bitsandbytes": ("training/optim.py", "adapters/merging/nf4.py"),
 }
 
@@ -114,7 +114,7 @@ def test_no_import_runs_up_and_every_library_stays_at_home():
         ("training/a.py", "from lorakit.families import sd", "runs up from floor 6 to families"),
         ("commands/a.py", "import typer", "imported in cli.py only"),
         ("families/sd/a.py", "from accelerate import Accelerator", "imported in training/ only"),
-        ("families/sd/a.py", "import peft", "imported in adapters/ only"),
+        ("families/sd/a.py", "import peft", "imported in adapters/peft_lora.py only"),
         ("training/loop.py", "import bitsandbytes as bnb", "training/optim.py"),
         ("errors.py", "from lorakit.recipe import schema", "never imported in errors"),
     ],
@@ -139,7 +139,7 @@ def test_the_walk_bites(tmp_path, place, code, expected):
             "from lorakit.families.task import Task\nfrom lorakit.adapters import files\nimport diffusers",
         ),
         ("commands/a.py", "from lorakit.training import loop\nfrom lorakit.families.sd import task"),
-        ("adapters/a.py", "import peft"),
+        ("adapters/peft_lora.py", "import peft"),
     ],
 )
 def test_the_walk_lets_arrows_down_pass(tmp_path, place, code):
@@ -172,4 +172,12 @@ def test_torch_is_not_imported_before_it_is_needed(code, tmp_path):
     heavy = "{'torch', 'transformers', 'diffusers', 'peft', 'accelerate', 'bitsandbytes'}"
     check = f"{code}\nimport sys; found = {heavy} & set(sys.modules); assert not found, found"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["lorakit.adapters.inject", "lorakit.adapters.merging.nf4"])
+def test_no_compiler_is_imported_with_the_library_of_lora(module):
+    check = f"import sys, {module}; there = sys.modules\n"
+    check += "assert 'bitsandbytes' in there and 'torch._inductor.compile_fx' not in there"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
+from lorakit.adapters.peft_lora import Linear as PeftLinear
 from lorakit.numerics.onednn import linear
 
 

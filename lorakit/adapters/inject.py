@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.linear import LoraLinear
 from lorakit.adapters.merging.change import Change, not_alone
 from lorakit.adapters.outline import Outline
+from lorakit.adapters.peft_lora import LoraConfig, LoraLayer, inject_adapter_in_model
 from lorakit.adapters.targets import Injection, fit, injection
 from lorakit.errors import ModelError
 from lorakit.recipe.schema import Adapter

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from lorakit.adapters.peft_lora import Linear
 from lorakit.numerics.lora import Magnitude, lora_linear, row_squares
 
 

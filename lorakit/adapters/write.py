@@ -122,7 +122,7 @@ def write_peft(
 
 def peft_config(injection: Injection, base_name: str, task: Literal["CAUSAL_LM"] | None = None) -> dict[str, Any]:
     """The table of adapter_config.json."""
-    from peft import LoraConfig, TaskType  # takes seconds to import, for nothing with the other formats
+    from lorakit.adapters.peft_lora import LoraConfig, TaskType  # takes seconds, and other formats need none of it
 
     adapter = injection.adapter
     config = LoraConfig(

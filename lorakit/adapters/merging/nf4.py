@@ -9,12 +9,15 @@ import threading
 from typing import Any
 
 import torch
-from bitsandbytes import functional
 from torch import Tensor, nn
 
 from lorakit.adapters.merging.base import OpenBase
 from lorakit.adapters.merging.source import Source
 from lorakit.errors import RecipeError
+from lorakit.numerics.compiled import compiled_when_called
+
+with compiled_when_called():
+    from bitsandbytes import functional
 
 BLOCK = 64
 """Weights that share a maximum."""
