@@ -49,17 +49,18 @@ class ChatSet:
         return Fingerprint(*([(r.where, row_hash(r.tokens.tobytes(), r.labels.tobytes())) for r in p] for p in parts))
 
     def notes(self) -> list[str]:
-        """What a user should know, one line each: rows skipped, cut, repeated, turns without labels."""
+        """What a user should know, one line each: rows skipped, cut, repeated, answers alone."""
         lines = [f"skipped {error}" for error in self.skipped[:10]]
         if len(self.skipped) > 10:
             lines.append(f"skipped {len(self.skipped)} rows in all")
         rows, tokens = self.cut
         if rows:
             lines.append(f"{rows} of {len(self.train)} training rows were longer than max_tokens: {tokens} tokens cut")
-        turns = sum(row.unlearned_turns for row in self.train)
-        if turns:
-            told = f"{turns} earlier answers have no labels, because the chat template rewrites them"
-            lines.append(f"{told}; a data.chat_template that writes every answer alike learns them (chatml does)")
+        alone = sum(row.alone for row in self.train)
+        if alone:
+            lines.append(
+                f"{alone} earlier answers are rows of their own: the chat template rewrites them later in a chat"
+            )
         if self.repeated:
             lines.append(f"{self.repeated} training rows also stand in the held-out data: its loss is flattered")
         return lines

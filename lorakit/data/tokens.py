@@ -2,7 +2,9 @@
 
 A chat is rendered whole and tokenized once. What an assistant's turn adds to the text before it is its span; a token
 that touches a span is labelled, up to and with the stop token. The spans come from rendering prefixes of the chat, so
-that any template will do, marked for generation or not.
+that any template will do, marked for generation or not. A template may write an answer otherwise once the chat goes on
+(reasoning models leave earlier thoughts out): such an answer is learned in a row of its own, the chat up to it, as the
+model sees it when it answers.
 """
 
 from bisect import bisect_left
@@ -32,8 +34,8 @@ class Encoded:
     where: str
     cut: int = 0
     """Tokens that max_tokens took away."""
-    unlearned_turns: int = 0
-    """Earlier assistant turns without labels, because the template rewrites them later in the chat."""
+    alone: bool = False
+    """Whether it is the chat up to an earlier answer, because the template rewrites that one later in the chat."""
 
     @property
     def count(self) -> int:
@@ -107,14 +109,15 @@ class Renderer:
         return self._with_bos(self._encoder.encode(text)[0].tolist())
 
     def encode(self, example: Example) -> list[Encoded]:
-        """The rows of an example, each of at most ``max_tokens``: one, but for long plain text, which is cut in pieces.
+        """The rows of an example, each of at most ``max_tokens``: one, but for long plain text, which is cut in pieces,
+        and chats whose answers the template rewrites.
 
         Raises DataError, with the example's place, for a row without any label, a template that refuses it or does
         not keep to its own prefix, and a message that contains the tokenizer's special tokens.
         """
         try:
             if isinstance(example, Chat):
-                rows = [self._chat(example)]
+                rows = self._chat(example)
             elif example.plain:
                 rows = self._pieces(example)
             else:
@@ -149,9 +152,10 @@ class Renderer:
         labels = np.concatenate([np.zeros(len(whole) - len(tokens), bool), labels])
         return Encoded(np.array(whole, np.int32), labels, where)
 
-    def _whole_chat(self, messages: Sequence[Message], where: str) -> Encoded:
+    def _whole_chat(self, messages: Sequence[Message], where: str) -> tuple[Encoded, list[int]]:
+        """The chat at any length, and the learned turns that have no label in it since the template rewrites them."""
         text = self.template.render(messages, answer_next=False)
-        spans, unlearned = self._spans(messages, text)
+        spans, rewritten = self._spans(messages, text)
         row = self._labelled(text, spans, add_end=False, where=where)
         stops, tokens, labels = self.stops(chat=True), row.tokens, row.labels
         starts = np.flatnonzero(labels & ~np.concatenate([[False], labels[:-1]]))
@@ -162,12 +166,12 @@ class Renderer:
                 labels[ends[-1] + 1 : end] = False
             elif end == len(labels):
                 tokens, labels = np.append(tokens, np.int32(self.tokenizer.eos_token_id)), np.append(labels, True)
-        return replace(row, tokens=tokens, labels=labels, unlearned_turns=unlearned)
+        return replace(row, tokens=tokens, labels=labels), rewritten
 
-    def _spans(self, messages: Sequence[Message], whole: str) -> tuple[list[Span], int]:
-        """The learned assistant turns' characters in ``whole``, and how many earlier turns the template rewrites."""
+    def _spans(self, messages: Sequence[Message], whole: str) -> tuple[list[Span], list[int]]:
+        """The learned assistant turns' characters in ``whole``, and the earlier turns that the template rewrites."""
         turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        spans, unlearned = [], 0
+        spans, rewritten = [], []
         for turn in (i for i in turns if messages[i].learned):
             before = self.template.render(messages[:turn], answer_next=True) if turn else None
             begin = len(before) if before is not None and whole.startswith(before) else None
@@ -183,8 +187,8 @@ class Renderer:
             elif turn == turns[-1]:
                 raise DataError("the chat template changes the text before the last answer once the answer is there")
             else:
-                unlearned += 1
-        return spans, unlearned
+                rewritten.append(turn)
+        return spans, rewritten
 
     def _content_begins(self, messages: Sequence[Message], turn: int, whole: str) -> int | None:
         """Where a message's content is in ``whole``: at the first character that is another one when the content is.
@@ -198,33 +202,49 @@ class Renderer:
         begin = _shared(whole, changed)
         return begin if whole[begin:].lstrip().startswith(content) else None
 
-    def _chat(self, chat: Chat) -> Encoded:
-        """Too long: the oldest turns go, then the end of the last question, at last the end of the answer."""
+    def _chat(self, chat: Chat) -> list[Encoded]:
+        """The chat up to its last learned answer, and up to each that it leaves unlearned."""
         self._refuse_marks(chat.messages)
         last = max(i for i, message in enumerate(chat.messages) if message.role == "assistant" and message.learned)
-        chat = replace(chat, messages=chat.messages[: last + 1])  # nothing learned sees what comes behind
-        row = self._whole_chat(chat.messages, chat.where)
+        messages = chat.messages[: last + 1]  # nothing learned sees what comes behind
+        whole, rewritten = self._whole_chat(messages, chat.where)
+        rows = [self._fitted(whole, messages)]
+        for turn in rewritten:
+            upto = [*(replace(message, learned=False) for message in messages[:turn]), messages[turn]]
+            rows.append(replace(self._fitted(self._whole_chat(upto, chat.where)[0], upto), alone=True))
+        return rows
+
+    def _fitted(self, row: Encoded, messages: Sequence[Message]) -> Encoded:
+        """Too long: the oldest turns go, then the end of the last question, at last the end of the answer."""
         full = len(row.tokens)
         if full <= self.max_tokens:
             return row
-        messages = self._drop_turns(chat)
-        row = self._whole_chat(messages, chat.where)
-        if len(row.tokens) > self.max_tokens:
-            row = self._whole_chat(self._shorten_question(messages, chat.where), chat.where)
+        messages = self._drop_turns(messages)
+        if not self._fits(messages):
+            messages = self._shorten_question(messages)
+        row, _ = self._whole_chat(messages, row.where)
         size = min(len(row.tokens), self.max_tokens)
         return replace(row, tokens=row.tokens[:size], labels=row.labels[:size], cut=full - size)
 
-    def _drop_turns(self, chat: Chat) -> list[Message]:
-        """The system message and the most turns, from a user's on, that fit; the last exchange at least."""
-        system = [message for message in chat.messages[:1] if message.role == "system"]
-        rest = list(chat.messages[len(system) :])
-        starts = [i for i, message in enumerate(rest) if message.role == "user"] or [0]
-        fits = bisect_left(
-            starts, True, key=lambda i: len(self._whole_chat(system + rest[i:], chat.where).tokens) <= self.max_tokens
-        )
-        return system + rest[starts[min(fits, len(starts) - 1)] :]
+    def _fits(self, messages: Sequence[Message]) -> bool:
+        return len(self._whole_chat(messages, "")[0].tokens) <= self.max_tokens
 
-    def _shorten_question(self, messages: list[Message], where: str) -> list[Message]:
+    def _drop_turns(self, messages: Sequence[Message]) -> list[Message]:
+        """The system message and the most turns, from a user's on, that fit; the last exchange at least."""
+        system = [message for message in messages[:1] if message.role == "system"]
+        rest = list(messages[len(system) :])
+        starts = [i for i, message in enumerate(rest) if message.role == "user"] or [0]
+
+        def fits(number: int) -> bool:
+            return self._fits(system + rest[starts[number] :])
+
+        first, step = len(starts) - 1, 1
+        while first >= step and fits(first - step):  # from the end, where long chats are quickly told
+            first, step = first - step, 2 * step
+        lowest = max(0, first - step + 1)
+        return system + rest[starts[lowest + bisect_left(range(lowest, first), True, key=fits)] :]
+
+    def _shorten_question(self, messages: list[Message]) -> list[Message]:
         asked = [i for i, message in enumerate(messages) if message.role == "user"]
         if not asked:
             return messages
@@ -237,7 +257,7 @@ class Renderer:
         gone = bisect_left(
             range(len(question) - floor),
             True,
-            key=lambda cut: len(self._whole_chat(shortened(len(question) - cut), where).tokens) <= self.max_tokens,
+            key=lambda cut: self._fits(shortened(len(question) - cut)),
         )
         return shortened(len(question) - gone)
 

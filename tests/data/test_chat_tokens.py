@@ -110,16 +110,89 @@ def test_a_template_without_an_end_mark_gets_one(tokenizer, tmp_path):
     assert learned(row, tokenizer) == [" It returns a new list.\n<|im_end|>"]
 
 
-def test_a_template_that_rewrites_history_keeps_the_last_answer(tokenizer, tmp_path):
+REASONING = (
+    "{% for m in messages %}{% set said = m['content'] %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and not loop.last %}{{ said.split('</think>')[-1].lstrip() }}"
+    "{% elif m['role'] == 'assistant' and '</think>' not in said %}{{ '<think>\n\n</think>\n\n' + said }}"
+    "{% else %}{{ said }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Writes the last answer with its thoughts, or with empty ones, and earlier answers without."""
+THOUGHTS = (
+    *TURNS[:2],
+    Message("assistant", "<think>\na list\n</think>\n\nIt returns a new list."),
+    *TURNS[3:],
+    Message("user", "And map?"),
+    Message("assistant", "Another iterator."),
+)
+
+
+@pytest.fixture
+def reasoning(tmp_path):
+    path = tmp_path / "reasoning.jinja"
+    path.write_text(REASONING)
+    return str(path)
+
+
+def oracle(tokenizer, messages, turn):
+    """The text up to an answer by transformers, and how much of it comes before the answer."""
+    table = [{"role": m.role, "content": m.content} for m in messages]
+    options = {"chat_template": REASONING, "tokenize": False}
+    asked = tokenizer.apply_chat_template(table[:turn], add_generation_prompt=True, **options)
+    whole = tokenizer.apply_chat_template(table[: turn + 1], **options)
+    assert whole.startswith(asked)
+    return whole, whole.removeprefix(asked).rstrip("\n")
+
+
+def test_an_answer_that_the_template_rewrites_later_is_learned_as_the_model_gives_it(tokenizer, reasoning):
+    rows = Renderer(tokenizer, reasoning, 512).encode(chat(*THOUGHTS))
+    assert [row.alone for row in rows] == [False, True, True]
+    for row, turn in zip(rows, (6, 2, 4), strict=True):
+        whole, answer = oracle(tokenizer, THOUGHTS, turn)
+        assert tokenizer.decode(row.tokens, skip_special_tokens=False) == whole
+        assert learned(row, tokenizer) == [answer]
+    assert "a list" in learned(rows[1], tokenizer)[0]
+    assert "a list" not in tokenizer.decode(rows[2].tokens)
+
+
+def test_only_answers_to_learn_become_rows_of_their_own(tokenizer, reasoning):
+    given = Message("assistant", THOUGHTS[2].content, learned=False)
+    rows = Renderer(tokenizer, reasoning, 512).encode(chat(*THOUGHTS[:2], given, *THOUGHTS[3:]))
+    assert [learned(row, tokenizer) for row in rows] == [[oracle(tokenizer, THOUGHTS, turn)[1]] for turn in (6, 4)]
+
+
+def test_a_long_chat_whose_answers_are_rewritten_loses_no_answer(tokenizer, reasoning):
+    """Each row is the answer with as many exchanges before it as fit, with the system message."""
+    turns = [m for n in range(40) for m in (Message("user", f"What is {n}?"), Message("assistant", f"It is {n}."))]
+    renderer = Renderer(tokenizer, reasoning, 120)
+    rows = renderer.encode(chat(TURNS[0], *turns))
+    assert len(rows) == 40
+    for row, number in zip(rows, (39, *range(39)), strict=True):
+        text = tokenizer.decode(row.tokens, skip_special_tokens=False)
+        assert learned(row, tokenizer) == [f"<think>\n\n</think>\n\nIt is {number}.<|im_end|>"]
+        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
+        assert len(row.tokens) <= 120
+        shown = text.count("What is")
+        longer = [TURNS[0], *turns[2 * (number - shown) : 2 * number + 2]]
+        if shown <= number:
+            whole = tokenizer.apply_chat_template(
+                [{"role": m.role, "content": m.content} for m in longer], chat_template=REASONING, tokenize=True
+            )
+            assert len(whole["input_ids"]) > 120
+
+
+def test_a_template_that_leaves_earlier_answers_out_has_them_learned(tokenizer, tmp_path):
     path = tmp_path / "rewrites.jinja"
     path.write_text(
         "{% for m in messages %}{% if m['role'] == 'assistant' and not loop.last %}assistant: ...\n"
-        "{% else %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endif %}{% endfor %}"
+        "{% else %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    (row,) = Renderer(tokenizer, str(path), 512).encode(chat(*TURNS))
-    assert row.unlearned_turns == 1
-    assert learned(row, tokenizer) == [" An iterator, 거꾸로 🙂\n<|im_end|>"]
+    rows = Renderer(tokenizer, str(path), 512).encode(chat(*TURNS))
+    assert [learned(row, tokenizer) for row in rows] == [
+        [" An iterator, 거꾸로 🙂\n<|im_end|>"],
+        [" It returns a new list.\n<|im_end|>"],
+    ]
 
 
 def test_a_template_whose_prompt_is_no_prefix_is_refused(tokenizer, tmp_path):
@@ -152,7 +225,7 @@ def test_answers_alone_are_learned_whatever_the_template_adds(tokenizer, tmp_pat
     path.write_text(template)
     (row,) = Renderer(tokenizer, str(path), 512).encode(chat(*TURNS[begin:]))
     assert learned(row, tokenizer) == ["It returns a new list.<|im_end|>", "An iterator, 거꾸로 🙂<|im_end|>"]
-    assert row.unlearned_turns == 0
+    assert not row.alone
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def load(rows: Path, tokenizer: Asked, seed: int = 0, identity: str = "tiny", **
 def same(one: ChatSet, other: ChatSet) -> bool:
     def told(chats: ChatSet) -> list[tuple[object, ...]]:
         listed = [*chats.train, *chats.held_out]
-        return [(r.tokens.tolist(), r.labels.tolist(), r.where, r.cut, r.unlearned_turns, r.count) for r in listed]
+        return [(r.tokens.tolist(), r.labels.tolist(), r.where, r.cut, r.alone, r.count) for r in listed]
 
     return told(one) == told(other) and one.notes() == other.notes() and one.fingerprint() == other.fingerprint()
 
@@ -96,6 +96,19 @@ def test_a_template_of_ones_own_is_known_by_what_it_says(rows: Path) -> None:
         template.write_text(source)
         load(rows, asked, chat_template=str(template))
     assert asked.times == 2
+
+
+def test_answers_alone_are_told_each_time(rows: Path) -> None:
+    template = rows / "last.jinja"
+    template.write_text("{% for m in messages %}{{ m['role'][:loop.length - loop.index0] + m['content'] }}{% endfor %}")
+    messages = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
+    (rows / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    asked = Asked()
+    first, again = (load(rows, asked, held_out=0, chat_template=str(template)) for _ in range(2))
+    assert asked.times == 1
+    assert same(first, again)
+    assert sum(row.alone for row in again.train) == 2  # weight 2
+    assert "2 earlier answers are rows of their own: the chat template rewrites them later in a chat" in again.notes()
 
 
 def test_what_is_learned_is_in_the_key(rows: Path) -> None:
