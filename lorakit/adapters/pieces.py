@@ -19,10 +19,10 @@ from lorakit.adapters import formats, gguf_lora
 from lorakit.adapters.targets import matches
 from lorakit.adapters.whole import Tokens, embeddings_as_layers, take_biases, take_tokens, whole_tensors
 from lorakit.errors import ModelError
-from lorakit.storage.atomic import check_manifest
 from lorakit.storage.bases import file_digest
 from lorakit.storage.checks import PICKLES, check_link, read_json, read_text
 from lorakit.storage.headers import read_header
+from lorakit.storage.manifest import check_manifest
 
 LOG = logging.getLogger("lorakit")
 WEIGHTS = "adapter_model.safetensors"

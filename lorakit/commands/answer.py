@@ -11,7 +11,8 @@ from lorakit.adapters.pieces import identity
 from lorakit.commands.batch import Batch, check_stop, make_folder
 from lorakit.data.chat import Message
 from lorakit.errors import ConflictError, RecipeError
-from lorakit.storage.atomic import disk_errors, write_bytes, write_text
+from lorakit.storage.atomic import write_bytes, write_text
+from lorakit.storage.disk import disk_errors
 
 
 def answer(batch: Batch, options: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from lorakit.errors import TERMINATED, CheckpointError, RecipeError
 from lorakit.recipe import load
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
-from lorakit.storage import atomic
+from lorakit.storage import atomic, manifest
 from lorakit.storage.runs import RunFolder
 
 STEPS_BEFORE, STEPS_AFTER = 2, 3
@@ -62,8 +62,8 @@ class _Run:
     def hashes(self, step: int) -> dict[str, str]:
         """SHA-256 of adapter, optimizer state and metrics after ``step`` updates; CheckpointError if not whole."""
         checkpoint = self.folder.checkpoint(step)
-        atomic.check_manifest(checkpoint)
-        found = {what: atomic.sha256(checkpoint / name) for what, name in _FILES.items()}
+        manifest.check_manifest(checkpoint)
+        found = {what: manifest.sha256(checkpoint / name) for what, name in _FILES.items()}
         rows = [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
         steps = [[row.get(key) for key in _MEASURED] for row in rows if "loss" in row and row["step"] <= step]
         return {**found, "metrics": hashlib.sha256(json.dumps(steps).encode()).hexdigest()}

@@ -1,74 +1,28 @@
 """Files and folders that are absent or complete, whatever stops the process or the machine.
 
 Everything is written beside its final place under a name that starts with ``.tmp-``, flushed to the disk, and renamed.
-Whoever writes to a place first removes what a killed process left beside it. A folder can carry ``manifest.json``: the
-SHA-256 and the size of each file, written last.
+Whoever writes to a place first removes what a killed process left beside it. A folder can carry ``manifest.json``.
 """
 
 import ctypes
 import errno
 import fcntl
 import glob
-import hashlib
-import json
 import logging
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorakit.errors import DISK_ERRORS, CheckpointError, ConflictError, ResourceError
+from lorakit.errors import ConflictError
+from lorakit.storage.disk import NO_SUCH_CALL, disk_errors, files_below, fsync, fsync_handle, make_folder
+from lorakit.storage.manifest import write_manifest
 
-MANIFEST = "manifest.json"
 TMP = ".tmp-"
 OLD = ".old-"
-_UNLISTED = {"Thumbs.db", "desktop.ini", "@eaDir"}
-"""What programs that show folders leave in them, beside files whose names begin with a dot."""
-NO_SUCH_CALL = frozenset({errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
-"""How a file system says that it cannot flush a folder, or has no locks."""
 log = logging.getLogger("lorakit")
-
-
-@contextmanager
-def disk_errors(where: Path | None = None) -> Iterator[None]:
-    """Turn a full, read-only or failing disk into ResourceError; other exceptions pass unchanged."""
-    try:
-        yield
-    except Exception as error:
-        number = os_error(error)
-        if number is None or number not in DISK_ERRORS:
-            raise
-        place = where or getattr(error, "filename", None) or ""
-        reason = f"cannot write: {os.strerror(number)}"
-        raise ResourceError(reason, where=str(place), hint=DISK_ERRORS[number]) from error
-
-
-@contextmanager
-def read_errors(path: Path) -> Iterator[None]:
-    """A file that cannot be read, although it is there, is a ResourceError: that says nothing of what is in it."""
-    try:
-        yield
-    except Exception as error:
-        number = os_error(error)
-        if number in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            raise
-        hint = "go on when it can be read; or take it away, if it never will be"
-        raise ResourceError(f"cannot be read: {os.strerror(number)}", where=str(path), hint=hint) from error
-
-
-def os_error(error: Exception) -> int | None:
-    """The number of an operating system's error; libraries in Rust have it in their text: ``... (os error 28)``."""
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex. A symbolic link is refused (OSError)."""
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -78,7 +32,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
-                _fsync(file.fileno())
+                fsync_handle(file.fileno())
             _allow(partial, 0o666)
             os.replace(partial, path)
         fsync(path.parent)
@@ -114,14 +68,6 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
                     fsync(final.parent)
         fsync(final.parent)
         _try_to_remove(folder)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and what is missing above it, flushed, so that what is put in it later cannot vanish with it."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        fsync(folder.parent)
 
 
 @contextmanager
@@ -169,33 +115,6 @@ def _made(prefix: str, final: Path, *, folder: bool, suffix: str = "") -> tuple[
         held = _hold(path)
         if held is not None:
             return path, held
-
-
-def check_manifest(folder: Path) -> None:
-    """Compare each file with manifest.json; CheckpointError naming the first that is missing, changed or unlisted.
-
-    The manifest itself must be what this module writes, byte for byte: a changed space in it counts as damage too.
-    """
-    try:
-        with read_errors(folder / MANIFEST):
-            written = (folder / MANIFEST).read_bytes()
-        listed = json.loads(written)["files"]
-        expected = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
-        if written != _manifest(listed):
-            raise ValueError("not as it was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError("the manifest is missing or cannot be read", where=str(folder / MANIFEST)) from error
-    present = {name: path for name, path in _files(folder) if name != MANIFEST}
-    for name in sorted(expected.keys() ^ present.keys()):
-        if name not in expected and any(part[0] == "." or part in _UNLISTED for part in name.split("/")):
-            continue
-        reason = "is missing" if name in expected else "is not in the manifest"
-        raise CheckpointError(f"a file {reason}", where=str(folder / name))
-    for name, (size, digest) in expected.items():
-        path = present[name]
-        with read_errors(path):
-            if path.is_symlink() or path.stat().st_size != size or sha256(path) != digest:
-                raise CheckpointError("the file differs from its manifest", where=str(path))
 
 
 def discard(path: Path) -> None:
@@ -288,23 +207,6 @@ def _hold(path: Path) -> int | None:
     return None
 
 
-def fsync(path: Path) -> None:
-    """Flush one file or folder to the disk, where its file system can."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        _fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _fsync(handle: int) -> None:
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in NO_SUCH_CALL:
-            raise
-
-
 def _exchange(one: Path, other: Path) -> bool:
     """Let two entries of a folder change places in one step; False where the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
@@ -329,31 +231,14 @@ def _try_to_remove(path: Path) -> None:
 
 def _flush(folder: Path, manifest: bool) -> None:
     """fsync every file, then the manifest, then every folder, deepest first."""
-    entries = {}
-    for name, path in _files(folder):
+    for name, path in files_below(folder):
         if path.is_symlink():
             raise ConflictError("a symbolic link in a folder that should stand alone", where=name)
         fsync(path)
-        if manifest:
-            entries[name] = {"sha256": sha256(path), "size": path.stat().st_size}
     if manifest:
-        (folder / MANIFEST).write_bytes(_manifest(entries))
-        fsync(folder / MANIFEST)
+        write_manifest(folder)
     for below, _, _ in os.walk(folder, topdown=False):
         fsync(Path(below))
-
-
-def _manifest(entries: Mapping[str, object]) -> bytes:
-    return (json.dumps({"version": 1, "files": entries}, indent=1) + "\n").encode()
-
-
-def _files(folder: Path) -> list[tuple[str, Path]]:
-    """Each file below the folder as (path relative to it with ``/``, path); linked folders count as files."""
-    found = []
-    for below, folders, files in os.walk(folder):
-        links = [name for name in folders if (Path(below) / name).is_symlink()]
-        found += [Path(below) / name for name in [*files, *links]]
-    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
 
 
 def _allow(path: Path, mode: int) -> None:

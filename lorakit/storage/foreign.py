@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lorakit.errors import LorakitError, ModelError, ResourceError, is_out_of_memory
-from lorakit.storage.atomic import disk_errors
+from lorakit.storage.disk import disk_errors
 
 log = logging.getLogger("lorakit")
 

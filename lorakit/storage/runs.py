@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from lorakit.errors import ConflictError, RecipeError
-from lorakit.storage import atomic
+from lorakit.storage import atomic, disk
 
 log = logging.getLogger("lorakit")
 
@@ -37,8 +37,8 @@ class RunFolder:
         """Make the folder and lock it; ConflictError when it holds anything already or another run has it."""
         run = cls(root)
         if rank == 0:
-            with atomic.disk_errors(root):
-                atomic.make_folder(root)
+            with disk.disk_errors(root):
+                disk.make_folder(root)
                 run._take_lock()
             if any(not p.name.startswith(atomic.TMP) and p != run._lock_path for p in root.iterdir()):
                 run.close()
@@ -54,7 +54,7 @@ class RunFolder:
         if rank == 0:
             if not root.is_dir():
                 raise RecipeError("there is no run to resume", where=str(root), hint="start it without --resume")
-            with atomic.disk_errors(root):
+            with disk.disk_errors(root):
                 run._take_lock()
                 for folder in (root, run.checkpoints, root / "samples"):
                     atomic.sweep(folder)
@@ -115,7 +115,7 @@ class RunFolder:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in atomic.NO_SUCH_CALL:
+            if error.errno not in disk.NO_SUCH_CALL:
                 raise
             log.warning("%s: this file system has no locks: nothing keeps a second run out of the folder", self.root)
 

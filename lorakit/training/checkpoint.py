@@ -22,7 +22,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from lorakit.errors import CheckpointError, ConflictError, DataError, ModelError, RecipeError, shown
-from lorakit.storage import atomic
+from lorakit.storage import atomic, disk, manifest
 from lorakit.storage.fingerprint import Fingerprint
 from lorakit.storage.runs import RunFolder
 from lorakit.training import optim
@@ -109,22 +109,22 @@ def save(
     final = run.checkpoint(state.step)
     tensors, meta = optim.state_to_tensors(optimizer)
     if run.metrics.exists():
-        with atomic.disk_errors(run.metrics):
-            atomic.fsync(run.metrics)
+        with disk.disk_errors(run.metrics):
+            disk.fsync(run.metrics)
     with atomic.new_folder(final, manifest=True, replace=True) as folder:
         # By Python, since safetensors' own writer does not hear of a quota that closing the file runs into.
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
         (folder / "adapter.safetensors").write_bytes(to_bytes(plain))
         (folder / "optimizer.safetensors").write_bytes(to_bytes(tensors, metadata={"optimizer": meta}))
         (folder / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n", encoding="utf-8")
-    atomic.check_manifest(final)
+    manifest.check_manifest(final)
     prune(run, state.step, keep=keep)
 
 
 def prune(run: RunFolder, newest_good: int, *, keep: int) -> None:
     """Remove all but the ``keep`` newest checkpoints up to the step ``newest_good``, whose manifest held."""
     earlier = [folder for step, folder in run.saved() if step <= newest_good]
-    with atomic.disk_errors(run.checkpoints):
+    with disk.disk_errors(run.checkpoints):
         for folder in earlier[:-keep]:
             atomic.discard(folder)
 
@@ -140,7 +140,7 @@ def newest(run: RunFolder) -> Checkpoint | None:
         return None
     for _, folder in reversed(folders):
         try:
-            atomic.check_manifest(folder)
+            manifest.check_manifest(folder)
             return _read(folder)
         except CheckpointError as error:
             log.warning("%s; using the checkpoint before it", error)
@@ -273,7 +273,7 @@ def _read(folder: Path) -> Checkpoint:
 def _readable(path: Path) -> Iterator[None]:
     """A file that cannot be understood is a CheckpointError that names it; one that cannot be read a ResourceError."""
     try:
-        with atomic.read_errors(path):
+        with disk.read_errors(path):
             yield
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"cannot be read: {error}", where=str(path)) from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorakit.errors import DataError
-from lorakit.storage import atomic
+from lorakit.storage import atomic, disk
 from lorakit.storage.runs import RunFolder
 from lorakit.training.launch import Session
 
@@ -63,7 +63,7 @@ class Metrics:
         """Append one line and hand the values to the trackers. ResourceError when the disk refuses."""
         if self._path is None:
             return
-        with atomic.disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
+        with disk.disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._session.accelerator.log(dict(values), step=step)
 

@@ -9,8 +9,8 @@ import torch
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.write import taken_apart, write_peft
 from lorakit.commands.adapters import meta_models
-from lorakit.storage.atomic import sha256
 from lorakit.storage.bases import resolve
+from lorakit.storage.manifest import sha256
 from tests.adapters.merging.test_merge_parts import adapter
 from tests.adapters.test_convert import random_delta
 from tests.tiny import tiny_llama

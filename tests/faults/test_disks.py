@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import ResourceError
-from lorakit.storage import atomic
+from lorakit.storage import atomic, manifest
 from tests.faults.harness import files, forked
 from tests.torture import trace
 from tests.torture.refuse import BARE, refuse
@@ -83,11 +83,11 @@ def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(tmp_path: Path) -
 
     def look() -> None:
         refuse({"open what is no link": errno.ESTALE})  # in this thread alone
-        atomic.check_manifest(tmp_path / "a")
+        manifest.check_manifest(tmp_path / "a")
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(ResourceError, match=r"weights: cannot be read: Stale"):
         pool.submit(look).result()
-    atomic.check_manifest(tmp_path / "a")
+    manifest.check_manifest(tmp_path / "a")
 
 
 def test_what_programs_leave_in_folders_is_no_damage_and_no_model(llama: Path) -> None:

@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lorakit.storage.atomic import sha256
+from lorakit.storage.manifest import sha256
 from tests.faults.harness import lorakit
 
 Canary = Callable[[Path], Path]

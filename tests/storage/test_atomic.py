@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import CheckpointError, ConflictError, ResourceError
-from lorakit.storage import atomic
+from lorakit.storage import atomic, disk, manifest
 
 
 def make(final: Path, **options: bool) -> None:
@@ -87,7 +87,7 @@ def test_without_exchange_the_new_folder_is_on_the_disk_before_the_old_one_is_re
 
 
 def test_made_folders_are_on_the_disk_before_what_is_in_them(tmp_path: Path, asked: list[str]) -> None:
-    atomic.make_folder(tmp_path / "a" / "b")
+    disk.make_folder(tmp_path / "a" / "b")
     assert asked == ["mkdir a", "fsync .", "mkdir a/b", "fsync a"]
 
 
@@ -97,7 +97,7 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     atomic.write_text(path, "zwei ü")
     assert path.read_bytes() == "zwei ü".encode()
     assert os.listdir(tmp_path) == ["x.txt"]
-    assert atomic.sha256(path) == hashlib.sha256("zwei ü".encode()).hexdigest()
+    assert manifest.sha256(path) == hashlib.sha256("zwei ü".encode()).hexdigest()
 
 
 def test_write_replaces_a_link_not_its_target(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_folder_appears_complete_with_its_manifest(tmp_path: Path) -> None:
     files = json.loads((final / "manifest.json").read_text())["files"]
     assert files.keys() == {"a.bin", "deep/b.txt"}
     assert files["a.bin"] == {"sha256": hashlib.sha256(b"a" * 1000).hexdigest(), "size": 1000}
-    atomic.check_manifest(final)
+    manifest.check_manifest(final)
     assert os.listdir(tmp_path / "out") == ["step"]
 
 
@@ -123,7 +123,7 @@ def test_a_folder_behind_a_link_takes_new_ones(tmp_path: Path) -> None:
     (tmp_path / "runs").symlink_to("disk")
     make(tmp_path / "runs" / "out")
     make(tmp_path / "runs" / "deep" / "er" / "out")
-    atomic.check_manifest(tmp_path / "disk" / "deep" / "er" / "out")
+    manifest.check_manifest(tmp_path / "disk" / "deep" / "er" / "out")
 
 
 def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_existing_folder_is_kept_unless_replaced(tmp_path: Path) -> None:
         make(tmp_path / "out")
     with pytest.raises(KeyError), atomic.new_folder(tmp_path / "out", manifest=False, replace=True):
         raise KeyError("stop")
-    atomic.check_manifest(tmp_path / "out")
+    manifest.check_manifest(tmp_path / "out")
     with atomic.new_folder(tmp_path / "out", manifest=False, replace=True) as folder:
         (folder / "c").write_text("c")
     assert os.listdir(tmp_path / "out") == ["c"]
@@ -189,7 +189,7 @@ def test_manifest_names_the_bad_file(tmp_path: Path, harm, named: str) -> None:
     make(tmp_path / "out")
     harm(tmp_path / "out")
     with pytest.raises(CheckpointError) as caught:
-        atomic.check_manifest(tmp_path / "out")
+        manifest.check_manifest(tmp_path / "out")
     assert caught.value.where == str(tmp_path / "out" / named)
 
 
@@ -199,7 +199,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "out" / "a.bin").unlink()
     (tmp_path / "out" / "a.bin").symlink_to(tmp_path / "outside")
     with pytest.raises(CheckpointError, match=r"a\.bin"):
-        atomic.check_manifest(tmp_path / "out")
+        manifest.check_manifest(tmp_path / "out")
     with pytest.raises(ConflictError), atomic.new_folder(tmp_path / "linked", manifest=False) as folder:
         (folder / "link").symlink_to(tmp_path)
     assert (tmp_path / "outside").exists()
@@ -235,9 +235,9 @@ def test_whoever_writes_sweeps_what_a_killed_process_left_there(tmp_path: Path) 
 def test_disk_errors_become_resource_errors(tmp_path: Path, number: int) -> None:
     with pytest.raises(ResourceError, match="cannot write"), atomic.new_folder(tmp_path / "a", manifest=False):
         raise OSError(number, "disk")
-    with pytest.raises(ResourceError), atomic.disk_errors(tmp_path):
+    with pytest.raises(ResourceError), disk.disk_errors(tmp_path):
         raise RuntimeError(f"I/O error: something (os error {number})")
-    with pytest.raises(FileNotFoundError), atomic.disk_errors(tmp_path):
+    with pytest.raises(FileNotFoundError), disk.disk_errors(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "no")
     assert os.listdir(tmp_path) == []
 

@@ -47,9 +47,9 @@ def _no_fsync() -> None:
 
 
 def _no_manifest() -> None:
-    from lorakit.storage import atomic
+    from lorakit.storage import manifest
 
-    atomic.check_manifest = lambda _: None
+    manifest.check_manifest = lambda _: None
 
 
 def _no_rng() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.errors import CheckpointError, ConflictError, ModelError, RecipeError
 from lorakit.recipe.schema import LlamaRecipe, Optimizer
-from lorakit.storage import atomic
+from lorakit.storage import atomic, manifest
 from lorakit.storage.runs import RunFolder
 from lorakit.training import checkpoint, optim
 from lorakit.training.checkpoint import State, changed_fields, check_resumable
@@ -224,7 +224,7 @@ def test_a_checkpoint_of_another_version_is_not_called_damaged(
     path = run.checkpoint(3) / "state.json"
     table = {**json.loads(path.read_text()), **change}
     path.write_text(json.dumps({key: value for key, value in table.items() if value is not None or key != "world"}))
-    monkeypatch.setattr(atomic, "check_manifest", lambda _: None)  # that version's own held
+    monkeypatch.setattr(manifest, "check_manifest", lambda _: None)  # that version's own held
     with pytest.raises(CheckpointError):
         checkpoint.newest(run)
     assert "step-000003: written by another version of lorakit" in caplog.text

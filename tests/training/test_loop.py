@@ -29,7 +29,7 @@ from lorakit.errors import (
 )
 from lorakit.numerics.order import Layout, update
 from lorakit.recipe.schema import Compute, Train
-from lorakit.storage import atomic
+from lorakit.storage import manifest
 from lorakit.storage.fingerprint import Fingerprint
 from lorakit.storage.runs import RunFolder
 from lorakit.training import checkpoint, device, loop, metrics, optim
@@ -242,7 +242,7 @@ def test_a_corrupt_newest_checkpoint_gives_way_to_the_one_before(
         _, state, _ = go(session, tmp_path / "run", dropout=0.3, checkpoint_every=4, resume=True)
     assert str(newest) in caplog.text
     assert same(state, expected)
-    atomic.check_manifest(newest.parent)
+    manifest.check_manifest(newest.parent)
 
 
 @pytest.mark.fault(47)

@@ -8,8 +8,8 @@ from typing import Any
 
 from lorakit import __version__
 from lorakit.adapters.merging.plan import MergePlan, PlannedAdapter
-from lorakit.storage.atomic import sha256
 from lorakit.storage.bases import BaseLocation, digest, file_digest, weight_files
+from lorakit.storage.manifest import sha256
 
 NAME = "merge_receipt.json"
 

@@ -13,8 +13,8 @@ from lorakit.adapters.merging.change import Change, rows_at_once
 from lorakit.adapters.merging.source import FileSource
 from lorakit.adapters.merging.stream import READ, OutFile, Span, Summed, worked
 from lorakit.errors import ModelError
-from lorakit.storage.atomic import fsync
 from lorakit.storage.bases import file_digest
+from lorakit.storage.disk import fsync
 
 SINGLE = 2.0**-24
 """Half a unit in the last place of float32, in which the sums were made."""

@@ -17,8 +17,9 @@ from lorakit.adapters.merging.stream import OutFile, Summed, Tally, write_file
 from lorakit.adapters.merging.verify import Proof, verify_file
 from lorakit.cli import app
 from lorakit.errors import LorakitError, ModelError
-from lorakit.storage.atomic import new_folder, sha256, sweep_killed
+from lorakit.storage.atomic import new_folder, sweep_killed
 from lorakit.storage.bases import resolve
+from lorakit.storage.manifest import sha256
 from tests.adapters.merging.test_merge_parts import adapter, planned
 from tests.tiny import tiny_llama
 
