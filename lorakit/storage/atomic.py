@@ -53,7 +53,7 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
     the disk refuses.
     """
     if not replace and os.path.lexists(final):
-        raise ConflictError("exists already", where=str(final), hint="choose another name, or remove it")
+        raise _exists(final)
     with disk_errors(final):
         make_folder(final.parent)
         with _beside(final, folder=True) as folder:
@@ -61,13 +61,46 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
             _allow(folder, 0o777)
             _flush(folder, manifest)
             if not (replace and os.path.lexists(final)):
-                os.rename(folder, final)
+                _take_free_place(folder, final)
             elif not _exchange(folder, final):
                 with _out_of_the_way(final):
                     os.rename(folder, final)
                     fsync(final.parent)
         fsync(final.parent)
         _try_to_remove(folder)
+
+
+def _take_free_place(folder: Path, final: Path) -> None:
+    try:
+        os.rename(folder, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise _exists(final) from error
+
+
+def _exists(final: Path) -> ConflictError:
+    return ConflictError("exists already", where=str(final), hint="choose another name, or remove it")
+
+
+@contextmanager
+def alone(final: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for ``final``, where the file system has locks.
+
+    ``.lock-*`` beside it stays. ResourceError when the disk refuses.
+    """
+    with disk_errors(final):
+        make_folder(final.parent)
+        handle = os.open(final.parent / f".lock-{final.name}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_SUCH_CALL:
+                raise
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -77,7 +110,7 @@ def new_file(final: Path, *, replace: bool = False) -> Iterator[Path]:
     An error in the block removes it. Raises as ``new_folder``.
     """
     if not replace and os.path.lexists(final):
-        raise ConflictError("exists already", where=str(final), hint="choose another name, or remove it")
+        raise _exists(final)
     with disk_errors(final):
         make_folder(final.parent)
         with _beside(final, folder=False, suffix=final.suffix) as path:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -256,3 +257,43 @@ def test_a_file_over_the_limit_is_a_resource_error_and_leaves_the_old_one(tmp_pa
     assert done.stdout == "ResourceError\n"
     assert (tmp_path / "x").read_text() == "old"
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_of_two_who_write_one_folder_the_later_is_told(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+
+    def both() -> None:
+        with atomic.new_folder(final, manifest=False) as later:
+            (later / "a").write_text("later")
+            with atomic.new_folder(final, manifest=False) as first:
+                (first / "a").write_text("first")
+
+    with pytest.raises(ConflictError, match="exists already"):
+        both()
+    assert (final / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    final = tmp_path / "new" / "final"
+    code = (
+        "import sys; from pathlib import Path; from lorakit.storage import atomic\n"
+        "with atomic.alone(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(final)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        entered = threading.Event()
+
+        def enter() -> None:
+            with atomic.alone(final):
+                entered.set()
+
+        waiting = threading.Thread(target=enter)
+        waiting.start()
+        assert not entered.wait(0.3)
+        other.communicate()
+        waiting.join(20)
+        assert entered.is_set()

@@ -1,6 +1,8 @@
 """Which base a recipe names, and what follows from its configuration: nothing here needs transformers."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from lorakit.data.cache import content_key, default_folder, versions
 from lorakit.data.chat_set import ChatSet, load_chats
 from lorakit.errors import ModelError, RecipeError
 from lorakit.recipe.schema import ChatData, LlamaBase
+from lorakit.storage.atomic import alone, discard
 from lorakit.storage.bases import BaseLocation, description, digest, resolve
 
 GROUPS = {
@@ -48,12 +51,25 @@ def as_folder(location: BaseLocation, dtype: torch.dtype) -> BaseLocation:
     if location.layout != "gguf":
         return location
     folder = default_folder() / "unpacked" / f"{digest(location)}-{str(dtype).removeprefix('torch.')}"
-    if not folder.exists():
+    found = _whole(folder)
+    if found is None:
         from lorakit.families.llama.gguf import unpack  # with transformers
 
-        unpack(location, folder, dtype)
-    found = resolve(str(folder))
+        with alone(folder):  # the ranks of a run need it at the same time
+            found = _whole(folder)
+            if found is None:
+                if os.path.lexists(folder):
+                    discard(folder)
+                unpack(location, folder, dtype)
+                found = resolve(str(folder))
     return BaseLocation(location.name, found.path, found.family, found.layout)
+
+
+def _whole(folder: Path) -> BaseLocation | None:
+    try:
+        return resolve(str(folder))
+    except ModelError:  # absent, or damaged
+        return None
 
 
 OWN_ATTENTION = {"stablelm"}
