@@ -19,7 +19,7 @@ from lorakit.adapters import formats, gguf_lora
 from lorakit.adapters.targets import matches
 from lorakit.adapters.whole import Tokens, embeddings_as_layers, take_biases, take_tokens, whole_tensors
 from lorakit.errors import ModelError
-from lorakit.storage.bases import file_digest
+from lorakit.storage.bases import file_digest, split_base_id
 from lorakit.storage.checks import PICKLES, check_link, read_json, read_text
 from lorakit.storage.headers import read_header
 from lorakit.storage.manifest import check_manifest
@@ -141,7 +141,7 @@ def _open_checkpoint(folder: Path) -> list[Piece]:
         flags = {"use_rslora": section["rslora"], "use_dora": section["dora"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError("no recipe of an adapter", where=str(folder / STATE)) from error
-    run, base_name = folder.parent.parent.name, base_id.rpartition(" sha256:")[0]
+    run, base_name = folder.parent.parent.name, split_base_id(base_id)[0]
     metadata = {"lorakit_name": run, "lorakit_base": base_id, "lorakit_recipe": json.dumps(recipe)}
     tensors, _ = _tensors(folder / CHECKPOINT)
     components: dict[str, dict[str, Tensor]] = {}

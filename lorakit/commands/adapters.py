@@ -45,11 +45,13 @@ def parse_adapter(text: str) -> tuple[Path, float]:
 
 def named_base(pieces: "Sequence[Piece]") -> str:
     """The base that an adapter's metadata name, as it was named in training; empty when they name none."""
+    from lorakit.storage.bases import split_base_id
+
     for piece in pieces:
         config = piece.component_config(piece.component) or {}
         for text in (config.get("base_model_name_or_path"), piece.metadata.get("lorakit_base")):
             if text:
-                return str(text).partition(" sha256:")[0]
+                return split_base_id(str(text))[0]
     return ""
 
 

@@ -12,6 +12,7 @@ from lorakit.commands.batch import Batch, check_stop, make_folder
 from lorakit.data.chat import Message
 from lorakit.errors import ConflictError, RecipeError
 from lorakit.storage.atomic import write_bytes, write_text
+from lorakit.storage.bases import base_id
 from lorakit.storage.disk import disk_errors
 
 
@@ -28,18 +29,19 @@ def answer(batch: Batch, options: Mapping[str, Any]) -> None:
             raise RecipeError(f"--raw and {option} do not go together", hint=hint)
     if batch.resume and out is None:
         raise RecipeError("has no answers to go on after", where="--resume", hint="give their file with --out")
+    if out is not None and not batch.resume and os.path.lexists(out):
+        raise ConflictError("exists already", where=str(out), hint="give another file with --out, or --resume")
     place = batch.place()
     adapters = [identity(path, weight) for path, weight in batch.adapters]
-    made_with = {"base": batch.location.name, "adapters": adapters, "precision": str(place.dtype), "seed": batch.seed}
-    made_with |= {"fuse": batch.fuse, **options}
+    made_with = {"adapters": adapters, "precision": str(place.dtype), "seed": batch.seed, "fuse": batch.fuse, **options}
+    if out is not None:
+        made_with["base"] = base_id(batch.location)  # which takes a while for a large one
     if out is not None and batch.resume and os.path.lexists(out):
         _check_settings(out, made_with)
     prompts = _unanswered(out, batch.prompts) if out is not None and batch.resume else batch.prompts
     if not prompts:
         print(f"{out} has all answers")
         return
-    if out is not None and not batch.resume and os.path.lexists(out):
-        raise ConflictError("exists already", where=str(out), hint="give another file with --out, or --resume")
     if out is not None:
         make_folder(out.parent, out)
     for name in ("temperature", "top_p", "min_p"):

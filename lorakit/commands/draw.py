@@ -1,7 +1,9 @@
 """`lorakit generate` with a Stable Diffusion: pictures."""
 
+import json
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ from PIL.Image import Image
 from lorakit.commands.batch import Batch, check_stop, make_folder
 from lorakit.errors import ConflictError, RecipeError
 from lorakit.families.sd.drawing import DrawSettings
+from lorakit.storage.atomic import alone
 
+Job = tuple[str, int]
+"""Prompt and seed of a picture."""
 IN_A_GRID = 64
 """Pictures of a grid at most, the first ones: all of a night's would not fit into memory, nor on a screen."""
 
@@ -36,21 +41,39 @@ def draw(batch: Batch, options: Mapping[str, Any]) -> None:
         raise
     jobs = painter.jobs(batch.prompts, settings)
     if batch.resume:
-        done = [metadata for path in sorted(out.glob("*.png")) if (metadata := read_settings(path)) is not None]
-        jobs = [job for job in jobs if painter.metadata(*job, settings) not in done]
+        done = Counter(_key(metadata) for path in out.glob("*.png") if (metadata := read_settings(path)) is not None)
+        jobs = list(_missing(jobs, [_key(painter.metadata(*job, settings)) for job in jobs], done))
     make_folder(out, out)
-    first = 1 + max((int(p.stem) for p in out.glob("*.png") if p.stem.isdigit()), default=0)
     drawn: list[Image] = []
+    paths: list[Path] = []
     labels: list[str] = []
     with batch.stoppable() as signals:
-        for number, (picture, metadata) in enumerate(painter.paint(jobs, settings), start=first):
-            save_picture(picture, metadata, out / f"{number:04d}.png")
-            print(out / f"{number:04d}.png", flush=True)
+        for picture, metadata in painter.paint(jobs, settings):
+            with alone(out):
+                paths.append(out / f"{_free_number(out):04d}.png")
+                save_picture(picture, metadata, paths[-1])
+            print(paths[-1], flush=True)
             if len(drawn) < IN_A_GRID:
                 drawn.append(picture)
                 labels.append(str(metadata["prompt"]))
             check_stop(signals, out)
     if len(drawn) > 1:
-        sheet = out / f"grid-{first:04d}.png"
+        sheet = out / f"grid-{paths[0].name}"
         save_picture(grid(drawn, labels), {}, sheet)
         print(sheet)
+
+
+def _free_number(folder: Path) -> int:
+    return 1 + max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()), default=0)
+
+
+def _missing(jobs: Sequence[Job], keys: Sequence[str], done: Counter[str]) -> Iterator[Job]:
+    """The jobs without a picture; of equal ones, as many as lack one."""
+    for job, key in zip(jobs, keys, strict=True):
+        done[key] -= 1
+        if done[key] < 0:
+            yield job
+
+
+def _key(metadata: Mapping[str, Any]) -> str:
+    return json.dumps(metadata, sort_keys=True)

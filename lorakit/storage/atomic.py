@@ -84,14 +84,14 @@ def _exists(final: Path) -> ConflictError:
 
 
 @contextmanager
-def alone(final: Path) -> Iterator[None]:
-    """Wait until no other process is in this block for ``final``, where the file system has locks.
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for ``folder``, which is made if need be.
 
-    ``.lock-*`` beside it stays. ResourceError when the disk refuses.
+    A file system without locks on folders lets all of them in at once.
     """
-    with disk_errors(final):
-        make_folder(final.parent)
-        handle = os.open(final.parent / f".lock-{final.name}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with disk_errors(folder):
+        make_folder(folder)
+        handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)

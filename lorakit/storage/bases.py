@@ -178,6 +178,17 @@ def digest(location: BaseLocation) -> str:
     return total.hexdigest()
 
 
+def base_id(location: BaseLocation) -> str:
+    """``NAME sha256:HEX``: how runs, adapters, answers and pictures record their base."""
+    return f"{location.name} sha256:{digest(location)}"
+
+
+def split_base_id(text: str) -> tuple[str, str]:
+    """The name and the SHA-256 of a ``base_id``; a text without one is a name."""
+    name, mark, sha256 = text.rpartition(" sha256:")
+    return (name, sha256) if mark else (text, "")
+
+
 def description(location: BaseLocation) -> str:
     """SHA-256, in hex, over all that libraries read of a base but its weights' numbers: configurations, vocabularies,
     chat templates, and the names and shapes of its tensors. Of a GGUF file it is ``digest``."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lorakit.errors import CheckpointError, ConflictError, DataError, ModelError, RecipeError, shown
 from lorakit.storage import atomic, disk, manifest
+from lorakit.storage.bases import split_base_id
 from lorakit.storage.fingerprint import Fingerprint
 from lorakit.storage.runs import RunFolder
 from lorakit.training import optim
@@ -159,7 +160,7 @@ def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> 
 def seen(state: State, found: Checkpoint | None) -> dict[str, Any]:
     """What a rank, which reads its own disk, found there, by what it is called."""
     return {
-        "base": state.base_id.rpartition(" ")[2],
+        "base": split_base_id(state.base_id)[1],
         "base's files": dict(state.base_texts),
         "data": state.data_hash,
         "precision": state.dtype,
@@ -200,7 +201,7 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
     if changed and not allow:
         hint = "these do not change what is learned: go on with --allow"
         raise RecipeError(f"changed since the run was started: {', '.join(changed)}", hint=hint)
-    if old.base_id.rpartition(" sha256:")[2] != new.base_id.rpartition(" sha256:")[2]:
+    if split_base_id(old.base_id)[1] != split_base_id(new.base_id)[1]:
         raise ModelError(f"the base is {new.base_id}, but the run was started with {old.base_id}")
     if altered := sorted(dict(old.base_texts.items() ^ new.base_texts.items())):
         hint = "put the base back, or start a new run under another output.name"

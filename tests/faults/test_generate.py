@@ -1,6 +1,7 @@
 """Faults 65 to 70: what generate leaves, and never leaves."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit.families.sd.pictures import read_settings
 from tests.faults.harness import lorakit, untouched
+from tests.tiny import tiny_llama, tiny_sd
 
 SMALL = ("--width", "32", "--height", "32", "--steps", "2")
 
@@ -152,11 +154,56 @@ def test_70_an_interrupted_batch_of_answers_goes_on(tmp_path: Path, whole_llama:
     with untouched(tmp_path):
         again = ("generate", *words, "--out", out, "--resume", "--temperature", "0.1", "--seed", "3")
         lorakit(*again).refused(7, "made with another seed and temperature")
+    other = tiny_llama(tmp_path / "other", tied=False, seed=1)
+    with untouched(tmp_path):
+        again = ("generate", "--base", other, *words[2:], "--out", out, "--resume")
+        lorakit(*again).refused(7, "made with another base")
     out.write_text('{"prompt": "another"}\n')
     with untouched(tmp_path):
         lorakit("generate", *words, "--out", out, "--resume").refused(7, "other than the answers")
     (tmp_path / f"{out.name}.settings.json").unlink()
     lorakit("generate", *words, "--out", out, "--resume").refused(7, f"{out.name}.settings.json")
+
+
+def pictures(out: Path) -> dict[str, tuple[str, int]]:
+    read = {path.name: read_settings(path) for path in sorted(out.glob("[0-9]*.png"))}
+    return {name: (settings["prompt"], settings["seed"]) for name, settings in read.items() if settings}
+
+
+@pytest.mark.fault(70)
+def test_70_of_equal_prompts_each_gets_its_picture(tmp_path: Path, whole_sd: Path) -> None:
+    out = tmp_path / "out"
+    words = ("generate", "--base", whole_sd, *SMALL, "--out", out, "--prompt", "a")
+    assert lorakit(*words).code == 0
+    assert lorakit(*words, "--prompt", "a", "--prompt", "b", "--resume").code == 0
+    assert sorted(pictures(out).values()) == [("a", 0), ("a", 0), ("b", 0)]
+
+
+@pytest.mark.fault(70)
+def test_70_pictures_of_another_base_are_not_those_asked_for(tmp_path: Path, whole_sd: Path) -> None:
+    out, base = tmp_path / "out", tmp_path / "base"
+    shutil.copytree(whole_sd, base)
+    words = ("generate", "--base", base, *SMALL, "--out", out, "--prompt", "a", "--resume")
+    assert lorakit(*words).code == 0
+    shutil.rmtree(base)
+    tiny_sd(base, seed=1)
+    assert lorakit(*words).code == 0
+    assert len(pictures(out)) == 2
+
+
+def test_two_batches_in_one_folder_keep_all_their_pictures(tmp_path: Path, whole_sd: Path) -> None:
+    """As the second begins to draw, the first has its numbers: each takes the next that is free."""
+    out = tmp_path / "out"
+    (out).mkdir()
+    (out / "².png").write_bytes(b"not a number")
+    command = ("--base", whole_sd, *SMALL[:4], "--steps", "12", "--count", "6", "--out", out)
+    running = [start(*command, "--prompt", prompt) for prompt in "ab"]
+    for batch in running:
+        told = batch.communicate(timeout=240)
+        assert batch.returncode == 0, told
+    made = pictures(out)
+    assert sorted(made.values()) == [(prompt, seed) for prompt in "ab" for seed in range(6)]
+    assert list(made) == [f"{number:04d}.png" for number in range(1, 13)]
 
 
 @pytest.mark.parametrize(

@@ -275,12 +275,12 @@ def test_of_two_who_write_one_folder_the_later_is_told(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    final = tmp_path / "new" / "final"
+    folder = tmp_path / "new" / "folder"
     code = (
         "import sys; from pathlib import Path; from lorakit.storage import atomic\n"
         "with atomic.alone(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", code, str(final)]
+    command = [sys.executable, "-c", code, str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as other:
         assert other.stdout is not None
@@ -288,7 +288,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         entered = threading.Event()
 
         def enter() -> None:
-            with atomic.alone(final):
+            with atomic.alone(folder):
                 entered.set()
 
         waiting = threading.Thread(target=enter)

@@ -1,14 +1,13 @@
 """merge_receipt.json: what went into a merged model, what came out, with the SHA-256 of every file."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit import __version__
 from lorakit.adapters.merging.plan import MergePlan, PlannedAdapter
-from lorakit.storage.bases import BaseLocation, digest, file_digest, weight_files
+from lorakit.storage.bases import BaseLocation, digest, file_digest, split_base_id, weight_files
 from lorakit.storage.manifest import sha256
 
 NAME = "merge_receipt.json"
@@ -24,15 +23,15 @@ def trained_on(adapter: PlannedAdapter, base: BaseLocation) -> bool | None:
 
     The base's weights are read, unless they have been before.
     """
-    recorded = re.search(r"sha256:([0-9a-f]{64})", adapter.trained_on)
-    return None if recorded is None else recorded[1] == digest(base)
+    _, recorded = split_base_id(adapter.trained_on)
+    return recorded == digest(base) if recorded else None
 
 
 def other_base(adapter: PlannedAdapter, base: BaseLocation) -> str:
     """A warning for an adapter that was trained on another base; empty for one that was not, or does not say."""
     if trained_on(adapter, base) is not False:
         return ""
-    name = adapter.trained_on.partition(" sha256:")[0]
+    name, _ = split_base_id(adapter.trained_on)
     same = "an earlier state of it, or another precision or file layout" if name == base.name else name
     return (
         f"{adapter.path} was not trained on these weights of {base.name}, but on {same}: name that as BASE if you can"

@@ -55,7 +55,7 @@ def as_folder(location: BaseLocation, dtype: torch.dtype) -> BaseLocation:
     if found is None:
         from lorakit.families.llama.gguf import unpack  # with transformers
 
-        with alone(folder):  # the ranks of a run need it at the same time
+        with alone(folder.parent):  # the ranks of a run need it at the same time
             found = _whole(folder)
             if found is None:
                 if os.path.lexists(folder):

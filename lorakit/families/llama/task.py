@@ -39,7 +39,7 @@ from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
 from lorakit.storage.atomic import new_folder, write_text
-from lorakit.storage.bases import BaseLocation, digest, texts
+from lorakit.storage.bases import BaseLocation, base_id, texts
 
 log = logging.getLogger("lorakit")
 
@@ -65,7 +65,7 @@ class LlamaTask:
     def __init__(self, loaded: Loaded, sampling: LlamaSample, layout: Layout, *, learning_rate: float, packing: bool):
         self.model: nn.Module = packed.PackedLM(loaded.lm, loaded.logit_factor, checkpointing=loaded.checkpointing)
         self.steps_per_epoch = len(loaded.chats.train) / layout.batch_size
-        self.base_id = f"{loaded.location.name} sha256:{digest(loaded.location)}"
+        self.base_id = base_id(loaded.location)
         self.base_texts = texts(loaded.location)
         self.fingerprint = loaded.chats.fingerprint()
         self.chats = loaded.chats

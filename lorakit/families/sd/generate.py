@@ -27,7 +27,7 @@ from lorakit.families.sd.drawing import SCHEDULERS, DrawSettings
 from lorakit.families.sd.stored import load_with
 from lorakit.families.sd.walk import Walk, can_walk
 from lorakit.numerics.diffusion import guide
-from lorakit.storage.bases import BaseLocation
+from lorakit.storage.bases import BaseLocation, base_id
 from lorakit.storage.foreign import model_errors
 
 logger = logging.getLogger("lorakit")
@@ -47,7 +47,7 @@ def open_painter(
     Raises: ModelError when the base does not load, or an adapter does not fit it.
     """
     parts = load_with(location, adapters, Place(device, dtype))
-    return Painter(parts, location.name, [identity(path, weight) for path, weight in adapters])
+    return Painter(parts, base_id(location), [identity(path, weight) for path, weight in adapters])
 
 
 class Painter:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from lorakit.storage import atomic
+from lorakit.storage.bases import split_base_id
 
 TILE = 128
 """Smaller pictures are enlarged by a whole factor to at least this side in a grid, so that labels fit."""
@@ -29,7 +30,7 @@ def parameters(settings: Mapping[str, Any]) -> str:
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
-        "Model": settings["base"],
+        "Model": split_base_id(settings["base"])[0],
     }
     return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in fields.items())])
 

@@ -34,7 +34,7 @@ from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix
 from lorakit.recipe.schema import Diffusion, PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
 from lorakit.storage.atomic import new_file, new_folder
-from lorakit.storage.bases import BaseLocation, digest, texts
+from lorakit.storage.bases import BaseLocation, base_id, texts
 
 logger = logging.getLogger("lorakit")
 
@@ -87,7 +87,7 @@ class SDTask:
     def __init__(self, parts: Parts, learning: Learning, sampling: SDSample, layout: Layout, loaded: "_Loaded") -> None:
         self.model: nn.Module = Denoiser(parts, loaded.injections.keys(), loaded.dtype)
         self.steps_per_epoch = len(loaded.examples.train) / layout.batch_size
-        self.base_id = f"{loaded.location.name} sha256:{digest(loaded.location)}"
+        self.base_id = base_id(loaded.location)
         self.base_texts = texts(loaded.location)
         self.fingerprint = loaded.examples.fingerprint()
         self.generate_options: Sequence[str] = ()
@@ -138,7 +138,7 @@ class SDTask:
         prompts = self._sampling.prompts
         if not prompts:
             return
-        painter = Painter(self.parts, self._loaded.location.name, ())
+        painter = Painter(self.parts, self.base_id, ())
         with _on(painter.device, self._loaded.idle):
             drawn = painter.draw(prompts, self._loaded.drawing)
         for number, (picture, settings) in enumerate(drawn):
