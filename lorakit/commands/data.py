@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape as unmarked
 from rich.text import Text
 
+from lorakit.errors import RecipeError
 from lorakit.recipe.load import load_any
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
 
@@ -30,12 +31,17 @@ def run(path: Path, overrides: Sequence[str], rows: int) -> None:
 
 
 def _chats(recipe: LlamaRecipe, rows: int, console: Console) -> None:
+    import torch
+
     from lorakit.data.show import show_row, token_histogram
     from lorakit.families.llama.base import find_base, read_chats
     from lorakit.families.llama.library import load_config, load_fitting_tokenizer
     from lorakit.training.device import choose
 
-    _, dtype = choose(recipe.compute)
+    try:
+        _, dtype = choose(recipe.compute)
+    except RecipeError:  # a recipe for another machine: tokens are the same in every dtype
+        dtype = torch.float32
     _, folder = find_base(recipe.base, dtype)
     config = load_config(folder)
     tokenizer = load_fitting_tokenizer(folder, config)

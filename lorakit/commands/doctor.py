@@ -64,6 +64,7 @@ def examine() -> list[Finding]:
 def run() -> int:
     """Print the findings; 0 when everything that lorakit needs works, else ModelError's exit code."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     findings = examine()
@@ -71,7 +72,9 @@ def run() -> int:
     colours = {"works": "green", "notice": "yellow", "broken": "red"}
     for finding in findings:
         colour = colours[finding.verdict]
-        table.add_row(finding.subject, finding.found, f"[{colour}]{finding.verdict}[/]", finding.meaning)
+        table.add_row(
+            finding.subject, escape(finding.found), f"[{colour}]{finding.verdict}[/]", escape(finding.meaning)
+        )
     console = Console()
     console.print(table)
     broken = [finding.subject for finding in findings if finding.verdict == "broken"]
@@ -105,15 +108,13 @@ def _compute() -> Iterator[Finding]:
         from lorakit.training.launch import open_session
 
         session = open_session(Compute())
-    except (ImportError, OSError, LorakitError) as error:
+    except Exception as error:  # whatever libraries and drivers raise is what a doctor is asked about
         yield Finding("device", "none", "broken", f"training cannot start: {first_line(error)}")
         return
     try:
         device, dtype = session.device, session.dtype
         if device.type == "cuda":
-            for index in range(torch.cuda.device_count()):
-                about = torch.cuda.get_device_properties(index)
-                yield Finding(f"GPU {index}", f"{about.name}, {_gigabytes(about.total_memory)}", "works", "trains here")
+            yield from map(_gpu, range(torch.cuda.device_count()))
         else:
             meaning = "no CUDA device: training runs on the CPU, which suits small models"
             yield Finding("device", f"CPU, {os.cpu_count()} cores", "works", meaning)
@@ -124,6 +125,16 @@ def _compute() -> Iterator[Finding]:
         yield _eight_bit_step(device.type)
     finally:
         session.close()
+
+
+def _gpu(index: int) -> Finding:
+    import torch
+
+    try:
+        about = torch.cuda.get_device_properties(index)
+    except Exception as error:
+        return Finding(f"GPU {index}", "fails", "broken", first_line(error))
+    return Finding(f"GPU {index}", f"{about.name}, {_gigabytes(about.total_memory)}", "works", "trains here")
 
 
 def _eight_bit_step(device: str) -> Finding:
@@ -141,7 +152,7 @@ def _eight_bit_step(device: str) -> Finding:
         optimizer.step()
         kinds = [item.dtype for item in optimizer.state[weight].values() if isinstance(item, torch.Tensor)]
         stepped = bool(torch.isfinite(weight).all()) and bool((weight < 1).all())
-    except (ImportError, OSError, RuntimeError, AttributeError, NotImplementedError) as error:
+    except Exception as error:
         return Finding(subject, "fail", "broken", f"use optimizer.name=adamw: {first_line(error)}")
     if torch.uint8 in kinds and stepped:
         return Finding(subject, "uint8 state after a real step", "works", f"adamw_8bit and lion_8bit run on {device}")

@@ -125,6 +125,7 @@ def _plan(
 def _check_combining(options: Options) -> None:
     """RecipeError for options that are a merged model's alone."""
     given = {"--dtype": options.dtype, "--quant-base": options.quant_base, "--overwrite": options.overwrite}
+    given["--no-verify"] = not options.verify
     for option, value in given.items():
         if value:
             raise RecipeError(f"--as-adapter and {option} do not go together", hint=f"leave {option} out")

@@ -88,7 +88,7 @@ def _named(error: Exception) -> LorakitError:
     if is_out_of_memory(error):
         return ResourceError("out of memory", hint="free some memory, or take a smaller model or smaller examples")
     hint = DISK_ERRORS.get(error.errno or 0) if isinstance(error, OSError) else None
-    if isinstance(error, OSError) and hint and not isinstance(error, PermissionError):
+    if isinstance(error, OSError) and hint and (error.filename or not isinstance(error, PermissionError)):
         return ResourceError(f"cannot read or write: {error.strerror}", where=str(error.filename or ""), hint=hint)
     kind: type[LorakitError] = ModelError
     place = ""

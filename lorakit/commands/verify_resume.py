@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakit.errors import TERMINATED, CheckpointError, RecipeError
+from lorakit.errors import TERMINATED, CheckpointError, RankError, RecipeError
 from lorakit.recipe import load
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
 from lorakit.storage import atomic, manifest
@@ -53,7 +53,9 @@ class _Run:
             if code not in (0, TERMINATED):
                 told.seek(0)
                 sys.stderr.write(told.read().decode(errors="replace"))
-                raise SystemExit(code if code > 0 else 1)
+                if code < 0:
+                    raise RankError(f"the run was ended by {signal.strsignal(-code)}", where=str(self.folder.root))
+                raise SystemExit(code)
         return code == TERMINATED
 
     def last_step(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import ModelError
+from lorakit.storage.disk import read_errors
 
 LARGEST = 10_000_000
 """Bytes of JSON that a header may have, about 100,000 tensors; the format itself stops at ten times as much."""
@@ -75,19 +76,23 @@ def _parse(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def header_bytes(path: Path) -> bytes:
-    """A file's header as it stands there, unchecked. Raises ModelError when the file has not that much."""
-    if not path.is_file():
-        raise ModelError("no such file", where=str(path))
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > LARGEST or 8 + length > size:
-            raise ModelError(
-                f"not a whole safetensors file: its header claims {length} bytes, the file has {size}",
-                where=str(path),
-                hint="get the file again",
-            )
-        return file.read(length)
+    """A file's header as it stands there, unchecked.
+
+    Raises ModelError when the file has not that much, ResourceError when it cannot be read.
+    """
+    with read_errors(path):
+        if not path.is_file():
+            raise ModelError("no such file", where=str(path))
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > LARGEST or 8 + length > size:
+                raise ModelError(
+                    f"not a whole safetensors file: its header claims {length} bytes, the file has {size}",
+                    where=str(path),
+                    hint="get the file again",
+                )
+            return file.read(length)
 
 
 def read_header(path: Path) -> Header:

@@ -76,6 +76,17 @@ def test_chats_are_shown_as_the_model_sees_them(here, capsys):
     assert "2 held out" in out
 
 
+def test_a_recipe_for_a_machine_with_a_gpu(here, capsys):
+    tiny_llama(here / "base")
+    (here / "chats.jsonl").write_text('{"text": "words"}\n')
+    (here / "r.yaml").write_text(
+        "base: {model: base}\ndata: {train: [{path: chats.jsonl}], held_out: 0, max_tokens: 64}\n"
+    )
+    for precision in ("fp16", "auto"):
+        data.run(Path("r.yaml"), ["compute.device=cuda", f"compute.precision={precision}"], 1)
+        assert "1 training rows" in capsys.readouterr().out
+
+
 def test_pictures_are_shown_with_their_captions_and_buckets(here, capsys):
     tiny_sd(here / "base")
     (here / "pictures").mkdir()

@@ -110,3 +110,16 @@ def test_it_prints_a_table_and_gives_the_exit_code(monkeypatch, capsys):
     monkeypatch.setitem(MINIMUM, "torch", Minimum("99", "too old"))
     assert run() == 4
     assert "put right: torch" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("place", ["lorakit.training.launch.open_session", "lorakit.training.optim.build"])
+def test_what_a_driver_raises_is_a_finding(monkeypatch, capsys, place):
+    said = "CUDA error: devices are busy; see [/usr/lib/x86_64-linux-gnu] or [bold]"
+
+    def busy(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(place, busy)
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run() == 4
+    assert re.search(rf"broken +[^\n]*{re.escape(said)}", capsys.readouterr().out)

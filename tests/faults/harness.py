@@ -84,10 +84,14 @@ def process(*words: object, prelude: str = "", seconds: float = 180, env: Mappin
 
 
 def forked(
-    *words: object, megabytes: int = 1500, seconds: float = 60, refused: Mapping[str, int] | None = None
+    *words: object,
+    megabytes: int = 1500,
+    seconds: float = 60,
+    refused: Mapping[str, int] | None = None,
+    nobody: bool = False,
 ) -> Told:
     """Run a command in a fork of this process, which saves its imports, with so much memory to add and time to take;
-    the kernel refuses it the calls of ``refused`` (``tests/torture/refuse.py``)."""
+    the kernel refuses it the calls of ``refused`` (``tests/torture/refuse.py``), or, for ``nobody``, what root may."""
     with tempfile.TemporaryFile("w+") as told, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which the child does not use
         child = os.fork()
@@ -97,6 +101,8 @@ def forked(
                 resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20,) * 2)
                 torch.set_num_threads(1)
                 refuse(refused or {})
+                if nobody and os.getuid() == 0:
+                    os.setuid(65534)
                 done = lorakit(*words)
                 json.dump([done.code, done.out, done.err], told)
                 told.flush()

@@ -315,3 +315,16 @@ def test_a_configuration_that_is_none(here: Path, whole_llama: Path) -> None:
     config.unlink()
     os.mkfifo(config)
     refuse(here / "adapter", whole_llama)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_an_adapter_that_may_not_be_read(tmp_path_factory: pytest.TempPathFactory, here: Path, name: str) -> None:
+    assert lorakit("inspect", here / "adapter").code == 0
+    path = here / "adapter" / name
+    for folder in (here, *here.parents[:2]):  # pytest's own are root's alone
+        if folder.owner() == "root" and folder.is_relative_to(tmp_path_factory.getbasetemp().parent):
+            folder.chmod(0o755)
+    path.chmod(0)
+    told = forked("inspect", here / "adapter", nobody=True)
+    path.chmod(0o755)
+    told.refused(6 if name.endswith(".safetensors") else 4, str(here / "adapter"), "Permission denied")

@@ -193,7 +193,7 @@ def test_the_sum_as_an_adapter_is_planned_and_takes_no_other_options(models: Pat
     (tmp_path / "out").mkdir()
     assert lorakit(*words, "--dry-run")[0] == 7
     (tmp_path / "out").rmdir()
-    for option in (("--dtype", "float16"), ("--quant-base", "original"), ("--overwrite",)):
+    for option in (("--dtype", "float16"), ("--quant-base", "original"), ("--overwrite",), ("--no-verify",)):
         code, told = lorakit(*words, *option)
         assert code == 2
         assert f"{option[0]} do not go together" in told
