@@ -19,7 +19,8 @@ def combine(adapters: Sequence[tuple[SavedAdapter, float]]) -> SavedAdapter:
     for saved, weight in adapters:
         for (component, path), delta in saved.all_deltas().items():
             if delta.magnitude is not None:
-                raise ModelError("DoRA does not add up with other adapters", where=path, hint="merge it by itself")
+                reason = "DoRA's change is no product of two matrices that another could be added to"
+                raise ModelError(reason, where=path, hint="merge it into its base by itself")
             parts.setdefault(component, {}).setdefault(path, []).append((delta, weight))
     components = {
         component: {path: _stacked(deltas) for path, deltas in modules.items()} for component, modules in parts.items()

@@ -30,7 +30,8 @@ _ENDINGS: dict[Format, tuple[str, ...]] = {
     "gguf": (".gguf",),
 }
 """How OUT may end; without an ending of a file it is a folder."""
-_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+"""How names of files end, be they written or not."""
 _FAMILIES: dict[Format, tuple[str, ...]] = {
     "peft": ("sd", "llama"),
     "diffusers": ("sd",),
@@ -90,7 +91,7 @@ def convert(
 
 
 def _cast(delta: Delta, to: Format, dtype: torch.dtype | None) -> Delta:
-    if dtype is None and to == "gguf" and delta.B.dtype != torch.float16:
+    if dtype is None and to == "gguf" and {delta.A.dtype, delta.B.dtype} != {torch.float16}:
         dtype = torch.float32
     return delta if dtype is None else to_dtype(delta, dtype)
 
@@ -106,7 +107,7 @@ def check_out(out: Path, to: Format) -> None:
 
 def _ending(out: Path) -> str:
     """That of a file; a folder's name may hold dots."""
-    return out.suffix if out.suffix.lower() in _FILES else ""
+    return out.suffix if out.suffix.lower() in FILES else ""
 
 
 def _check(saved: SavedAdapter, to: Format, models: Models | None, dtype: torch.dtype | None) -> None:

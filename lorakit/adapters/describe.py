@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakit.adapters import formats
 from lorakit.adapters.delta import Delta, told_as
-from lorakit.adapters.files import common_alpha, read_delta
+from lorakit.adapters.files import check_config, common_alpha, read_delta
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.pieces import Piece
 from lorakit.errors import ModelError
@@ -57,6 +57,8 @@ class Description:
     """Modules whose B is all zeros: they change nothing."""
     faults: tuple[str, ...]
     """Tensors with NaN or infinity, and why a module makes no change that a model could take."""
+    beside: tuple[str, ...]
+    """What is not LoRA of a layer's weight, and only a merge takes in: whole tensors, tokens, biases, embeddings."""
     metadata: dict[str, str]
     """The files' own strings."""
 
@@ -86,6 +88,11 @@ def describe(path: Path, pieces: Sequence[Piece], models: Mapping[str, nn.Module
         found, wrong = _modules(piece, models)
         whole |= found
         broken += len(wrong)
+        if piece.format == "peft":
+            try:
+                check_config(piece.config)
+            except ModelError as error:
+                faults.append(str(error))
         faults += [f"{key}: NaN or infinity" for key, t in piece.tensors.items() if not torch.isfinite(t).all()]
         faults += [f"{error.where}: {error.reason}" for error in wrong]
     groups: dict[str, list[_Module]] = {}
@@ -107,6 +114,7 @@ def describe(path: Path, pieces: Sequence[Piece], models: Mapping[str, nn.Module
         blocks=blocks,
         dead=tuple(name for name, module in whole.items() if not module.delta.B.any()),
         faults=tuple(faults),
+        beside=tuple(name for piece in pieces for name in piece.beside),
         metadata={key: text for piece in pieces for key, text in piece.metadata.items()},
     )
 
@@ -129,7 +137,8 @@ def _modules(piece: Piece, models: Mapping[str, nn.Module] | None) -> tuple[dict
             delta = read_delta(path, parts, piece.tensors, config, common)
             given = config is not None or "alpha" in parts or common is not None
             root = config is not None and config.get("use_rslora")
-            found[name] = _Module(delta, delta.scale * (delta.rank**0.5 if root else delta.rank) if given else None)
+            alpha = delta.scale * (delta.rank**0.5 if root else delta.rank)
+            found[name] = _Module(delta, float(f"{alpha:.9g}") if given else None)  # a root and back is not exact
         except ModelError as error:
             wrong.append(error)
     return found, wrong

@@ -6,11 +6,12 @@ configuration names is never loaded for it.
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorakit.adapters import formats, gguf_lora
@@ -21,7 +22,7 @@ from lorakit.adapters.pieces import CONFIG, Piece, located, open_pieces
 from lorakit.adapters.targets import fit
 from lorakit.errors import ModelError
 
-__all__ = ["assemble", "common_alpha", "read_adapter", "read_delta"]
+__all__ = ["assemble", "check_config", "common_alpha", "read_adapter", "read_delta"]
 
 LOG = logging.getLogger("lorakit")
 _NOT_SUPPORTED = (
@@ -56,10 +57,11 @@ def assemble(
 
     Only a merge takes in what is not LoRA of a layer's weight: with ``whole`` the caller sees to the tensors that the
     pieces hold whole, to biases and tokens, and LoRA of an embedding is among the changes; without it they are a
-    ModelError.
+    ModelError, but for PEFT's copies of weights that the base has.
     """
     try:
-        for name in [] if whole else [name for piece in pieces for name in piece.beside]:
+        copies = set() if whole or models is None else {name for piece in pieces for name in _copies(piece, models)}
+        for name in [] if whole else [name for piece in pieces for name in piece.beside if name not in copies]:
             reason = "not LoRA of a layer's weight: only a merge can take it in"
             raise ModelError(reason, where=name, hint="lorakit merge BASE ADAPTER OUT")
         saved = _joined([_read(piece, models) for piece in pieces])
@@ -71,6 +73,25 @@ def assemble(
         return fitted
     except ModelError as error:
         raise located(error, path) from error
+
+
+def _copies(piece: Piece, models: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Weights of the base's own that PEFT saves with LoRA of a head, as far as the base has the same.
+
+    A base on meta has no numbers to compare: there a warning says what is taken for granted.
+    """
+    layers = adaptable(models[piece.component]) if piece.component in models else {}
+    for name, key in piece.whole.items():
+        layer = layers.get(name.removesuffix(".weight"))
+        if ".base_layer." not in key or layer is None:
+            continue
+        with safe_open(piece.path, "pt") as file:
+            copy = file.get_tensor(key)
+        if layer.weight.is_meta and layer.weight.shape == copy.shape:
+            LOG.warning("%s: %s is taken for a copy of the base's, and left out", piece.path, name)
+            yield name
+        elif not layer.weight.is_meta and torch.equal(layer.weight.cpu(), copy.to(layer.weight.dtype)):
+            yield name
 
 
 def _joined(parts: list[SavedAdapter]) -> SavedAdapter:
@@ -96,7 +117,7 @@ def _read(piece: Piece, models: Mapping[str, nn.Module] | None) -> SavedAdapter:
         table = formats.kohya_table({name: adaptable(model) for name, model in models.items()})
         keys = {key: part._replace(module=formats.flat_path(part.module, table)) for key, part in keys.items()}
     if piece.format == "peft":
-        _check_config(piece.config)
+        check_config(piece.config)
         metadata["base_model_name_or_path"] = str(piece.config.get("base_model_name_or_path") or "")
     components = {}
     for component in dict.fromkeys(part.component for part in keys.values()):
@@ -119,7 +140,8 @@ def common_alpha(piece: Piece) -> float | None:
     return float(piece.metadata.get(gguf_lora.ALPHA, 0)) or None if piece.format == "gguf" else None
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any]) -> None:
+    """ModelError for a PEFT configuration under which the tensors are no LoRA of the base's own weights."""
     if config.get("peft_type") != "LORA":
         raise ModelError(f"peft_type is {config.get('peft_type')!r}, not LORA", where=CONFIG)
     for key in _NOT_SUPPORTED:
@@ -182,7 +204,8 @@ def _matrices(module: str, parts: Mapping[formats.Part, str], tensors: Mapping[s
     if a.dim() not in (2, 4) or b.dim() not in (2, 4) or b.shape[1] != rank or b.shape[2:].numel() != 1:
         raise ModelError(f"A {tuple(a.shape)} and B {tuple(b.shape)} do not multiply", where=parts["A"])
     if not 0 < rank <= max(a[0].numel(), b.shape[0]):  # PEFT and others give all layers one rank, narrow ones too
-        raise ModelError(f"rank {rank} with A {tuple(a.shape)} and B {tuple(b.shape)}", where=parts["A"])
+        reason = f"rank {rank} is more than the layer's inputs and outputs: A {tuple(a.shape)}, B {tuple(b.shape)}"
+        raise ModelError(reason, where=parts["A"])
     return a, b
 
 
@@ -195,7 +218,8 @@ def _alpha(key: str, tensors: Mapping[str, Tensor]) -> float:
 
 def _magnitude(key: str, tensors: Mapping[str, Tensor], b: Tensor) -> Tensor:
     magnitude = tensors[key]
-    outer = magnitude.shape[1:2] if magnitude.dim() == 4 and magnitude.shape[0] == 1 else magnitude.shape[:1]
+    pefts = "lora_magnitude_vector" in key  # of a convolution [1, out, 1, 1]; LyCORIS' dora_scale then is [1, in, 1, 1]
+    outer = magnitude.shape[1:2] if pefts and magnitude.dim() == 4 and magnitude.shape[0] == 1 else magnitude.shape[:1]
     if magnitude.numel() != b.shape[0] or outer != b.shape[:1]:
         reason = f"magnitudes {tuple(magnitude.shape)} for {b.shape[0]} outputs: only DoRA on the output is supported"
         raise ModelError(reason, where=key)

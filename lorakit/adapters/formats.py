@@ -50,6 +50,9 @@ _SUFFIXES: dict[Format, dict[str, Part]] = {
         ".lora_B.weight": "B",
         ".lora_magnitude_vector": "magnitude",
         ".lora_magnitude_vector.weight": "magnitude",
+        ".lora_A.default.weight": "A",
+        ".lora_B.default.weight": "B",
+        ".lora_magnitude_vector.default.weight": "magnitude",
     },
     "kohya": {
         ".lora_down.weight": "A",
@@ -64,6 +67,9 @@ _SUFFIXES: dict[Format, dict[str, Part]] = {
         ".lora.up.weight": "B",
         ".lora_linear_layer.down.weight": "A",
         ".lora_linear_layer.up.weight": "B",
+        ".lora_down.weight": "A",
+        ".lora_up.weight": "B",
+        ".alpha": "alpha",
         ".lora_magnitude_vector": "magnitude",
         ".lora_magnitude_vector.weight": "magnitude",
     },
@@ -82,9 +88,11 @@ _OTHER_KINDS = {
     "lora_mid": "LoRA with a Tucker core",
     "oft_": "OFT",
     "on_input": "(IA)^3",
-    "b1.weight": "GLoRA",
+    ".a1.weight": "GLoRA",
+    ".b1.weight": "GLoRA",
     ".diff": "a full difference of weights",
     ".w_norm": "with trained norms",
+    ".b_norm": "with trained norms",
     ".scalar": "with trained scalars",
 }
 """LyCORIS kinds by what their keys contain."""
@@ -98,7 +106,7 @@ def detect(keys: Iterable[str]) -> Format:
     for key in keys:
         found = next((form for form, prefixes in _PREFIXES.items() if key.startswith(tuple(prefixes))), None)
         if found is None:
-            raise _not_lora(key, "a key of no known adapter format (PEFT, diffusers, kohya, GGUF)")
+            raise ModelError("a key of no known adapter format (PEFT, diffusers, kohya, GGUF)", where=key)
         first.setdefault(found, key)
     if len(first) > 1:
         raise ModelError(f"keys of several formats ({', '.join(sorted(first))})", where=", ".join(first.values()))
@@ -118,14 +126,16 @@ def split(key: str, form: Format, component: str | None = None) -> Key:
         return Key(component, f"{old[1]}.{layer}", "A" if old[3] == "down" else "B")
     suffix = next((s for s in sorted(_SUFFIXES[form], key=len, reverse=True) if path.endswith(s)), None)
     if suffix is None:
-        raise _not_lora(key, "not a part of LoRA")
+        raise ModelError("not a part of LoRA", where=key)
     return Key(component, path.removesuffix(suffix), _SUFFIXES[form][suffix])
 
 
-def _not_lora(key: str, reason: str) -> ModelError:
-    """What a key belongs to where that is known, else ``reason``."""
-    kind = next((kind for part, kind in _OTHER_KINDS.items() if part in key), None)
-    return ModelError(reason if kind is None else f"the adapter is {kind} (LyCORIS), not LoRA", where=key)
+def refuse_other_kinds(keys: Iterable[str]) -> None:
+    """ModelError for an adapter of LyCORIS' that is not LoRA, by the first key that says so."""
+    for key in keys:
+        for part, kind in _OTHER_KINDS.items():
+            if part in key:
+                raise ModelError(f"the adapter is {kind} (LyCORIS), not LoRA", where=key)
 
 
 def is_xl(layers: Mapping[str, Collection[str]]) -> bool:

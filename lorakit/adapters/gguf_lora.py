@@ -74,10 +74,14 @@ def write(
     Raises ModelError for DoRA, for a convolution, and for a layer or an architecture that llama.cpp does not know.
     """
     layout = _layout(model)
+    config: Any = model.config
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for module, delta in deltas.items():
         if module not in layout.names:
             raise ModelError("GGUF has no name for it", where=module)
+        if layout.names[module] == "output" and config.tie_word_embeddings:
+            reason = "the base's head is its embedding, so that its GGUF file has no tensor of that name"
+            raise ModelError(reason, where=module, hint="merge it into its base instead")
         if delta.magnitude is not None:
             raise ModelError("llama.cpp's adapters have no DoRA", where=module, hint="merge it into its base instead")
         name = layout.names[module]

@@ -194,7 +194,7 @@ def set_scale(model: nn.Module, weight: float, name: str = NAME) -> None:
 
 def fold(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
     """Add every adapter into its weight and remove the wrapping: a merge's float32 sums, one rounding to the weight's
-    dtype, or to the one that ``dtypes`` has under its name.
+    dtype, or to the one that ``dtypes`` has under its name. A head that shares the embedding's weight gets its own.
 
     Raises ModelError, and leaves the model as it was, when a base is quantized or a sum is not finite in its dtype.
     """
@@ -211,10 +211,10 @@ def fold(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> N
             raise ModelError(f"the sum overflows {dtype}", where=path)
         sums[path] = total.to("cpu")  # a GPU may have no room for all layers twice
     for path, layer in layers.items():
-        weight = _base_weight(layer)
-        weight.data = sums.pop(path).to(weight)
+        base: Any = layer.get_base_layer()
+        base.weight = nn.Parameter(sums.pop(path).to(base.weight), requires_grad=base.weight.requires_grad)
         parent, _, last = path.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer.get_base_layer())
+        setattr(model.get_submodule(parent), last, base)
     if layers:
         del model.peft_config
 

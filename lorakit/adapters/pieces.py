@@ -35,6 +35,8 @@ TEMPLATE_KEY = "lorakit_chat_template"
 CHECKPOINT, STATE = "adapter.safetensors", "state.json"
 """Of a checkpoint's folder (``training.checkpoint``)."""
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+_UNETS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
+_CLIPS = ("text_model.encoder.", "encoder.layers.")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _WHOLE = {"I64", "I32"}
 """What diffusers' converter to kohya's format writes alphas in."""
@@ -123,8 +125,18 @@ def _open_folder(path: Path) -> list[Piece]:
         return _open_checkpoint(path)
     if (path / DIFFUSERS).is_file():
         return [_open_file(path / DIFFUSERS)]
-    parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()} or {"model": path}
+    parts = {name: path / name for name in COMPONENTS if (path / name).is_dir()} or {_component(path): path}
     return [_open_peft(component, folder) for component, folder in parts.items()]
+
+
+def _component(folder: Path) -> str:
+    """What a single PEFT folder is for, by its names: PEFT knows nothing of a UNet's place in a pipeline."""
+    if not (folder / WEIGHTS).is_file():
+        return "model"
+    names = [name.removeprefix("base_model.model.") for name in read_header(folder / WEIGHTS).tensors]
+    if any(name.startswith(_UNETS) for name in names):
+        return "unet"
+    return "text_encoder" if any(name.startswith(_CLIPS) for name in names) else "model"
 
 
 def _open_checkpoint(folder: Path) -> list[Piece]:
@@ -211,6 +223,7 @@ def _packed_config(metadata: Mapping[str, str]) -> dict[str, Any]:
 def _tensors(path: Path, without: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a checked file, and its metadata; ModelError for another dtype."""
     header = read_header(path)
+    formats.refuse_other_kinds(header.tensors)
     tensors = {}
     with safe_open(path, framework="pt") as file:
         for name, info in header.tensors.items():

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta, SavedAdapter, told_as
+from lorakit.adapters.merging.tied import tied_by_config
 from lorakit.adapters.outline import adaptable
 from lorakit.errors import ModelError, RecipeError
 from lorakit.numerics.low_rank import factor, thin
@@ -72,9 +73,15 @@ def extract(
     ``models``: the base's components, on meta if need be. One pair of weights is in memory at a time. Layers that are
     equal in both get nothing. Raises ModelError when the models are not of one shape, or equal.
     """
-    before, after = (_index(location) for location in (base, tuned))
-    for name in before.keys() ^ after.keys():
-        raise ModelError("only one of the two models has it", where=name)
+    before, after = (_index(location, models) for location in (base, tuned))
+    if (shared := tied_by_config(models)) is not None:
+        head, embedding = (f"model.{name}" for name in shared)
+        for index in (before, after):
+            if head not in index and embedding in index and head in before.keys() | after.keys():
+                index[head] = index[embedding]
+    for name in sorted(before.keys() ^ after.keys()):
+        has, lacks = (base.name, tuned.name) if name in before else (tuned.name, base.name)
+        raise ModelError(f"{has} has it, {lacks} does not", where=name)
     layers = {f"{c}.{_bare(path)}.weight": (c, path) for c, model in models.items() for path in adaptable(model)}
     parts: dict[str, dict[str, Delta]] = {}
     squares: list[tuple[str, float, float]] = []
@@ -113,11 +120,16 @@ def _kept(squares: Iterable[tuple[str, float, float]]) -> Kept:
     return Kept(len(listed), share, least, name)
 
 
-def _index(location: BaseLocation) -> dict[str, tuple[Path, str]]:
-    """Where each tensor of a model is, by component and name. Raises RecipeError for a layout other than a folder."""
+def _index(location: BaseLocation, models: Models) -> dict[str, tuple[Path, str]]:
+    """Where each tensor that ``models`` have is, by component and name. (Older files hold more: CLIP's position_ids.)
+
+    Raises RecipeError for a layout other than a folder.
+    """
     if location.layout not in ("transformers", "diffusers"):
         raise RecipeError("an adapter is extracted from two folders of safetensors", where=location.name)
-    return {f"{component}.{_bare(key)}": (path, key) for component, path, key in _tensors(location)}
+    known = {f"{component}.{_bare(key)}" for component, model in models.items() for key in model.state_dict()}
+    found = {f"{component}.{_bare(key)}": (path, key) for component, path, key in _tensors(location)}
+    return {name: place for name, place in found.items() if name in known}
 
 
 def _tensors(location: BaseLocation) -> Iterator[tuple[str, Path, str]]:

@@ -11,7 +11,7 @@ from lorakit.adapters.delta import Delta
 from lorakit.errors import ModelError
 
 PREFIX = "base_model.model."
-_EMBEDDINGS = ("embed_tokens", "lm_head")
+EMBEDDINGS = ("embed_tokens", "lm_head")
 """The modules that PEFT saves whole of its own accord when they get LoRA or the vocabulary grew."""
 _BIAS, _TOKENS = ".lora_B.bias", ".token_adapter.trainable_tokens_delta"
 _LORA = {".lora_embedding_A": ".lora_B.weight", ".lora_embedding_B": ".lora_A.weight"}
@@ -32,7 +32,7 @@ def whole_tensors(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, s
             continue
         name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         module, _, kind = name.rpartition(".")
-        if module.endswith(modules) or _ends(module, _EMBEDDINGS) or (biases and kind == "bias"):
+        if module.endswith(modules) or _ends(module, EMBEDDINGS) or (biases and kind == "bias"):
             found[name] = key
     for module in modules:
         if not any(name.rpartition(".")[0].endswith(module) for name in found):

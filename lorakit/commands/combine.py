@@ -19,11 +19,10 @@ def run(
 ) -> None:
     """Write the best adapter of at most ``rank`` for the weighted sum as PEFT has it, and print what that keeps."""
     from lorakit.adapters.combine import combine
-    from lorakit.adapters.convert import check_out, convert
+    from lorakit.adapters.convert import convert
     from lorakit.adapters.files import read_adapter
     from lorakit.adapters.reduce import resize
 
-    check_out(out, "peft")
     saved = [(read_adapter(path, models), weight) for path, weight in adapters]
     smaller, kept = resize(combine(saved), rank)
     if dry_run:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,12 +94,14 @@ def _tell(found: "Description", base: str, console: Console) -> None:
         f"{found.modules} modules, {found.parameters:,} parameters, norm of the whole change {found.norm:.4g}"
     )
     console.print(f"made for {escape(visible(base))}" if base else "its metadata names no base")
-    table = Table("block", Column("modules", justify="right"), "rank", "alpha", Column("norm", justify="right"))
+    number = partial(Column, justify="right")
+    table = Table(Column("block", overflow="fold"), number("modules"), "rank", "alpha", number("norm"))
     for block in found.blocks:
         ranks, alphas = (", ".join(f"{value:g}" for value in values) for values in (block.ranks, block.alphas))
         table.add_row(escape(visible(block.name)), str(block.modules), ranks, alphas, f"{block.norm:.4g}")
     console.print(table)
-    for title, names in (("dead (B is zero)", found.dead), ("broken", found.faults)):
+    listed = (("dead (B is zero)", found.dead), ("for a merge alone", found.beside), ("broken", found.faults))
+    for title, names in listed:
         for name in names[:SHOWN]:
             console.print(f"[yellow]{title}: {escape(visible(name))}[/]")
         if len(names) > SHOWN:

@@ -44,10 +44,17 @@ class Options:
 
 def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None:
     """Plan; then merge, with a bar, and print what was done."""
+    from lorakit.adapters.convert import FILES, check_out
     from lorakit.storage.bases import resolve
 
     if not math.isfinite(options.scale):
         raise RecipeError(f"{options.scale} is not a finite number", where="--scale")
+    if options.as_adapter is not None:
+        _check_combining(options)
+        check_out(out, "peft")
+    elif out.suffix.lower() in FILES and out.suffix != ".safetensors":
+        reason = "a model is written as a folder, or as a file whose name ends in .safetensors"
+        raise RecipeError(reason, where=str(out))
     console, location = Console(stderr=True), resolve(base, options.revision)
     parsed = [(path, weight * options.scale) for path, weight in map(parse_adapter, adapters)]
     bar = Progress(
@@ -61,7 +68,6 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
     with warnings_to(console):
         opened = _open(location, out)
         if options.as_adapter is not None:
-            _check_combining(options)
             combine.run(location.name, opened.models, parsed, out, options.as_adapter, dry_run=options.dry_run)
             return
         plan = _plan(location, opened, parsed, out, options)

@@ -151,7 +151,9 @@ def shard_files(folder: Path, stem: str) -> list[Path]:
                 where=str(folder),
                 hint="save the model as safetensors first",
             )
-        raise ModelError(f"no {single.name} and no {index.name}", where=str(folder))
+        variants = sorted(folder.glob(f"{stem}.*.safetensors"))
+        hint = f"{variants[0].name} is a variant: rename it to {single.name}" if variants else ""
+        raise ModelError(f"no {single.name} and no {index.name}", where=str(folder), hint=hint)
     weight_map = _field(read_json(index), "weight_map", index)
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelError("weight_map is not a table of file names", where=str(index))

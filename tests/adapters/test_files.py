@@ -368,8 +368,70 @@ def test_not_adapters(tmp_path: Path, written: Path, sd: Path) -> None:
         ("lora_unet_x.hada_w1_a", r"LoHa \(LyCORIS\)"),
         ("lora_unet_x.lokr_w1", r"LoKr \(LyCORIS\)"),
         ("lycoris_unet_x.lokr_w1", r"LoKr \(LyCORIS\)"),
+        ("lora_unet_x.a1.weight", r"GLoRA \(LyCORIS\)"),
+        ("lora_unet_norm.b_norm", r"trained norms \(LyCORIS\)"),
         ("lora_unet_nothing.alpha", "no such module"),
     ):
         save_file({key: torch.ones(1)}, path)
         with pytest.raises(ModelError, match=message):
             read_adapter(path, parts(sd))
+
+
+def test_another_kind_is_told_whatever_comes_before_it(tmp_path: Path, sd: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"lora_unet_x.a": torch.ones(1), "lora_unet_x.on_input": torch.ones(1, dtype=torch.bool)}, path)
+    with pytest.raises(ModelError, match=r"\(IA\)\^3 \(LyCORIS\)"):
+        read_adapter(path, parts(sd))
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [("lora_down.weight", "lora_up.weight", "alpha"), ("lora_A.weight", "lora_B.weight", "alpha")],
+    ids=["kohya's parts", "an alpha beside PEFT's"],
+)
+def test_diffusers_names_with_parts_of_other_programs(tmp_path: Path, sd: Path, ends: tuple[str, str, str]) -> None:
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    values = (torch.randn(2, 64), torch.randn(64, 2), torch.tensor(6.0))
+    save_file({f"{name}.{end}": value for end, value in zip(ends, values, strict=True)}, tmp_path / "x.safetensors")
+    (delta,) = read_adapter(tmp_path / "x.safetensors", parts(sd)).components["unet"].values()
+    torch.testing.assert_close(product(delta), 3.0 * values[1] @ values[0])
+
+
+def test_the_name_of_an_adapter_inside_peft_is_no_matter(llama: Path, written: Path) -> None:
+    weights = written / "adapter_model.safetensors"
+    expected = read_adapter(written)
+    save_file({key.replace(".weight", ".default.weight"): t for key, t in load_file(weights).items()}, weights)
+    found = read_adapter(written, {"model": LlamaForCausalLM.from_pretrained(llama)})
+    for place, delta in expected.all_deltas().items():
+        assert torch.equal(product(found.all_deltas()[place]), product(delta))
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_a_peft_folder_of_one_component(tmp_path: Path, sd: Path, component: str) -> None:
+    """As PEFT saves a model that knows nothing of its place in a pipeline."""
+    names = ["to_q"] if component == "unet" else ["q_proj"]
+    theirs = get_peft_model(parts(sd)[component], LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    saved = read_adapter(tmp_path, parts(sd))
+    assert list(saved.components) == [component]
+    assert saved.family == "sd"
+
+
+def test_dora_on_the_inputs_of_a_square_convolution_is_refused(tmp_path: Path, sd: Path) -> None:
+    """LyCORIS' wd_on_out=False: [1, in, 1, 1], which PEFT's magnitude of a convolution looks like, and is not."""
+    layers = adaptable(parts(sd)["unet"])
+    path = next(p for p, m in layers.items() if isinstance(m, nn.Conv2d) and m.in_channels == m.out_channels)
+    width, kernel = layers[path].in_channels, layers[path].kernel_size
+    name = f"lora_unet_{path.replace('.', '_')}"
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(2, width, *kernel),
+        f"{name}.lora_up.weight": torch.randn(width, 2, 1, 1),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    for shape, refused in (((1, width, 1, 1), True), ((width, 1, 1, 1), False)):
+        save_file(tensors | {f"{name}.dora_scale": torch.rand(shape)}, tmp_path / "x.safetensors")
+        if not refused:
+            assert read_adapter(tmp_path / "x.safetensors", parts(sd)).components["unet"][path].magnitude is not None
+            continue
+        with pytest.raises(ModelError, match="only DoRA on the output"):
+            read_adapter(tmp_path / "x.safetensors", parts(sd))

@@ -110,6 +110,28 @@ def test_extract_then_resize_a_llama(tmp_path: Path) -> None:
             assert refused.value.exit_code == code
 
 
+def test_names_that_no_model_has_and_a_head_that_one_leaves_out_are_no_difference(tmp_path: Path) -> None:
+    """CLIP's position_ids of older files; a tied head, which transformers does not write, saved all the same."""
+    sd, other = tiny_sd(tmp_path / "sd"), tiny_sd(tmp_path / "other")
+    weights = sd / "text_encoder/model.safetensors"
+    save_file(load_file(weights) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, weights)
+    with pytest.raises(ModelError, match="no layer differs"):
+        extract(resolve(str(sd)), resolve(str(other)), meta_models(resolve(str(sd))), 2)
+    base, tuned = tiny_llama(tmp_path / "base"), tiny_llama(tmp_path / "tuned")
+    models = meta_models(resolve(str(base)))
+    tensors = load_file(tuned / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    for change in (0.0, 1.0):
+        save_file(tensors | {"lm_head.weight": head + change}, tuned / "model.safetensors", {"format": "pt"})
+        if not change:
+            with pytest.raises(ModelError, match="no layer differs"):
+                extract(resolve(str(base)), resolve(str(tuned)), models, 2)
+            continue
+        saved, _ = extract(resolve(str(base)), resolve(str(tuned)), models, 2)
+        assert list(saved.components["model"]) == ["lm_head"]
+        torch.testing.assert_close(product(saved.components["model"]["lm_head"]), torch.ones_like(head))
+
+
 def test_models_that_do_not_compare(tmp_path: Path) -> None:
     base, same = tiny_llama(tmp_path / "base"), tiny_llama(tmp_path / "same")
     models = meta_models(resolve(str(base)))

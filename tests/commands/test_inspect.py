@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from lorakit.adapters.delta import product
@@ -205,3 +207,20 @@ def test_a_builtin_base_is_known_by_its_name(tmp_path: Path) -> None:
     write_peft(tmp_path / "a" / "unet", state, injection, base_name="builtin:mini-sd")
     told = lorakit("convert", tmp_path / "a", tmp_path / "a.safetensors", "--to", "kohya")
     assert f"{len(changes)} modules" in told
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_what_only_a_merge_takes_and_what_no_command_takes_is_told(tmp_path: Path) -> None:
+    options = {"r": 4, "lora_alpha": 7, "use_rslora": True, "target_modules": ["q_proj"], "init_lora_weights": False}
+    model = LlamaForCausalLM.from_pretrained(tiny_llama(tmp_path / "base", tied=False))
+    peft = get_peft_model(model, LoraConfig(**options, modules_to_save=["lm_head"]))
+    peft.save_pretrained(tmp_path / "adapter")
+    told = json.loads(lorakit("inspect", tmp_path / "adapter", "--json"))
+    assert told["beside"] == ["lm_head.weight"]
+    assert told["faults"] == []
+    assert [block["alphas"] for block in told["blocks"]] == [[7.0], [7.0]]
+    assert "for a merge alone: lm_head.weight" in lorakit("inspect", tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "pissa"}))
+    (fault,) = json.loads(lorakit("inspect", tmp_path / "adapter", "--json"))["faults"]
+    assert "init_lora_weights is 'pissa'" in fault

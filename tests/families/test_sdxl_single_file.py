@@ -2,6 +2,7 @@
 own reader of such files."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,23 @@ def test_single_file_to_single_file(file: BaseLocation, folder: BaseLocation, ad
         equal(pieces(parts)[component], module)
         equal(getattr(pipe, component), module)
     assert compare(file, plan.adapters, out)[0] < 1e-4
+
+
+def test_a_single_file_is_compared_without_a_tokenizer(
+    file: BaseLocation, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary of CLIP's is needed to draw, not to see whether two models compute the same."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    shutil.copyfile(file.path, tmp_path / "xl.safetensors")
+    alone, out = resolve(str(tmp_path / "xl.safetensors")), tmp_path / "merged.safetensors"
+    plan = plan_merge(alone, open_single(alone, open_original(alone)), [(adapter, 1.0)], out)
+    merge(plan)
+    share, told = compare(alone, plan.adapters, out)
+    assert share < 1e-4
+    assert "random tokens" in told
+    assert compare(alone, (), out)[0] > 1e-3
+    with pytest.raises(ModelError, match="holds no tokenizer"):
+        load_parts(alone, PLACE)
 
 
 def test_single_file_to_folder(file: BaseLocation, folder: BaseLocation, adapter: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lorakit.adapters.merging.stream import OutFile, Span, Target
 from lorakit.adapters.merging.tied import equal_terms, tied_by_config, tied_names, untied
 from lorakit.adapters.merging.turned import Turned, turned
 from lorakit.adapters.pieces import CONFIG, TEMPLATE, TEMPLATE_KEY, Piece, open_pieces, trained_template
-from lorakit.adapters.whole import added_biases
+from lorakit.adapters.whole import EMBEDDINGS, added_biases
 from lorakit.errors import ConflictError, ModelError
 from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
@@ -220,7 +220,10 @@ def _check(change: Change, base: OpenBase, component: str, name: str, told: str)
         raise ModelError(f"the base's tensor is {slot.dtype}: nothing can be added to it", where=told)
     expected = (slot.columns, slot.rows) if home.turned else (home.last - home.first, slot.columns)
     for shape in change.shapes - {expected}:
-        raise ModelError(f"the adapter's has {shape}, the base's {expected} rows and columns", where=told)
+        reason = f"the adapter's has {shape}, the base's {expected} rows and columns"
+        grown = shape[0] > expected[0] and shape[1] == expected[1]
+        hint = f"its vocabulary has grown: transformers' resize_token_embeddings({shape[0]}) makes a base for it"
+        raise ModelError(reason, where=told, hint=hint if grown and name.split(".")[-2] in EMBEDDINGS else "")
     return home
 
 

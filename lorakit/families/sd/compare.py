@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lorakit.adapters.merging.plan import PlannedAdapter
 from lorakit.adapters.merging.reference import difference, parameters_on_meta, run_from_files
+from lorakit.errors import ModelError
 from lorakit.families.sd.base import load_conditioning
-from lorakit.families.sd.conditioning import ids_of
+from lorakit.families.sd.conditioning import conditioning_of, ids_of
 from lorakit.families.sd.original import open_stable_diffusion
 from lorakit.families.sd.skeleton import Skeleton, skeleton
 from lorakit.storage.bases import BaseLocation, resolve
@@ -24,13 +25,31 @@ def compare(base: BaseLocation, adapters: Sequence[PlannedAdapter], out: Path) -
     """How far the merged model's prediction is from base + adapter's, in float32, as a share of its spread; and in
     words. A few rows of a weight are in memory at a time.
     """
-    text = load_conditioning(base, skeleton(base, torch.float32).conditioning.encoders)
-    ids = ids_of(text, PROMPTS)
+    text, ids, told = _prompts(base)
     one, other = _running(base, adapters), _running(resolve(str(out)), ())
     side = min(32, *_sides(one))
     expected, found = (_predictions(bones, text, ids, side) for bones in (one, other))
     share = difference(expected, found)
-    return share, f"predictions for {len(PROMPTS)} prompts differ by {share:.2%}"
+    return share, f"predictions for {told} differ by {share:.2%}"
+
+
+def _prompts(base: BaseLocation) -> tuple[Any, Tensor, str]:
+    """What tells the UNet of a prompt, with the base's text encoders on meta; tokens [B, E, L]; and what they are.
+
+    A single file brings no tokenizer, and needs none to be compared.
+    """
+    encoders = skeleton(base, torch.float32).conditioning.encoders
+    try:
+        text = load_conditioning(base, encoders)
+    except ModelError:
+        if base.layout != "single-file":
+            raise
+        configs: list[Any] = [encoder.config for encoder in encoders.values()]
+        shape = len(PROMPTS), len(configs), min(config.max_position_embeddings for config in configs)
+        highest = min(config.vocab_size for config in configs)
+        ids = torch.randint(highest, shape, generator=torch.Generator().manual_seed(0))
+        return conditioning_of((), encoders, zeros=False), ids, f"{len(ids)} rows of random tokens, for want of CLIP's,"
+    return text, ids_of(text, PROMPTS), f"{len(PROMPTS)} prompts"
 
 
 def _running(location: BaseLocation, adapters: Sequence[PlannedAdapter]) -> Skeleton:

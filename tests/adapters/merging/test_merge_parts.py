@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from lorakit.adapters.convert import convert
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.merging import reference, stream
@@ -23,6 +25,7 @@ from lorakit.adapters.merging.reference import parameters_on_meta, run_from_file
 from lorakit.adapters.merging.source import FileSource
 from lorakit.errors import ModelError
 from lorakit.families.llama import compare as llama_compare
+from lorakit.families.llama.generate import open_chat
 from lorakit.families.llama.library import load_model
 from lorakit.families.llama.skeleton import open_language_model
 from lorakit.families.place import Place
@@ -36,10 +39,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ensure_weight_tying.*:UserWarning"),
 ]
 TOKENS = torch.arange(24).reshape(2, 12)
+FLOAT32 = Place(torch.device("cpu"), torch.float32)
 Q, EMBED, HEAD = "q_proj", "embed_tokens", "lm_head"
 
 
-def adapter(base: Path, out: Path, seed: int = 0, **options: Any) -> torch.Tensor:
+def adapter(base: Path, out: Path, seed: int = 0, saving: Mapping[str, Any] = {}, **options: Any) -> torch.Tensor:
     """Save a PEFT adapter with every trained number disturbed; the logits of base + adapter as PEFT computes them."""
     kind = Qwen2ForCausalLM if "Qwen2" in (base / "config.json").read_text() else LlamaForCausalLM
     model = get_peft_model(
@@ -52,7 +56,7 @@ def adapter(base: Path, out: Path, seed: int = 0, **options: Any) -> torch.Tenso
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Adapter 'default': .*invalid shape")  # PEFT's, of B's own biases
-        model.save_pretrained(out)
+        model.save_pretrained(out, **saving)
     return logits(model)
 
 
@@ -165,6 +169,52 @@ def test_a_head_that_is_targeted_and_saved_whole(tmp_path: Path) -> None:
     expected = adapter(base, tmp_path / "adapter", target_modules=[Q, HEAD], modules_to_save=[HEAD])
     out = merged(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
     torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_lora_of_the_head(tmp_path: Path, tied: bool, copied: bool, fuse: bool) -> None:
+    """PEFT saves a copy of the base's head with it, unless it is told not to; on a tied one it moves no embedding."""
+    base = tiny_llama(tmp_path / "base", tied=tied)
+    options = {"save_embedding_layers": copied}
+    expected = adapter(base, tmp_path / "adapter", target_modules=[Q, HEAD], saving=options)
+    chat = open_chat(resolve(str(base)), [(tmp_path / "adapter", 1.0)], FLOAT32, fuse=fuse)
+    torch.testing.assert_close(chat.decoder.start(0, TOKENS[0].tolist()), expected[0, -1], rtol=1e-4, atol=1e-4)
+    out = merged(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_of_another_head_is_left_to_a_merge(tmp_path: Path) -> None:
+    base, other = (tiny_llama(tmp_path / name, tied=False, seed=seed) for seed, name in enumerate(("base", "other")))
+    adapter(other, tmp_path / "adapter", target_modules=[Q, HEAD])
+    with pytest.raises(ModelError, match="not LoRA of a layer"):
+        read_adapter(tmp_path / "adapter", {"model": LlamaForCausalLM.from_pretrained(base)})
+
+
+def test_lora_of_a_tied_head_is_none_for_llama_cpp(tmp_path: Path) -> None:
+    for tied in (True, False):
+        base = tiny_llama(tmp_path / f"base-{tied}", tied=tied)
+        adapter(base, tmp_path / f"adapter-{tied}", target_modules=[Q, HEAD])
+        models = {"model": LlamaForCausalLM.from_pretrained(base)}
+        saved = read_adapter(tmp_path / f"adapter-{tied}", models)
+        out = tmp_path / f"{tied}.gguf"
+        if not tied:
+            assert convert(saved, out, "gguf", models=models, base_name="").modules == 3
+            continue
+        with pytest.raises(ModelError, match="the base's head is its embedding"):
+            convert(saved, out, "gguf", models=models, base_name="")
+
+
+def test_an_adapter_of_a_grown_vocabulary_says_what_its_base_is(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", tied=False)
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(410)
+    model.save_pretrained(tmp_path / "grown")
+    adapter(tmp_path / "grown", tmp_path / "adapter", target_modules=[Q], modules_to_save=[EMBED, HEAD])
+    with pytest.raises(ModelError, match="410") as caught:
+        planned(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    assert "resize_token_embeddings(410)" in caught.value.hint
 
 
 def test_tokens_of_a_head_that_is_tied(tmp_path: Path) -> None:

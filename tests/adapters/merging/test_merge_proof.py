@@ -239,3 +239,10 @@ def test_what_a_living_process_writes_is_not_swept(tmp_path: Path) -> None:
     sweep_killed(tmp_path / "out")
     assert not leftover.exists()
     assert os.path.lexists(tmp_path / ".tmp-out-y")
+
+
+@pytest.mark.parametrize("name", ["out.ckpt", "out.SAFETENSORS", "out.gguf"])
+def test_a_file_of_a_kind_that_is_not_written(models: Path, tmp_path: Path, name: str) -> None:
+    code, told = lorakit("merge", models / "base", models / "a", tmp_path / name)
+    assert (code, list(tmp_path.iterdir())) == (2, [])
+    assert "a file whose name ends in .safetensors" in told
