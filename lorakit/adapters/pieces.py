@@ -118,9 +118,19 @@ def located(error: ModelError, path: Path) -> ModelError:
     return ModelError(error.reason, where=inside, hint=error.hint)
 
 
+def peft_folder(path: Path) -> Path | None:
+    """Where PEFT's files are, of a PEFT folder or a run's; None of anything else."""
+    folder = _inside(path)
+    return folder if (folder / CONFIG).is_file() else None
+
+
+def _inside(path: Path) -> Path:
+    """A run's folder has its adapter in one of its own."""
+    return path / "adapter" if not (path / CONFIG).is_file() and (path / "adapter").is_dir() else path
+
+
 def _open_folder(path: Path) -> list[Piece]:
-    if not (path / CONFIG).is_file() and (path / "adapter").is_dir():
-        path = path / "adapter"
+    path = _inside(path)
     if (path / STATE).is_file():
         return _open_checkpoint(path)
     if (path / DIFFUSERS).is_file():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lorakit.adapters.combine import combine
 from lorakit.adapters.convert import convert
@@ -113,6 +113,62 @@ def test_several_as_one_adapter_carry_the_first_ones(
     convert(told, tmp_path / "out", "peft", models=skeleton(resolve(str(base))), base_name=str(base))
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
     assert "2 different chat templates" in caplog.text
+
+
+def with_tokens(base: Path, path: Path, *tokens: str) -> Path:
+    """The adapter's folder with the base's tokenizer and more tokens beside it, as TRL and others leave it."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def roomy(tmp_path: Path) -> Path:
+    """A base with more embeddings than tokens, as Qwen's and LLaMA 3's have."""
+    folder = tiny_llama(tmp_path / "roomy")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(448)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_tokens_of_the_adapters_own_come_along(roomy: Path, tmp_path: Path) -> None:
+    trained = with_tokens(roomy, adapter(roomy, tmp_path / "a", TEMPLATE.replace("user", "<|user|>")), "<|user|>")
+    plain = with_tokens(roomy, adapter(roomy, tmp_path / "b", None))
+    text = "<|user|>hello"
+    expected = AutoTokenizer.from_pretrained(trained)(text)["input_ids"]
+    assert expected[0] == 400
+    chat = open_chat(resolve(str(roomy)), [(plain, 1.0), (trained, 1.0)], PLACE)
+    assert chat.renderer.prompt(text) == expected
+    out = merged(roomy, [plain, trained], tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(out)(text)["input_ids"] == expected
+    assert asked(out, []) == asked(roomy, [trained])
+    for one in (plain, adapter(roomy, tmp_path / "c", None)):
+        chat = open_chat(resolve(str(roomy)), [(one, 1.0)], PLACE)
+        assert chat.renderer.prompt(text) == AutoTokenizer.from_pretrained(roomy)(text)["input_ids"] != expected
+
+
+def test_tokens_that_do_not_go_together_are_refused(base: Path, roomy: Path, tmp_path: Path) -> None:
+    one, other = (with_tokens(roomy, adapter(roomy, tmp_path / name, None), f"<{name}>") for name in "ab")
+    with pytest.raises(ModelError, match="the adapters add different tokens"):
+        open_chat(resolve(str(roomy)), [(one, 1.0), (other, 1.0)], PLACE)
+    with pytest.raises(ModelError, match="the adapters add different tokens"):
+        merged(roomy, [one, other], tmp_path / "out")
+    narrow = with_tokens(base, adapter(base, tmp_path / "c", None), "<c>")
+    with pytest.raises(ModelError, match="goes up to token 400, the model has 400 embeddings"):
+        open_chat(resolve(str(base)), [(narrow, 1.0)], PLACE)
+    with pytest.raises(ModelError, match="goes up to token 400, the model has 400 embeddings"):
+        merged(base, [narrow], tmp_path / "out")
+    rules = json.loads((one / "tokenizer.json").read_text())
+    rules["added_tokens"][0]["id"] = 7
+    (one / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(ModelError, match="is token 7, of the base token 0"):
+        merged(roomy, [one], tmp_path / "out")
+    (one / "tokenizer.json").write_text("[]")
+    with pytest.raises(ModelError, match="not readable as a tokenizer"):
+        merged(roomy, [one], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

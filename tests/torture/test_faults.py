@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.storage import atomic
+from lorakit.storage import manifest
 from tests.torture import check, flips, trace
 from tests.torture.cases import STOPS
 from tests.torture.killing import Bench
@@ -45,7 +45,7 @@ def test_flipped_bits_are_found(llama: Bench) -> None:
 
 def test_without_the_manifests_check_flips_are_missed(llama: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     cwd = stop(llama, "flips-missed")
-    monkeypatch.setattr(atomic, "check_manifest", lambda _: None)
+    monkeypatch.setattr(manifest, "check_manifest", lambda _: None)
     tried, missed = flips.try_all(cwd / "runs/run", seed=0, count=500, stride=97)
     assert len(missed) > tried / 4
 

@@ -17,6 +17,7 @@ from lorakit.adapters.merging.stream import OutFile, Span, Target
 from lorakit.adapters.merging.tied import equal_terms, tied_by_config, tied_names, untied
 from lorakit.adapters.merging.turned import Turned, turned
 from lorakit.adapters.pieces import CONFIG, TEMPLATE, TEMPLATE_KEY, Piece, open_pieces, trained_template
+from lorakit.adapters.vocabulary import take_vocabulary
 from lorakit.adapters.whole import EMBEDDINGS, added_biases
 from lorakit.errors import ConflictError, ModelError
 from lorakit.storage import checks
@@ -122,6 +123,8 @@ def plan_merge(
 
     def write_rest(folder: Path) -> None:
         opened.write_rest(folder, config)
+        if base.family == "llama":
+            take_vocabulary([adapter.path for adapter in planned], folder)
         if template is not None:
             (folder / TEMPLATE).write_text(template, encoding="utf-8")
 

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import apply, fold
 from lorakit.adapters.pieces import TEMPLATE_KEY, trained_template
+from lorakit.adapters.vocabulary import larger_vocabulary
 from lorakit.data.chat import Message
 from lorakit.data.templates import ChatTemplate
 from lorakit.data.tokens import Renderer
@@ -192,7 +193,8 @@ def open_chat(
     """
     folder = as_folder(location, place.dtype)
     model = load_model(folder, place, "none", attention=None)
-    tokenizer = load_tokenizer(folder)
+    larger = larger_vocabulary([path for path, _ in adapters], folder.path)
+    tokenizer = load_tokenizer(folder if larger is None else replace(folder, path=larger))
     check_tokenizer(tokenizer, model.config, location)
     trained = []
     for number, (path, weight) in enumerate(adapters):
