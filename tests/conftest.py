@@ -14,3 +14,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may take seconds of processor time, chat templates and tokenizers, is stopped after one."""
+    from lorakit.data import template_worker, tokenizer_worker
+
+    for worker in (template_worker, tokenizer_worker):
+        monkeypatch.setattr(worker, "SECONDS", 1)

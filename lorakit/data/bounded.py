@@ -14,11 +14,14 @@ from typing import Any
 
 
 class Bounded:
-    """The process of ``script``: started at the first question, it ends with this object or with whatever holds it."""
+    """The process of ``script``: started at the first question, it ends with this object or with whatever holds it.
 
-    def __init__(self, script: str, first: Callable[[], object]) -> None:
+    ``seconds`` is the processor time of an answer, which the script is told as its argument.
+    """
+
+    def __init__(self, script: str, first: Callable[[], object], seconds: int) -> None:
         self.process: subprocess.Popen[str] | None = None
-        self._script, self._first = script, first
+        self._script, self._first, self._seconds = script, first, seconds
         self._lock = threading.Lock()
 
     def ask(self, question: object) -> dict[str, Any] | None:
@@ -41,7 +44,7 @@ class Bounded:
     def _start(self) -> "subprocess.Popen[str]":
         """Not in the terminal's process group: Ctrl-C is for the run, which finishes its step first."""
         process = subprocess.Popen(
-            [sys.executable, "-P", self._script],
+            [sys.executable, "-P", self._script, str(self._seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

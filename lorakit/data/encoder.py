@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def check_loads(path: Path) -> None:
     One that is broken otherwise is left to whoever loads it.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
-    answer = Bounded(tokenizer_worker.__file__, lambda: {"tokenizer": text, "split": False}).ask("")
+    answer = _bounded(lambda: {"tokenizer": text, "split": False}).ask("")
     if answer is None or "over" in answer:
         raise ModelError(f"the tokenizer {_why(answer)}", where=str(path), hint=HINT)
     if "tokens" in answer and _may_grow(json.loads(text).get("decoder")):
@@ -35,7 +36,7 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self._where = str(Path(tokenizer.name_or_path) / "tokenizer.json") if tokenizer.name_or_path else ""
         rules, split = tokenizer.backend_tokenizer, tokenizer.split_special_tokens
-        self._process = Bounded(tokenizer_worker.__file__, lambda: {"tokenizer": rules.to_str(), "split": split})
+        self._process = _bounded(lambda: {"tokenizer": rules.to_str(), "split": split})
 
     def encode(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Tokens [T] and where each begins and ends in ``text`` [T, 2]; no special tokens are added.
@@ -52,6 +53,10 @@ class Encoder:
             raise ModelError(f"the tokenizer {_why(answer)}", where=self._where, hint=HINT)
         tokens, places = (np.frombuffer(base64.b64decode(answer[key]), np.int32) for key in ("tokens", "places"))
         return tokens, places.reshape(-1, 2)
+
+
+def _bounded(first: Callable[[], object]) -> Bounded:
+    return Bounded(tokenizer_worker.__file__, first, tokenizer_worker.SECONDS)
 
 
 def _may_grow(decoder: dict[str, Any] | None) -> bool:

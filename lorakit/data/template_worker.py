@@ -2,8 +2,9 @@
 
 jinja2's sandbox keeps a template from Python's internals, but not from looping for ever or from filling the memory.
 Here the operating system does: each rendering has ``SECONDS`` of processor time, all of them ``MEGABYTES``, and no
-file or socket can be opened. ``lorakit.data.templates`` starts this file as a script. It reads the template, then the
-variables of each rendering, a JSON document a line, and answers with {"text": ...}, {"refused": ...} or {"over": ...}.
+file or socket can be opened. ``lorakit.data.templates`` starts this file as a script, with the seconds as its argument.
+It reads the template, then the variables of each rendering, a JSON document a line, and answers with {"text": ...},
+{"refused": ...} or {"over": ...}.
 """
 
 import json
@@ -95,11 +96,11 @@ def _lower(kind: int, most: int) -> None:
     resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
-def _answers(template: str, tables: Iterator[str]) -> Iterator[dict[str, str]]:
+def _answers(template: str, tables: Iterator[str], seconds: int) -> Iterator[dict[str, str]]:
     made = environment()
     compiled = None
     for table in tables:
-        _lower(resource.RLIMIT_CPU, int(time.process_time()) + 1 + SECONDS)  # SIGXCPU ends the process
+        _lower(resource.RLIMIT_CPU, int(time.process_time()) + 1 + seconds)  # SIGXCPU ends the process
         try:
             compiled = compiled or made.from_string(template)
             text = compiled.render(json.loads(table))
@@ -115,7 +116,7 @@ def _answers(template: str, tables: Iterator[str]) -> Iterator[dict[str, str]]:
 def main() -> None:
     _limit()
     template = json.loads(sys.stdin.readline() or '""')
-    for answer in _answers(template, iter(sys.stdin.readline, "")):
+    for answer in _answers(template, iter(sys.stdin.readline, ""), int(sys.argv[1])):
         print(json.dumps(answer), flush=True)
 
 

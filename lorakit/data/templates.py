@@ -92,7 +92,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, source: str, name: str) -> None:
         self.name = name
         self._tokens = dict(tokenizer.special_tokens_map)
-        self._process = Bounded(template_worker.__file__, lambda: source)
+        self._process = Bounded(template_worker.__file__, lambda: source, template_worker.SECONDS)
 
     def render(self, messages: Sequence[Message], *, answer_next: bool) -> str:
         """The chat as text, BOS included where the template writes it; ``answer_next`` opens an assistant's turn.

@@ -2,8 +2,9 @@
 
 A pattern can be written so that a page takes it days, a chain of replacements so that a letter fills the memory, and a
 panic of the library's is not even an Exception. Here the operating system bounds them. ``lorakit.data.encoder`` starts
-this file as a script. It reads a tokenizer, then one text after another, a JSON document a line, and answers with
-{"tokens": ..., "places": ...}, {"refused": ...} or {"over": ...}. Numbers are int32 in base64.
+this file as a script, with the seconds as its argument. It reads a tokenizer, then one text after another, a JSON
+document a line, and answers with {"tokens": ..., "places": ...}, {"refused": ...} or {"over": ...}. Numbers are int32,
+in base64.
 """
 
 import base64
@@ -25,9 +26,9 @@ MEGABYTES, BYTES_A_CHARACTER = 4096, 2_000
 """Memory of the process: beside the tokenizer's own, what a long text takes."""
 
 
-def _limit(characters: int, loaded: int) -> None:
+def _limit(seconds: int, characters: int, loaded: int) -> None:
     """Bounds for the next answer. SIGXCPU ends the process."""
-    seconds = SECONDS + characters // CHARACTERS_A_SECOND + loaded // LOADED_A_SECOND
+    seconds += characters // CHARACTERS_A_SECOND + loaded // LOADED_A_SECOND
     _lower(resource.RLIMIT_CPU, int(time.process_time()) + 1 + seconds)
     _lower(resource.RLIMIT_AS, MEGABYTES * 2**20 + characters * BYTES_A_CHARACTER)
 
@@ -49,10 +50,10 @@ def _packed(numbers: Iterable[int]) -> str:
     return base64.b64encode(array("i", numbers)).decode()
 
 
-def _answers(first: str, lines: Iterator[str]) -> Iterator[dict[str, str]]:
+def _answers(first: str, lines: Iterator[str], seconds: int) -> Iterator[dict[str, str]]:
     tokenizer = None
     for line in lines:
-        _limit(len(line), 0 if tokenizer else len(first))
+        _limit(seconds, len(line), 0 if tokenizer else len(first))
         try:
             tokenizer = tokenizer or _load(json.loads(first))
             found = tokenizer.encode(json.loads(line), add_special_tokens=False)
@@ -68,7 +69,7 @@ def _answers(first: str, lines: Iterator[str]) -> Iterator[dict[str, str]]:
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the run, which ends this process when it is done
     first = sys.stdin.readline()
-    for answer in _answers(first, iter(sys.stdin.readline, "")):
+    for answer in _answers(first, iter(sys.stdin.readline, ""), int(sys.argv[1])):
         print(json.dumps(answer), flush=True)
 
 

@@ -125,6 +125,7 @@ HOSTILE = {
 
 
 @pytest.mark.fault(32)
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_one_is_stopped_and_the_next_text_is_encoded(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     part, value, text, told = HOSTILE[name]
@@ -148,6 +149,7 @@ def saved(folder: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("impatient")
 def test_one_that_takes_too_long_to_load(tmp_path: Path) -> None:
     """Added tokens go through the normalizer as it is loaded."""
     tokens = json.loads(saved(tmp_path).read_text())["added_tokens"]

@@ -10,7 +10,6 @@ import time
 
 import psutil
 import pytest
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lorakit.data.chat import Message
 from lorakit.data.templates import NAMED, ChatTemplate, find_template
@@ -114,14 +113,8 @@ HOSTILE = {
 }
 
 
-def test_they_pass_jinjas_sandbox():
-    """What they do is nothing that jinja2 forbids: each compiles there, and the loops start."""
-    sandbox = ImmutableSandboxedEnvironment()
-    for name in ("nested loops", "doubling", "branching recursion", "replacement", "a method's width"):
-        sandbox.from_string(HOSTILE[name])
-
-
 @pytest.mark.fault(32)
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_stops_a_hostile_template(tokenizer, name):
     made, text = template(tokenizer, HOSTILE[name]), ""

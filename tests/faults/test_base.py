@@ -368,6 +368,7 @@ def test_32_sizes_of_a_part_that_overflow(sd: Path, edit: Edit, part: str, table
 
 
 @pytest.mark.fault(32)
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("source", [LOOPS, "{{ 'a' * 10 ** 10 }}", "{{ 9 ** (9 ** 9) }}", ""])
 def test_32_a_chat_template_that_never_ends(llama: Path, source: str) -> None:
     (llama / "base/chat_template.jinja").write_text(source)
@@ -379,6 +380,7 @@ def test_32_a_chat_template_that_never_ends(llama: Path, source: str) -> None:
 
 
 @pytest.mark.fault(32)
+@pytest.mark.usefixtures("impatient")
 def test_32_a_tokenizer_that_never_ends(llama: Path, edit: Edit) -> None:
     """Its pattern takes each letter of a question millions of steps; in a decoder it is refused unused."""
     question = ("a" * 23 + "!") * 500
