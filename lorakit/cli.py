@@ -66,7 +66,8 @@ def train_sd(
     from lorakit.commands import train
     from lorakit.recipe.schema import SDRecipe
 
-    train.run(SDRecipe, recipe, set_ or [], train.Mode(dry_run, resume, allow, num_processes))
+    mode = train.Mode(dry_run=dry_run, resume=resume, allow=allow, processes=num_processes)
+    train.run(SDRecipe, recipe, set_ or [], mode)
 
 
 @app.command("train-llama")
@@ -82,7 +83,8 @@ def train_llama(
     from lorakit.commands import train
     from lorakit.recipe.schema import LlamaRecipe
 
-    train.run(LlamaRecipe, recipe, set_ or [], train.Mode(dry_run, resume, allow, num_processes))
+    mode = train.Mode(dry_run=dry_run, resume=resume, allow=allow, processes=num_processes)
+    train.run(LlamaRecipe, recipe, set_ or [], mode)
 
 
 @app.command()
@@ -118,7 +120,16 @@ def merge(
     """Add adapters to their base for good: W + scale * B A, summed in float32, rounded once."""
     from lorakit.commands import merge as command
 
-    options = command.Options(scale, dtype, quant_base, revision, overwrite, verify, dry_run, as_adapter)
+    options = command.Options(
+        scale=scale,
+        dtype=dtype,
+        quant_base=quant_base,
+        revision=revision,
+        overwrite=overwrite,
+        verify=verify,
+        dry_run=dry_run,
+        as_adapter=as_adapter,
+    )
     command.run(base, adapter, out, options)
 
 
@@ -137,7 +148,7 @@ def generate(
         typer.Option("--out", "-o", help="SD: a folder for pictures (else: generated). LLaMA: a .jsonl file."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same output.")] = 0,
-    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option()] = "auto",
+    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="auto: a GPU if there is one.")] = "auto",
     precision: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of the base; auto: bf16 in hardware, else fp32.")
     ] = "auto",
@@ -169,18 +180,18 @@ def generate(
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = frozenset(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
     request = command.Request(
-        base,
-        revision,
-        tuple(adapter or ()),
-        tuple(prompt or ()),
-        prompts,
-        out,
-        device,
-        precision,
-        seed,
-        fuse,
-        resume,
-        given,
+        base=base,
+        revision=revision,
+        adapters=tuple(adapter or ()),
+        prompts=tuple(prompt or ()),
+        prompts_file=prompts,
+        out=out,
+        device=device,
+        precision=precision,
+        seed=seed,
+        fuse=fuse,
+        resume=resume,
+        given=given,
     )
     command.run(
         request,

@@ -13,7 +13,7 @@ from lorakit.errors import DataError, RecipeError, shown
 from lorakit.training.stop import stopping_at_once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What both families need to know."""
 

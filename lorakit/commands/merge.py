@@ -27,7 +27,7 @@ QUANT_BASE = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """How to merge, beside what and where to."""
 

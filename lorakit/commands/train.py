@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorakit.training.loop import Outcome
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mode:
     """How the command was called, beside the recipe."""
 

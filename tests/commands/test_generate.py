@@ -34,7 +34,17 @@ SD = {
 def request(
     base: Path, out: Path | None = None, prompts: tuple[str, ...] = ("a",), file: Path | None = None
 ) -> Request:
-    return Request(str(base), None, (), prompts, file, out, "cpu", "fp32", 0)
+    return Request(
+        base=str(base),
+        revision=None,
+        adapters=(),
+        prompts=prompts,
+        prompts_file=file,
+        out=out,
+        device="cpu",
+        precision="fp32",
+        seed=0,
+    )
 
 
 def test_an_adapter_may_carry_a_weight(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_a_template_that_will_not_do_is_the_adapters_fault(
     with pytest.raises(ModelError, match=told) as caught:
         chat.answer([Message("user", "hello")], Settings(max_new_tokens=1))
     assert str(trained) in caught.value.where
-    options = Options(1.0, None, None, None, False, False, False, None)
+    options = Options(verify=False)
     with pytest.raises(ModelError, match=told) as caught:
         run(str(base), [str(trained)], tmp_path / "out", options)
     assert str(trained) in caught.value.where
