@@ -18,7 +18,7 @@ from lorakit.numerics.order import mix
 from lorakit.recipe.schema import Compute, Optimizer, Train
 from lorakit.storage import atomic
 from lorakit.storage.runs import RunFolder
-from lorakit.training import checkpoint, device, measure, optim
+from lorakit.training import checkpoint, device, measure, optim, resumable
 from lorakit.training.checkpoint import State
 from lorakit.training.flat import FlatParameters
 from lorakit.training.launch import Session
@@ -111,12 +111,12 @@ class _Loop:
             dtype=str(session.dtype).removeprefix("torch."),
         )
         found = checkpoint.newest(run) if plan.resume else None
-        checkpoint.check_alike(session.gather(checkpoint.seen(self.state, found)))
+        resumable.check_alike(session.gather(resumable.seen(self.state, found)))
         if found is None:
             session.on_main(self.write_down)
         else:
-            checkpoint.check_resumable(found.state, self.state, allow=plan.allow)
-            checkpoint.check_data(run, found.state, task.fingerprint)
+            resumable.check_resumable(found.state, self.state, allow=plan.allow)
+            resumable.check_data(run, found.state, task.fingerprint)
             here = {name: getattr(self.state, name) for name in ("world", "devices", "recipe")}
             self.state = dataclasses.replace(found.state, **here)
             task.load_adapter_state(found.adapter)

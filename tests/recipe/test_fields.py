@@ -10,7 +10,8 @@ import pytest
 from lorakit.errors import RecipeError
 from lorakit.recipe.load import as_dict
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
-from lorakit.training.checkpoint import State, check_resumable
+from lorakit.training.checkpoint import State
+from lorakit.training.resumable import check_resumable
 
 BOTH: dict[str, Any] = {
     "base.revision": None,

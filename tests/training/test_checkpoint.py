@@ -12,7 +12,8 @@ from lorakit.recipe.schema import LlamaRecipe, Optimizer
 from lorakit.storage import atomic, manifest
 from lorakit.storage.runs import RunFolder
 from lorakit.training import checkpoint, optim
-from lorakit.training.checkpoint import State, changed_fields, check_resumable
+from lorakit.training.checkpoint import State
+from lorakit.training.resumable import changed_fields, check_resumable
 
 
 def recipe(**sections: Any) -> dict[str, Any]:

@@ -263,7 +263,8 @@ def test_resume_refuses_another_run(session: Session, tmp_path: Path, monkeypatc
         go(session, folder, resume=True, learning_rate=1e-3, allow=True)
     with pytest.raises(RecipeError, match=r"train\.checkpoint_every"):
         go(session, folder, resume=True, checkpoint_every=3)
-    for field, other, kind in (("fingerprint", Fingerprint((), ()), DataError), ("base_id", "another", ModelError)):
+    others = (("fingerprint", Fingerprint((), ()), DataError), ("base_id", "tiny sha256:1", ModelError))
+    for field, other, kind in others:
         with monkeypatch.context() as patch:
             patch.setattr(TinyTask, field, other)
             with pytest.raises(kind):

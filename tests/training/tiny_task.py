@@ -52,7 +52,7 @@ class TinyTask:
     signal that rank 1 gets as it makes its ninth micro-batch. ``seeds``: torch's, at each loss in training.
     """
 
-    base_id = "tiny"
+    base_id = "tiny sha256:0"
     fingerprint = Fingerprint([(f"line:{i}", f"{i:032x}") for i in range(EXAMPLES)], [])
 
     def __init__(
