@@ -183,6 +183,9 @@ class Renderer:
             # A template may end what it writes with a mark that gives way to the next message.
             end = _shared(whole, after)
             if begin is not None and (end == len(after) or messages[turn].content.strip() in whole[begin:end]):
+                if not _holds(whole[begin:end], messages[turn].content):
+                    reason = "the chat template leaves out or changes some of an answer, which would go unlearned"
+                    raise DataError(reason, hint="a data.chat_template that writes all of it learns all of it")
                 spans.append(Span(begin, end))
             elif turn == turns[-1]:
                 raise DataError("the chat template changes the text before the last answer once the answer is there")
@@ -284,6 +287,11 @@ class Renderer:
             pieces.append(replace(found, tokens=found.tokens[part], labels=found.labels[part]))
             start += self.max_tokens - 1
         return pieces
+
+
+def _holds(text: str, content: str) -> bool:
+    """Whether ``content`` is in ``text``, but for blanks, which templates trim."""
+    return "".join(content.split()) in "".join(text.split())
 
 
 def _shared(one: str, other: str) -> int:

@@ -181,6 +181,20 @@ def test_a_long_chat_whose_answers_are_rewritten_loses_no_answer(tokenizer, reas
             assert len(whole["input_ids"]) > 120
 
 
+def test_an_answer_that_the_template_never_writes_whole_is_refused(tokenizer, tmp_path):
+    """Some templates leave thoughts out of the last answer too: a model would learn to answer without them."""
+    path = tmp_path / "thoughtless.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'].split('</think>')[-1].strip() + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    renderer = Renderer(tokenizer, str(path), 512)
+    with pytest.raises(DataError, match="leaves out or changes some of an answer"):
+        renderer.encode(chat(*THOUGHTS[:3]))
+    (row,) = renderer.encode(chat(THOUGHTS[1], Message("assistant", "  It returns\n a new list. ")))
+    assert learned(row, tokenizer) == [" It returns\n a new list.\n<|im_end|>"]
+
+
 def test_a_template_that_leaves_earlier_answers_out_has_them_learned(tokenizer, tmp_path):
     path = tmp_path / "rewrites.jinja"
     path.write_text(
