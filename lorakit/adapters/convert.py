@@ -16,7 +16,7 @@ from lorakit.adapters import gguf_lora
 from lorakit.adapters.delta import Delta, SavedAdapter, told_as
 from lorakit.adapters.delta import cast as to_dtype
 from lorakit.adapters.files import read_adapter
-from lorakit.adapters.formats import Format
+from lorakit.adapters.formats import Format, bare
 from lorakit.adapters.pieces import DIFFUSERS
 from lorakit.adapters.write import taken_apart, version_of, with_one_alpha, write_diffusers, write_kohya, write_peft
 from lorakit.errors import ConflictError, ModelError, RecipeError
@@ -179,7 +179,7 @@ def _compared(saved: SavedAdapter, path: Path, out: Path, to: Format, models: Mo
 
 def _by_place(saved: SavedAdapter) -> dict[tuple[str, str], Delta]:
     """Changes by component and path, without the ``text_model.`` that some versions put in front."""
-    return {(component, path.removeprefix("text_model.")): d for (component, path), d in saved.all_deltas().items()}
+    return {(component, bare(path)): d for (component, path), d in saved.all_deltas().items()}
 
 
 def _difference(before: Delta, after: Delta, where: str) -> float:

@@ -245,10 +245,10 @@ def _fitted(saved: SavedAdapter, models: Mapping[str, nn.Module]) -> SavedAdapte
             kind = {"model": "a language model"}.get(component, f"a model with a {component}")
             raise ModelError(f"made for {kind}, which the base is not")
         layers = adaptable(models[component])
-        bare = {name.removeprefix("text_model."): layer for name, layer in layers.items()}
+        named = {formats.bare(name): layer for name, layer in layers.items()}
         shaped = {}
         for path, delta in deltas.items():
-            layer, a, b = bare.get(path.removeprefix("text_model.")), delta.A, delta.B
+            layer, a, b = named.get(formats.bare(path)), delta.A, delta.B
             if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and a.dim() == 2:
                 a, b = a[:, :, None, None], b.reshape(*b.shape[:2], 1, 1)
             elif isinstance(layer, nn.Linear) and a.dim() == 4 and a.shape[2:] == (1, 1):

@@ -166,10 +166,15 @@ def kohya_names(layers: Mapping[str, Collection[str]]) -> dict[tuple[str, str], 
     return found
 
 
+def bare(name: str) -> str:
+    """A module's or a tensor's name without what some versions of transformers put before all of CLIP's."""
+    return name.removeprefix("text_model.")
+
+
 def _long(component: str, path: str) -> str:
     """CLIP's paths with the ``text_model.`` in front that newer versions of transformers leave out."""
-    bare = component == "unet" or path.startswith(("text_model.", "text_projection"))
-    return path if bare else f"text_model.{path}"
+    whole = component == "unet" or path.startswith(("text_model.", "text_projection"))
+    return path if whole else f"text_model.{path}"
 
 
 def kohya_table(layers: Mapping[str, Collection[str]]) -> dict[str, tuple[str, str]]:
@@ -178,7 +183,7 @@ def kohya_table(layers: Mapping[str, Collection[str]]) -> dict[str, tuple[str, s
     table: dict[str, tuple[str, str]] = {}
     for component, spellings in _CONVERTED.items():
         for path in layers.get(component, ()):
-            names = {path, path.removeprefix("text_model."), _long(component, path)}
+            names = {path, bare(path), _long(component, path)}
             table |= {f"{start}_{name.replace('.', '_')}": (component, path) for start in spellings for name in names}
     return table | {name: place for place, name in kohya_names(layers).items()}
 

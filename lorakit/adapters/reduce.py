@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta, SavedAdapter, told_as
+from lorakit.adapters.formats import bare
 from lorakit.adapters.merging.tied import tied_by_config
 from lorakit.adapters.outline import adaptable
 from lorakit.errors import ModelError, RecipeError
@@ -82,7 +83,7 @@ def extract(
     for name in sorted(before.keys() ^ after.keys()):
         has, lacks = (base.name, tuned.name) if name in before else (tuned.name, base.name)
         raise ModelError(f"{has} has it, {lacks} does not", where=name)
-    layers = {f"{c}.{_bare(path)}.weight": (c, path) for c, model in models.items() for path in adaptable(model)}
+    layers = {f"{c}.{bare(path)}.weight": (c, path) for c, model in models.items() for path in adaptable(model)}
     parts: dict[str, dict[str, Delta]] = {}
     squares: list[tuple[str, float, float]] = []
     left: dict[str, float] = {}
@@ -127,8 +128,8 @@ def _index(location: BaseLocation, models: Models) -> dict[str, tuple[Path, str]
     """
     if location.layout not in ("transformers", "diffusers"):
         raise RecipeError("an adapter is extracted from two folders of safetensors", where=location.name)
-    known = {f"{component}.{_bare(key)}" for component, model in models.items() for key in model.state_dict()}
-    found = {f"{component}.{_bare(key)}": (path, key) for component, path, key in _tensors(location)}
+    known = {f"{component}.{bare(key)}" for component, model in models.items() for key in model.state_dict()}
+    found = {f"{component}.{bare(key)}": (path, key) for component, path, key in _tensors(location)}
     return {name: place for name, place in found.items() if name in known}
 
 
@@ -141,11 +142,6 @@ def _tensors(location: BaseLocation) -> Iterator[tuple[str, Path, str]]:
         for path in checks.shard_files(folder, stem):
             with safe_open(path, "pt") as file:
                 yield from ((component, path, key) for key in file.keys())  # noqa: SIM118
-
-
-def _bare(name: str) -> str:
-    """A name without what some versions of transformers put before CLIP's."""
-    return name.removeprefix("text_model.")
 
 
 def _pair(name: str, before: tuple[Path, str], after: tuple[Path, str]) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lorakit.adapters.delta import Delta
+from lorakit.adapters.formats import bare
 from lorakit.adapters.outline import Outline, adaptable, kernel_of, sizes
 from lorakit.errors import ModelError, RecipeError
 from lorakit.recipe.schema import Adapter
@@ -132,10 +133,10 @@ def fit(model: nn.Module, deltas: Mapping[str, Delta]) -> dict[str, str]:
     """
     embeddings = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     layers = {**embeddings, **adaptable(model)}
-    bare = {name.removeprefix("text_model."): name for name in layers}
+    named = {bare(name): name for name in layers}
     paths = {}
     for key, delta in deltas.items():
-        path = bare.get(key.removeprefix("text_model."))
+        path = named.get(bare(key))
         if path is None:
             raise ModelError("the base has no such module", where=key, hint=near(key, list(layers)))
         layer = layers[path]

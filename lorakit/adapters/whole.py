@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.delta import Delta
+from lorakit.adapters.formats import bare
 from lorakit.errors import ModelError
 
 PREFIX = "base_model.model."
@@ -93,10 +94,10 @@ def added_biases(biases: Mapping[str, Tensor], deltas: Mapping[str, Delta]) -> d
 
     ``deltas`` are the same adapter's, under the base's paths.
     """
-    paths = {path.removeprefix("text_model."): path for path in deltas}
+    paths = {bare(path): path for path in deltas}
     found = {}
     for module, bias in biases.items():
-        path = paths[module.removeprefix("text_model.")]
+        path = paths[bare(module)]
         if bias.shape != (deltas[path].B.shape[0],):
             raise ModelError(f"a bias {tuple(bias.shape)} for {deltas[path].B.shape[0]} outputs", where=module)
         found[f"{path}.bias"] = Delta(torch.ones(1, 1, dtype=bias.dtype), bias[:, None], deltas[path].scale)

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta, rescaled
-from lorakit.adapters.formats import diffusers_name, is_xl, kohya_names
+from lorakit.adapters.formats import bare, diffusers_name, is_xl, kohya_names
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.pieces import CONFIG, TEMPLATE, TEMPLATE_KEY, WEIGHTS
 from lorakit.adapters.targets import Injection, Target, suffixes
@@ -210,8 +210,8 @@ def write_kohya(
                 ones = [1] * (delta.A.dim() - 1)
                 tensors[f"{name}.dora_scale"] = delta.magnitude.reshape(-1, *ones).contiguous()
     _check_finite(tensors)
-    bare = save(tensors)
-    body = bare[8 + int.from_bytes(bare[:8], "little") :]
+    plain = save(tensors)
+    body = plain[8 + int.from_bytes(plain[:8], "little") :]
     strings = {
         "format": "pt",
         **(metadata or {}),
@@ -244,7 +244,7 @@ def write_diffusers(
     config: dict[str, Any] = {}
     for component, changes in components.items():
         even = {module: rescaled(delta, 1.0) for module, delta in changes.items()}
-        state, injection = taken_apart({module.removeprefix("text_model."): d for module, d in even.items()}, None)
+        state, injection = taken_apart({bare(module): d for module, d in even.items()}, None)
         tensors |= {diffusers_name(component, key): tensor.contiguous() for key, tensor in state.items()}
         table = peft_config(injection, base_name)
         for patterns in ("rank_pattern", "alpha_pattern"):  # text_model. may come in front, so nothing is anchored

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lorakit.adapters.formats import bare
 from lorakit.adapters.merging.carry import copy_rest
 from lorakit.adapters.merging.source import FileSource, Source
 from lorakit.errors import ModelError
@@ -64,12 +65,7 @@ class OpenBase:
 
     def home(self, component: str, name: str) -> Home | None:
         own = self.homes.get(component, {})
-        return own.get(name) or own.get(bare(component, name))
-
-
-def bare(component: str, name: str) -> str:
-    """A tensor's or module's name without what older transformers put before CLIP's."""
-    return name.removeprefix("text_model.") if component.startswith("text_encoder") else name
+        return own.get(name) or own.get(bare(name))
 
 
 def open_folder(base: BaseLocation, models: Mapping[str, nn.Module]) -> OpenBase:
@@ -83,8 +79,7 @@ def open_folder(base: BaseLocation, models: Mapping[str, nn.Module]) -> OpenBase
         for path in checks.shard_files(base.path / folder, stem):
             source = sources[folder + path.name] = FileSource(path)
             homes[component] |= {
-                bare(component, name): Home(folder + path.name, name, 0, slot.rows)
-                for name, slot in source.slots.items()
+                bare(name): Home(folder + path.name, name, 0, slot.rows) for name, slot in source.slots.items()
             }
     return OpenBase(models, sources, homes, lambda out, config: copy_rest(base, out, config))
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from torch import Tensor, nn
 
+from lorakit.adapters.formats import bare
 from lorakit.adapters.merging.base import Packed
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -57,7 +58,7 @@ class TextEncoder(Protocol):
 
 def bare_names(module: nn.Module) -> dict[str, str]:
     """A text encoder's tensor names by bare name."""
-    return {name.removeprefix("text_model."): name for name in module.state_dict()}
+    return {bare(name): name for name in module.state_dict()}
 
 
 def _config(sizes: tuple[int, int], layers: int, inner: int, positions: int, **others: Any) -> dict[str, Any]:
@@ -86,25 +87,25 @@ class Clip:
     tokenizer: ClassVar[Mapping[str, Any]] = {}
 
     def config(self, shapes: Shapes) -> dict[str, Any]:
-        bare = {name.removeprefix(self.prefix).removeprefix("text_model."): shape for name, shape in shapes.items()}
+        found = {bare(name.removeprefix(self.prefix)): shape for name, shape in shapes.items()}
         layers = {
-            int(m[1]) for name in bare if (m := re.fullmatch(r"encoder\.layers\.(\d+)\.layer_norm1\.weight", name))
+            int(m[1]) for name in found if (m := re.fullmatch(r"encoder\.layers\.(\d+)\.layer_norm1\.weight", name))
         }
-        vocabulary, width = bare["embeddings.token_embedding.weight"]
-        inner = bare["encoder.layers.0.mlp.fc1.weight"][0]
-        positions = bare["embeddings.position_embedding.weight"][0]
+        vocabulary, width = found["embeddings.token_embedding.weight"]
+        inner = found["encoder.layers.0.mlp.fc1.weight"][0]
+        positions = found["embeddings.position_embedding.weight"][0]
         return _config((vocabulary, width), 1 + max(layers), inner, positions, hidden_act="quick_gelu")
 
     def rename(self, tensors: Mapping[str, Tensor], module: Any) -> dict[str, Tensor]:  # noqa: ARG002
-        bare = {name.removeprefix(self.prefix).removeprefix("text_model."): t for name, t in tensors.items()}
+        found = {bare(name.removeprefix(self.prefix)): t for name, t in tensors.items()}
         unused = ("embeddings.position_ids", "text_projection.weight", "logit_scale")
-        return {name: tensor for name, tensor in bare.items() if name not in unused}
+        return {name: tensor for name, tensor in found.items() if name not in unused}
 
     def names(self, component: str, module: nn.Module) -> dict[str, Packed]:
         shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         return {
-            f"{self.prefix}text_model.{bare}": Packed(((component, name),), shapes[name])
-            for bare, name in bare_names(module).items()
+            f"{self.prefix}text_model.{short}": Packed(((component, name),), shapes[name])
+            for short, name in bare_names(module).items()
         }
 
 
@@ -132,21 +133,21 @@ class OpenClip:
         count = module.config.num_hidden_layers
         spare = tuple(f"{self.prefix}transformer.resblocks.{count + number}." for number in range(self.spare))
         used = {name: tensor for name, tensor in tensors.items() if not (spare and name.startswith(spare))}
-        bare = {name.removeprefix("text_model."): t for name, t in _rename(module, used, prefix=self.prefix).items()}
+        found = {bare(name): t for name, t in _rename(module, used, prefix=self.prefix).items()}
         unused = set() if "text_projection.weight" in module.state_dict() else {"text_projection.weight"}
-        return {name: tensor for name, tensor in bare.items() if name not in unused}
+        return {name: tensor for name, tensor in found.items() if name not in unused}
 
     def names(self, component: str, module: nn.Module) -> dict[str, Packed]:
         """A layer that is never used is the last one again."""
         state, found = module.state_dict(), dict[str, Packed]()
         layers: dict[str, dict[str, Packed]] = {}
-        for bare, name in bare_names(module).items():
+        for short, name in bare_names(module).items():
             shape, part = tuple(state[name].shape), (component, name)
-            if bare in _OUTSIDE:
-                turned = bare == "text_projection.weight"
-                found[f"{self.prefix}{_OUTSIDE[bare]}"] = Packed((part,), shape[::-1] if turned else shape, turned)
+            if short in _OUTSIDE:
+                turned = short == "text_projection.weight"
+                found[f"{self.prefix}{_OUTSIDE[short]}"] = Packed((part,), shape[::-1] if turned else shape, turned)
                 continue
-            number, _, rest = bare.removeprefix("encoder.layers.").partition(".")
+            number, _, rest = short.removeprefix("encoder.layers.").partition(".")
             layer = layers.setdefault(number, {})
             if fused := _FUSED.fullmatch(rest):
                 stacked = [(component, name.replace(f".{fused[1]}_proj.", f".{one}_proj.")) for one in "qkv"]
