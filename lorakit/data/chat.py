@@ -29,6 +29,13 @@ class Message:
     content: str
     learned: bool = True
     """Whether an assistant's message is trained on (OpenAI's ``weight: 0`` says no)."""
+    reasoning: str = ""
+    """What an assistant thought before it answered (``reasoning_content``), for templates that write it."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that the template has to write, in order."""
+        return (self.reasoning, self.content) if self.reasoning else (self.content,)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ def _chat(messages: list[Message], where: str) -> Chat:
     return Chat(tuple(messages), where)
 
 
-UNREAD = ("tool_calls", "function_call", "tools", "functions", "reasoning_content")
+UNREAD = ("tool_calls", "function_call", "tools", "functions")
 """Fields of a message or a row that say what no chat template is given here."""
 
 
@@ -146,7 +153,10 @@ def _message(item: Mapping[str, Any], where: str, *, learned: bool = True) -> Me
     role = roles[name]
     answer = role == "assistant"
     chosen = learned and weight == 1 and item.get("train") is not False
-    return Message(role, _text(item, content, where, empty=not answer), not answer or chosen)
+    thoughts = _text(item, "reasoning_content", where) if _said(item, "reasoning_content") else ""
+    if thoughts and not answer:
+        raise DataError("'reasoning_content' of another role than the assistant's", where=where)
+    return Message(role, _text(item, content, where, empty=not answer), not answer or chosen, thoughts)
 
 
 def _conversation(row: Mapping[str, Any], field: str, where: str) -> Example:

@@ -77,7 +77,9 @@ def _unfolded(record: Record, on_bad: OnBad) -> Iterator[Record]:
 def said(example: Example) -> str:
     """A key for what an example says, wherever it stands."""
     if isinstance(example, Chat):
-        return content_key(*(part for message in example.messages for part in (message.role, message.content)))
+        return content_key(
+            *(part for message in example.messages for part in (message.role, message.reasoning, message.content))
+        )
     return content_key("", example.prompt, example.completion)
 
 

@@ -51,7 +51,9 @@ def encode(
 def _content(example: Example) -> str:
     """A key for all that an example's rows depend on."""
     if isinstance(example, Chat):
-        return content_key(*(part for m in example.messages for part in (m.role, m.content, int(m.learned))))
+        return content_key(
+            *(part for m in example.messages for part in (m.role, m.reasoning, m.content, int(m.learned)))
+        )
     return content_key(example.prompt, example.completion)
 
 

@@ -102,7 +102,7 @@ class ChatTemplate:
         """
         table = {
             **self._tokens,
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "messages": [_as_table(message) for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": answer_next,
@@ -126,3 +126,8 @@ class ChatTemplate:
             reason = "the chat template leaves an assistant's message out"
             raise ModelError(reason, where=self.name, hint="name another one")
         return text[text.rindex("answer") + len("answer") :]
+
+
+def _as_table(message: Message) -> dict[str, str]:
+    table = {"role": message.role, "content": message.content}
+    return {**table, "reasoning_content": message.reasoning} if message.reasoning else table

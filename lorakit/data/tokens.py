@@ -137,7 +137,7 @@ class Renderer:
     def _refuse_marks(self, messages: Sequence[Message]) -> None:
         for message in messages:
             for mark in self._marks:
-                if mark in message.content:
+                if any(mark in text for text in message.texts):
                     raise DataError(f"the {message.role}'s message contains the special token {mark!r}")
 
     def _labelled(self, text: str, spans: Sequence[Span], *, add_end: bool, where: str) -> Encoded:
@@ -182,8 +182,9 @@ class Renderer:
                 after = self.template.render(messages[: turn + 1], answer_next=False)
             # A template may end what it writes with a mark that gives way to the next message.
             end = _shared(whole, after)
-            if begin is not None and (end == len(after) or messages[turn].content.strip() in whole[begin:end]):
-                if not _holds(whole[begin:end], messages[turn].content):
+            texts = messages[turn].texts
+            if begin is not None and (end == len(after) or all(text.strip() in whole[begin:end] for text in texts)):
+                if not all(_holds(whole[begin:end], text) for text in texts):
                     reason = "the chat template leaves out or changes some of an answer, which would go unlearned"
                     raise DataError(reason, hint="a data.chat_template that writes all of it learns all of it")
                 spans.append(Span(begin, end))
@@ -199,11 +200,12 @@ class Renderer:
         For a chat that an assistant begins, whose opening nobody asks for, and for a template that opens an answer
         with more than it writes before one. None when that is not the content's place.
         """
-        content = messages[turn].content.strip()
-        other = replace(messages[turn], content="n" if content[:1] == "y" else "y")
+        texts = [text.strip() for text in messages[turn].texts]
+        changed_texts = ["n" if text[:1] == "y" else "y" for text in texts]
+        other = replace(messages[turn], content=changed_texts[-1], reasoning=changed_texts[0] if texts[1:] else "")
         changed = self.template.render([*messages[:turn], other, *messages[turn + 1 :]], answer_next=False)
         begin = _shared(whole, changed)
-        return begin if whole[begin:].lstrip().startswith(content) else None
+        return begin if whole[begin:].lstrip().startswith(texts[0]) else None
 
     def _chat(self, chat: Chat) -> list[Encoded]:
         """The chat up to its last learned answer, and up to each that it leaves unlearned."""

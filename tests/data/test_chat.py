@@ -9,6 +9,7 @@ from lorakit.errors import DataError
 from lorakit.recipe.schema import ChatData
 
 ASSISTANT = {"role": "assistant", "content": "a"}
+THINKING_USER = {"role": "user", "content": "q", "reasoning_content": "hm"}
 ANSWER = (Message("user", "q"), Message("assistant", "a"))
 
 
@@ -113,7 +114,16 @@ def test_nested_squad_gives_one_row_a_question():
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "messages", "0 or 1"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "sharegpt", "unknown speaker"),
         ({"messages": [ASSISTANT | {"function_call": {"name": "f"}}]}, "messages", "'function_call' is not supported"),
-        ({"messages": [ASSISTANT | {"reasoning_content": "hm"}]}, "messages", "'reasoning_content' is not supported"),
+        (
+            {"messages": [ASSISTANT | {"reasoning_content": 1}]},
+            "messages",
+            "should be text, is int",
+        ),
+        (
+            {"messages": [THINKING_USER, ASSISTANT]},
+            "messages",
+            "of another role than the assistant's",
+        ),
         ({"messages": [ASSISTANT], "tools": [{"name": "f"}]}, "messages", "'tools' is not supported"),
         ({"system": "a", "messages": [{"role": "system", "content": "b"}, ASSISTANT]}, "messages", "two different"),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "alpaca", "a list of .question, answer"),

@@ -181,6 +181,21 @@ def test_a_long_chat_whose_answers_are_rewritten_loses_no_answer(tokenizer, reas
             assert len(whole["input_ids"]) > 120
 
 
+def test_thoughts_beside_the_content_are_learned_where_the_template_writes_them(tokenizer, tmp_path):
+    path = tmp_path / "thoughts.jinja"
+    path.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m.reasoning_content and loop.last %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    turns = [*TURNS[:2], Message("assistant", "A list.", reasoning="hm"), TURNS[3], Message("assistant", "No.")]
+    rows = Renderer(tokenizer, str(path), 512).encode(chat(*turns))
+    assert [learned(row, tokenizer) for row in rows] == [["No.<|im_end|>"], ["<think>hm</think>A list.<|im_end|>"]]
+    with pytest.raises(DataError, match="leaves out or changes some of an answer"):
+        Renderer(tokenizer, None, 512).encode(chat(*turns))
+
+
 def test_an_answer_that_the_template_never_writes_whole_is_refused(tokenizer, tmp_path):
     """Some templates leave thoughts out of the last answer too: a model would learn to answer without them."""
     path = tmp_path / "thoughtless.jinja"

@@ -121,6 +121,18 @@ def test_what_is_learned_is_in_the_key(rows: Path) -> None:
     assert counts[0] > counts[1]
 
 
+def test_thoughts_are_in_the_key(rows: Path) -> None:
+    template, asked, tokens = rows / "thinks.jinja", Asked(), []
+    template.write_text("{% for m in messages %}{{ m.reasoning_content or '' }}{{ m['content'] }}{% endfor %}")
+    for thought in ("one", "two", None):
+        messages = [turn("user", "a"), turn("assistant", "b", reasoning_content=thought)]
+        (rows / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+        found = load(rows, asked, held_out=0, chat_template=str(template)).train
+        tokens.append(sorted(row.tokens.tolist() for row in found))
+    assert asked.times == 3
+    assert tokens[0] != tokens[1] != tokens[2] != tokens[0]
+
+
 def test_who_says_something_is_in_the_key(rows: Path) -> None:
     asked, tokens = Asked(), []
     for role in ("system", "user"):
