@@ -21,11 +21,12 @@ def larger_vocabulary(adapters: Sequence[Path], base: Path) -> Path | None:
     Raises ModelError when a tokenizer cannot be read, numbers the base's tokens otherwise, or is one of several that
     add different tokens.
     """
-    known = _added(base)
+    folders = [folder for folder in map(peft_folder, adapters) if folder is not None and (folder / RULES).is_file()]
+    known = _added(base) if folders else None  # long to read, for a large vocabulary
     if known is None:
         return None
     found: dict[Path, dict[str, int]] = {}
-    for folder in filter(None, map(peft_folder, adapters)):
+    for folder in folders:
         tokens = _added(folder)
         if tokens is not None and tokens.keys() - known.keys():
             for token in sorted(tokens.keys() & known.keys()):
