@@ -1,6 +1,8 @@
 """What all tests have in common: none writes to the user's cache, and those that run side by side share the cores."""
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -23,3 +25,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for worker in (template_worker, tokenizer_worker):
         monkeypatch.setattr(worker, "SECONDS", 1)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A process with everything imported, whose forks run the command line."""
+    from tests.torture.warm import Warm
+
+    with Warm(tmp_path_factory.mktemp("warm")) as server:
+        yield server

@@ -37,12 +37,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with Warm(tmp_path_factory.mktemp("warm")) as server:
-        yield server
-
-
 def commands(models: Path) -> dict[str, tuple[Any, ...]]:
     base = ("--base", models / "base")
     return {

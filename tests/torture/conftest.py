@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,6 @@ from tests.torture.warm import Warm
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("torture")
-
-
-@pytest.fixture(scope="session")
-def warm(folder: Path) -> Iterator[Warm]:
-    with Warm(folder / "warm") as server:
-        yield server
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,10 @@ from typing import Any
 from tests.torture import hooks, trace
 
 MODULES = (
-    "bitsandbytes.optim", "diffusers", "lorakit.adapters.merging.merge", "lorakit.commands.generate",
-    "lorakit.commands.merge", "lorakit.commands.train", "lorakit.families.llama", "lorakit.families.sd",
-    "lorakit.storage.bases", "lorakit.training.loop", "matplotlib.figure", "matplotlib.backends.backend_agg",
+    "bitsandbytes.optim", "diffusers", "lorakit.adapters.convert", "lorakit.adapters.merging.merge", "lorakit.cli",
+    "lorakit.commands.convert", "lorakit.commands.generate", "lorakit.commands.merge", "lorakit.commands.train",
+    "lorakit.families.llama", "lorakit.families.sd", "lorakit.storage.bases",
+    "lorakit.training.loop", "matplotlib.figure", "matplotlib.backends.backend_agg",
     "PIL.Image", "psutil", "transformers.models.llama", "transformers.models.clip",
 )  # fmt: skip
 
