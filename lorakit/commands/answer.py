@@ -1,19 +1,17 @@
 """`lorakit generate` with a language model: answers."""
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.pieces import identity
+from lorakit.commands.answers_file import Answers
 from lorakit.commands.batch import Batch, check_stop, make_folder
 from lorakit.data.chat import Message
 from lorakit.errors import ConflictError, RecipeError
-from lorakit.storage.atomic import write_bytes, write_text
+from lorakit.families.place import Place
 from lorakit.storage.bases import base_id
-from lorakit.storage.disk import disk_errors
 
 
 def answer(batch: Batch, options: Mapping[str, Any]) -> None:
@@ -34,16 +32,22 @@ def answer(batch: Batch, options: Mapping[str, Any]) -> None:
     place = batch.place()
     adapters = [identity(path, weight) for path, weight in batch.adapters]
     made_with = {"adapters": adapters, "precision": str(place.dtype), "seed": batch.seed, "fuse": batch.fuse, **options}
-    if out is not None:
-        made_with["base"] = base_id(batch.location)  # which takes a while for a large one
-    if out is not None and batch.resume and os.path.lexists(out):
-        _check_settings(out, made_with)
-    prompts = _unanswered(out, batch.prompts) if out is not None and batch.resume else batch.prompts
-    if not prompts:
-        print(f"{out} has all answers")
+    if out is None:
+        _answer(batch, place, options, batch.prompts, None)
         return
-    if out is not None:
+    made_with["base"] = base_id(batch.location)  # which takes a while for a large one
+    with Answers(out, made_with) as answers:
+        prompts = answers.unanswered(batch.prompts) if batch.resume else batch.prompts
+        if not prompts:
+            print(f"{out} has all answers")
+            return
         make_folder(out.parent, out)
+        _answer(batch, place, options, prompts, answers)
+
+
+def _answer(
+    batch: Batch, place: Place, options: Mapping[str, Any], prompts: list[str], answers: Answers | None
+) -> None:
     for name in ("temperature", "top_p", "min_p"):
         if not math.isfinite(options[name]):
             where = f"--{name.replace('_', '-')}"
@@ -65,54 +69,10 @@ def answer(batch: Batch, options: Mapping[str, Any]) -> None:
                 print(piece, end="", flush=True)
             else:
                 print(flush=True)
-                if out is not None:
-                    if not os.path.lexists(out):
-                        write_text(_settings(out), json.dumps(made_with, ensure_ascii=False, indent=1) + "\n")
-                    line = {"prompt": prompts[number], "answer": "".join(pieces)}
-                    with disk_errors(out), out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                if answers is not None:
+                    answers.add(prompts[number], "".join(pieces))
                 pieces.clear()
-            check_stop(signals, out)
-
-
-def _settings(out: Path) -> Path:
-    """What all answers of ``out`` were made with, as JSON."""
-    return out.with_name(f"{out.name}.settings.json")
-
-
-def _check_settings(out: Path, made_with: Mapping[str, Any]) -> None:
-    """Raises ConflictError when the answers that are there were made with anything else."""
-    try:
-        earlier = json.loads(_settings(out).read_bytes())
-        changed = [name for name in made_with if earlier[name] != made_with[name]]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = f"how its answers were made is not to be read from {_settings(out).name}"
-        raise ConflictError(reason, where=str(out), hint="give another --out") from error
-    if changed:
-        reason = f"its answers were made with another {' and '.join(changed)}"
-        raise ConflictError(reason, where=str(out), hint="give what they were made with, or another --out")
-
-
-def _unanswered(out: Path, prompts: list[str]) -> list[str]:
-    """The prompts after those that ``out`` has answers to; a line that was cut off is removed.
-
-    Raises ConflictError when ``out`` holds anything but answers to the first of the prompts.
-    """
-    if not os.path.lexists(out):
-        return prompts
-    conflict = ConflictError("holds other than the answers to these prompts", where=str(out), hint="give another --out")
-    if out.is_symlink() or not out.is_file():
-        raise conflict
-    whole = out.read_bytes().rpartition(b"\n")[0].splitlines(keepends=True)
-    try:
-        answered = [json.loads(line)["prompt"] for line in whole]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise conflict from error
-    if answered != prompts[: len(answered)]:
-        raise conflict
-    text = b"".join(whole)
-    write_bytes(out, text + b"\n" if text else text)
-    return prompts[len(answered) :]
+            check_stop(signals, batch.out)
 
 
 def _messages(prompt: str, system: str | None) -> list[Message]:

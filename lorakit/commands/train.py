@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lorakit.families.place import Place
     from lorakit.families.task import Task
     from lorakit.numerics.order import Layout
+    from lorakit.storage.runs import RunFolder
+    from lorakit.training.launch import Session
     from lorakit.training.loop import Outcome
 
 
@@ -52,7 +54,6 @@ def run(kind: type[SDRecipe] | type[LlamaRecipe], path: Path, overrides: list[st
 def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None:
     from lorakit.families.place import Place
     from lorakit.numerics.order import Layout
-    from lorakit.storage.runs import RunFolder
     from lorakit.training import launch, loop, optim
     from lorakit.training.stop import stopping_at_once
 
@@ -64,13 +65,12 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
         with session.told_once():
             optim.check_division(recipe.train, recipe.compute, session.world)
             session.gather(None)  # ranks that cannot reach one another say so before they load anything
-        opened = RunFolder.open_existing if mode.resume else RunFolder.open_new
         with (
             session.told_once(),
             stopping_at_once("stopped before the first step", f"go on with: {resume_command}") as beginning,
             Terminal(quiet=not session.is_main) as terminal,
             warnings_to(terminal.console),
-            opened(root, rank=session.rank) as run_folder,
+            _open(root, session, resume=mode.resume) as run_folder,
         ):
             terminal.stage(f"loading {recipe.base.model}")
             layout = Layout(
@@ -105,6 +105,16 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
         failed = False
     finally:
         session.close(failed=failed)
+
+
+def _open(root: Path, session: "Session", *, resume: bool) -> "RunFolder":
+    """The run's folder, which rank 0 looks at and locks before any loads a model."""
+    from lorakit.storage.runs import RunFolder
+
+    opened: list[RunFolder] = []
+    open_it = RunFolder.open_existing if resume else RunFolder.open_new
+    session.on_main(lambda: opened.append(open_it(root)))
+    return opened[0] if opened else RunFolder(root)
 
 
 def load_task(recipe: SDRecipe | LlamaRecipe, layout: "Layout", place: "Place") -> "Task":

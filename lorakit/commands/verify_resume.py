@@ -22,6 +22,7 @@ from lorakit.recipe import load
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
 from lorakit.storage import atomic, manifest
 from lorakit.storage.runs import RunFolder
+from lorakit.training.stop import stopping_at_once
 
 STEPS_BEFORE, STEPS_AFTER = 2, 3
 _FILES = {"adapter": "adapter.safetensors", "optimizer": "optimizer.safetensors"}
@@ -81,9 +82,11 @@ def run(path: Path, overrides: list[str], processes: int) -> None:
     recipe.output.folder.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"{atomic.TMP}verify-", dir=recipe.output.folder))
     try:
-        straight, stopped = (_run(recipe, path, overrides, processes, work, name) for name in ("straight", "stopped"))
-        at, step = _train(straight, stopped)
-        expected, found = straight.hashes(step), stopped.hashes(step)
+        with stopping_at_once("stopped", "nothing is left of both runs"):
+            runs = (_run(recipe, path, overrides, processes, work, name) for name in ("straight", "stopped"))
+            straight, stopped = runs
+            at, step = _train(straight, stopped)
+            expected, found = straight.hashes(step), stopped.hashes(step)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

@@ -31,9 +31,13 @@ DAY = 86400
 
 
 def default_folder() -> Path:
-    """``$LORAKIT_CACHE``, or ``~/.cache/lorakit``."""
+    """``$LORAKIT_CACHE``, or ``~/.cache/lorakit``. ResourceError where nobody knows a home."""
     given = os.environ.get("LORAKIT_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "lorakit"
+    try:
+        return Path(given) if given else Path.home() / ".cache" / "lorakit"
+    except RuntimeError as error:
+        reason = "there is no home folder to keep the cache in"
+        raise ResourceError(reason, hint="set LORAKIT_CACHE to a folder that can be written") from error
 
 
 def content_key(*parts: str | int | float | bytes) -> str:
@@ -77,19 +81,22 @@ class TensorCache:
     def holds(self, key: str) -> bool:
         """Whether there is a sound entry; a damaged one is removed, with a warning, so that it is made anew."""
         path = self.path(key)
-        if not path.exists():
-            return False
         try:
+            path.open("rb").close()  # whose errors say more than those of safetensors
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 sound = (file.metadata() or {}).get("sha256") == checksum(tensors)
+        except FileNotFoundError:
+            return False
         except (SafetensorError, OSError) as error:
             logger.warning("%s: the cache entry cannot be read and is made anew: %s", path, error)
-            path.unlink(missing_ok=True)
-            return False
+            sound = False
+        else:
+            if not sound:
+                logger.warning("%s: the cache entry is damaged and is made anew", path)
         if not sound:
-            logger.warning("%s: the cache entry is damaged and is made anew", path)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # of somebody else's
+                path.unlink()
         return sound
 
     def read(self, key: str) -> dict[str, Tensor]:

@@ -185,6 +185,7 @@ class Renderer:
             texts = messages[turn].texts
             if begin is not None and (end == len(after) or all(text.strip() in whole[begin:end] for text in texts)):
                 if not all(_holds(whole[begin:end], text) for text in texts):
+                    self.template.after_answer()  # raises for a template that writes no answer at all
                     reason = "the chat template leaves out or changes some of an answer, which would go unlearned"
                     raise DataError(reason, hint="a data.chat_template that writes all of it learns all of it")
                 spans.append(Span(begin, end))

@@ -22,6 +22,8 @@ from lorakit.storage.manifest import write_manifest
 
 TMP = ".tmp-"
 OLD = ".old-"
+SHORT = 200
+"""Bytes."""
 log = logging.getLogger("lorakit")
 
 
@@ -140,14 +142,20 @@ def _made(prefix: str, final: Path, *, folder: bool, suffix: str = "") -> tuple[
     """A new file or folder beside ``final``, and its handle, which holds a lock on it until it is closed."""
     while True:
         if folder:
-            path = Path(tempfile.mkdtemp(prefix=f"{prefix}{final.name}-", dir=final.parent))
+            path = Path(tempfile.mkdtemp(prefix=f"{prefix}{_short(final)}-", dir=final.parent))
         else:
-            handle, name = tempfile.mkstemp(prefix=f"{prefix}{final.name}-", suffix=suffix, dir=final.parent)
+            handle, name = tempfile.mkstemp(prefix=f"{prefix}{_short(final)}-", suffix=suffix, dir=final.parent)
             os.close(handle)
             path = Path(name)
         held = _hold(path)
         if held is not None:
             return path, held
+
+
+def _short(final: Path) -> str:
+    """So much of a name that a file system's 255 bytes hold more beside it."""
+    whole = os.fsencode(final.name)
+    return final.name if len(whole) <= SHORT else whole[:SHORT].decode(errors="ignore")
 
 
 def discard(path: Path) -> None:
@@ -156,7 +164,7 @@ def discard(path: Path) -> None:
     What an overlay has from a lower layer has no other name to take, and is removed where it is. What somebody else has
     open, a network's file system keeps until then under ``.tmp-*``.
     """
-    aside = Path(tempfile.mkdtemp(prefix=f"{TMP}{path.name}-", dir=path.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f"{TMP}{_short(path)}-", dir=path.parent))
     try:
         os.rename(path, aside / path.name)
     except OSError as error:
@@ -211,7 +219,7 @@ def sweep_killed(final: Path) -> None:
     nothing is removed, but named in a warning.
     """
     for prefix, finish in ((OLD, lambda path: _bring_back(path, final)), (TMP, _remove)):
-        for path in final.parent.glob(f"{prefix}{glob.escape(final.name)}-*"):
+        for path in final.parent.glob(f"{prefix}{glob.escape(_short(final))}-*"):
             if path.is_symlink():
                 continue
             with suppress(OSError):  # swept by somebody else

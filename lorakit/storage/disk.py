@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorakit.errors import DISK_ERRORS, ResourceError
+from lorakit.errors import DISK_ERRORS, ConflictError, ResourceError
 
 NO_SUCH_CALL = frozenset({errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
 """How a file system says that it cannot flush a folder, or has no locks."""
@@ -68,7 +68,10 @@ def make_folder(folder: Path) -> None:
     """Make a folder and what is missing above it, flushed, so that what is put in it later cannot vanish with it."""
     if not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            raise ConflictError("a file, where a folder is needed", where=str(folder)) from error
         fsync(folder.parent)
 
 

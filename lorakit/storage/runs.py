@@ -18,7 +18,7 @@ log = logging.getLogger("lorakit")
 class RunFolder:
     """``runs/NAME`` with everything that a run leaves. Rank 0 holds its lock from opening to ``close``.
 
-    Other ranks (``rank`` > 0) only compute paths: they neither check nor lock anything.
+    Other ranks, which make one without opening it, only compute paths.
     """
 
     def __init__(self, root: Path) -> None:
@@ -33,31 +33,29 @@ class RunFolder:
         self._lock: int | None = None
 
     @classmethod
-    def open_new(cls, root: Path, *, rank: int = 0) -> Self:
+    def open_new(cls, root: Path) -> Self:
         """Make the folder and lock it; ConflictError when it holds anything already or another run has it."""
         run = cls(root)
-        if rank == 0:
-            with disk.disk_errors(root):
-                disk.make_folder(root)
-                run._take_lock()
-            if any(not p.name.startswith(atomic.TMP) and p != run._lock_path for p in root.iterdir()):
-                run.close()
-                hint = "continue that run with --resume, or give another output.name"
-                raise ConflictError("the run folder is not empty", where=str(root), hint=hint)
-            atomic.sweep(root)
+        with disk.disk_errors(root):
+            disk.make_folder(root)
+            run._take_lock()
+        if any(not p.name.startswith(atomic.TMP) and p != run._lock_path for p in root.iterdir()):
+            run.close()
+            hint = "continue that run with --resume, or give another output.name"
+            raise ConflictError("the run folder is not empty", where=str(root), hint=hint)
+        atomic.sweep(root)
         return run
 
     @classmethod
-    def open_existing(cls, root: Path, *, rank: int = 0) -> Self:
+    def open_existing(cls, root: Path) -> Self:
         """Lock an earlier run's folder and sweep its ``.tmp-*``; RecipeError when there is none."""
         run = cls(root)
-        if rank == 0:
-            if not root.is_dir():
-                raise RecipeError("there is no run to resume", where=str(root), hint="start it without --resume")
-            with disk.disk_errors(root):
-                run._take_lock()
-                for folder in (root, run.checkpoints, root / "samples"):
-                    atomic.sweep(folder)
+        if not root.is_dir():
+            raise RecipeError("there is no run to resume", where=str(root), hint="start it without --resume")
+        with disk.disk_errors(root):
+            run._take_lock()
+            for folder in (root, run.checkpoints, root / "samples"):
+                atomic.sweep(folder)
         return run
 
     def checkpoint(self, step: int) -> Path:

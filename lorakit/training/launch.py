@@ -148,6 +148,9 @@ class Session:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+_LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+
+
 def open_session(compute: Compute) -> Session:
     """Join the ranks that the launcher started, or be the only one; RecipeError when ``compute`` cannot be had here.
 
@@ -162,11 +165,18 @@ def open_session(compute: Compute) -> Session:
     if device.type == "cuda":
         make_deterministic()
     _die_with_launcher()
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="fp16" if dtype == torch.float16 else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), GradScalerKwargs(init_scale=_FIRST_SCALE)],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision="fp16" if dtype == torch.float16 else "no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE), GradScalerKwargs(init_scale=_FIRST_SCALE)],
+        )
+    except ValueError as error:
+        if not _LAUNCHERS & os.environ.keys() or "MASTER_ADDR" in os.environ:
+            raise
+        reason = f"set as a launcher sets it, but not all that goes with it: {first_line(error)}"
+        hint = "unset them, or start the ranks by accelerate launch"
+        raise RecipeError(reason, where=", ".join(sorted(_LAUNCHERS & os.environ.keys())), hint=hint) from error
     if accelerator.distributed_type not in _REPLICATED:
         reason = f"{accelerator.distributed_type.value} would split the model, which lorakit does not do"
         raise RecipeError(reason, hint="use plain data-parallel ranks: accelerate launch --multi_gpu")
@@ -198,6 +208,8 @@ def relaunch(argv: Sequence[str], processes: int, *, device: str = "auto", modul
     # The launcher would allow the ranks 30 seconds after a signal; they may take as long as their step and checkpoint.
     arguments.signals_to_handle = "SIGQUIT"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if sys.path[0] not in ("", os.getcwd()):  # ``python -m`` would import what lies there, a recipe's folder it may be
+        os.environ["PYTHONSAFEPATH"] = "1"
     with _forwarded_signals() as received:
         try:
             launch_command(arguments)

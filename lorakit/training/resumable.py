@@ -1,6 +1,6 @@
 """Whether a run may go on: what has changed since it was started, and what of that changes what is learned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
@@ -30,6 +30,8 @@ SAFE = (
 )
 """Fields that do not change what is learned, beyond float32 rounding. Base and data may have moved: their hashes say
 whether they are the same. What device and precision come to here, ``State.devices`` and ``State.dtype`` say."""
+PLACES = ("base.model", "base.revision", "data.path", "data.train.*.path", "data.held_out.*.path", "output.folder")
+"""Fields that may differ between the nodes of a run: what is found there has to be the same."""
 SAFE_WITHOUT_DROPOUT = ("compute.gradient_accumulation", "compute.compile")
 """Dropout's masks are drawn a micro-batch, so they depend on how a batch is divided, and others when compiled."""
 
@@ -42,6 +44,7 @@ _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 def seen(state: State, found: Checkpoint | None) -> dict[str, Any]:
     """What a rank, which reads its own disk, found there, by what it is called."""
     return {
+        "recipe": state.recipe,
         "base": split_base_id(state.base_id)[1],
         "base's files": dict(state.base_texts),
         "data": state.data_hash,
@@ -54,6 +57,11 @@ def check_alike(ranks: Sequence[Mapping[str, Any]]) -> None:
     """ConflictError when the ranks have not ``seen`` the same."""
     for rank, there in enumerate(ranks):
         for what in (name for name in there if there[name] != ranks[0][name]):
+            if what == "recipe":
+                fields = [field for field in changed_fields(ranks[0][what], there[what]) if not _fits(field, PLACES)]
+                if not fields:
+                    continue
+                what = f"recipe ({', '.join(fields)})"
             hint = "all nodes need the same files, and one output.folder that they share"
             raise ConflictError(f"rank {rank} does not have the {what} of rank 0", hint=hint)
 
@@ -74,7 +82,7 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
     changed = changed_fields(old.recipe, new.recipe)
     safe = [*SAFE, *(() if dropout else SAFE_WITHOUT_DROPOUT)]
     safe += SAFE_WHEN_CONSTANT if _is_constant(old.recipe["optimizer"]) else ()
-    unsafe = [field for field in changed if not any(fnmatchcase(field, pattern) for pattern in safe)]
+    unsafe = [field for field in changed if not _fits(field, safe)]
     if unsafe:
         hint = "put them back, or start a new run under another output.name"
         if set(unsafe) <= set(SAFE_WHEN_CONSTANT):
@@ -97,6 +105,10 @@ def check_resumable(old: State, new: State, *, allow: bool) -> None:
         reason = f"this is {new.devices}, but the run was started on {old.devices}, where sums are rounded otherwise"
         reason += " and dropout draws other masks" if dropout else ""
         raise ConflictError(reason, where="compute.device", hint="go on there, or here with --allow")
+
+
+def _fits(field: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(field, pattern) for pattern in patterns)
 
 
 def _is_constant(optimizer: Mapping[str, Any]) -> bool:

@@ -121,5 +121,6 @@ def stopping_at_once(told: str, hint: str) -> Iterator[Beginning]:
         raise Stopped(f"{number.name}: {told}", exit_code=code, hint=hint) from None
     finally:
         for number, handler in earlier.items():
-            if signal.getsignal(number) is stop and not (beginning.over and number != signal.SIGINT):
-                signal.signal(number, handler)
+            if signal.getsignal(number) is stop:  # Python forgets its handlers before it ends, but not what it ignores
+                over = beginning.over and number != signal.SIGINT
+                signal.signal(number, signal.SIG_IGN if over else handler)

@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from tests.torture import runs
 
@@ -20,4 +23,21 @@ def test_a_resumed_run_is_shown_to_be_equal(tmp_path: Path) -> None:
     assert all(len(digest) == 64 for digest in hashes)
     assert hashes[0::2] == hashes[1::2]
     assert len(set(hashes)) == 3
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_stopped_by_sigterm_it_leaves_neither_a_run_nor_a_folder(tmp_path: Path) -> None:
+    recipe = runs.make("llama", tmp_path / "given")
+    words = ["verify", str(recipe), "--resume", "--set", "train.steps=5000"]
+    done = subprocess.Popen(
+        [sys.executable, "-m", "lorakit", *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    end = time.monotonic() + 120
+    while not (trained := psutil.Process(done.pid).children()) and time.monotonic() < end:
+        time.sleep(0.05)
+    done.terminate()
+    _, told = done.communicate(timeout=120)
+    assert done.returncode == 75, told
+    assert b"SIGTERM: stopped" in told
+    assert not [child for child in trained if child.is_running()]
     assert list((tmp_path / "runs").iterdir()) == []

@@ -128,3 +128,11 @@ def test_a_value_that_cannot_be_kept_is_made_each_time(
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "file"))
     assert [remembered("facts", KEY, lambda: 1) for _ in range(2)] == [1, 1]
     assert caplog.text.count("the cache cannot be written") == 2
+
+
+def test_an_entry_that_cannot_be_read_or_removed_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = TensorCache(tmp_path)
+    (cache.path("ab") / "inside").mkdir(parents=True)
+    assert not cache.holds("ab")
+    assert "the cache entry cannot be read and is made anew: [Errno 21] Is a directory" in caplog.text
+    assert (cache.path("ab") / "inside").is_dir()

@@ -1,5 +1,6 @@
 """Faults 65 to 70: what generate leaves, and never leaves."""
 
+import fcntl
 import json
 import shutil
 import signal
@@ -246,3 +247,18 @@ def test_a_prompt_is_a_line_and_ends_at_nothing_else(tmp_path: Path, whole_llama
     assert lorakit("generate", *words).code == 0
     answered = [json.loads(line)["prompt"] for line in out.read_bytes().split(b"\n") if line]
     assert answered == ["a\u2028b", "c\x0cd"]
+
+
+@pytest.mark.fault(66)
+def test_66_two_batches_never_share_a_file_of_answers(tmp_path: Path, whole_llama: Path) -> None:
+    (tmp_path / "p.txt").write_text("".join(f"What is {n}?\n" for n in range(8)))
+    out = tmp_path / "a.jsonl"
+    command = ("--base", whole_llama, "--prompts", tmp_path / "p.txt", "--max-new-tokens", "8", "--out", out)
+    running = [start(*command) for _ in range(2)]
+    told = [batch.communicate(timeout=240)[1] for batch in running]
+    assert sorted(batch.returncode for batch in running) == [0, 7], told
+    assert len(out.read_text().splitlines()) == 8
+    with out.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with untouched(tmp_path):
+            lorakit("generate", *command, "--resume").refused(7, "another process is adding to it")

@@ -40,7 +40,7 @@ def test_ranks_that_unpack_a_gguf_base_at_the_same_time(llama: Path) -> None:
     assert told.code == 0, told.err
     (unpacked,) = [path for path in default_folder().glob("unpacked/*") if path.is_dir()]
     assert (unpacked / "model.safetensors").is_file()
-    assert told.err.count("is unpacked once") == 1
+    assert told.err.count("is unpacked once") <= 1  # by rank 0, or in silence
     (unpacked / "model.safetensors").unlink()
     told = lorakit(*words, "--set", "output.name=healed")
     assert told.code == 0, told.err

@@ -297,3 +297,22 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         other.communicate()
         waiting.join(20)
         assert entered.is_set()
+
+
+@pytest.mark.parametrize("name", ["n" * 250 + ".txt", "雪" * 83 + ".txt"])
+def test_names_as_long_as_a_file_system_has_them(tmp_path: Path, name: str) -> None:
+    atomic.write_text(tmp_path / name, "one")
+    with atomic.new_file(tmp_path / name, replace=True) as path:
+        path.write_text("two")
+    assert (tmp_path / name).read_text() == "two"
+    with atomic.new_folder(tmp_path / "f" / name, manifest=True) as folder:
+        (folder / "a").write_text("b")
+    atomic.discard(tmp_path / "f" / name)
+    assert [path.name for path in tmp_path.iterdir()] in ([name, "f"], ["f", name])
+    assert not list((tmp_path / "f").iterdir())
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(ConflictError, match="a file, where a folder is needed"):
+        disk.make_folder(tmp_path / "a" / "b")

@@ -48,7 +48,7 @@ def test_leftovers_are_swept_under_the_lock(tmp_path: Path) -> None:
 
 
 def test_other_ranks_take_no_lock(tmp_path: Path) -> None:
-    with RunFolder.open_new(tmp_path / "a"), RunFolder.open_new(tmp_path / "a", rank=1) as other:
+    with RunFolder.open_new(tmp_path / "a"), RunFolder(tmp_path / "a") as other:
         assert other.metrics.name == "metrics.jsonl"
 
 

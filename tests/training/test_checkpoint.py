@@ -11,7 +11,7 @@ from lorakit.errors import CheckpointError, ConflictError, ModelError, RecipeErr
 from lorakit.recipe.schema import LlamaRecipe, Optimizer
 from lorakit.storage import atomic, manifest
 from lorakit.storage.runs import RunFolder
-from lorakit.training import checkpoint, optim
+from lorakit.training import checkpoint, optim, resumable
 from lorakit.training.checkpoint import State
 from lorakit.training.resumable import changed_fields, check_resumable
 
@@ -229,3 +229,15 @@ def test_a_checkpoint_of_another_version_is_not_called_damaged(
     with pytest.raises(CheckpointError):
         checkpoint.newest(run)
     assert "step-000003: written by another version of lorakit" in caplog.text
+
+
+def test_ranks_need_one_recipe_though_its_files_may_lie_elsewhere() -> None:
+    one = recipe()
+    other = json.loads(json.dumps(one))
+    other["base"]["model"], other["output"]["folder"] = "there", "elsewhere"
+    alike = [resumable.seen(state(recipe=each), None) for each in (one, other)]
+    resumable.check_alike(alike)
+    other["optimizer"]["learning_rate"] *= 2
+    alike[1] = resumable.seen(state(recipe=other), None)
+    with pytest.raises(ConflictError, match=r"rank 1 does not have the recipe \(optimizer.learning_rate\) of rank 0"):
+        resumable.check_alike(alike)

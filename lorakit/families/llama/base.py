@@ -43,6 +43,10 @@ def find_base(base: LlamaBase, dtype: torch.dtype) -> tuple[BaseLocation, BaseLo
     return location, as_folder(location, dtype)
 
 
+UNPACKING = 2
+"""Counted up with every change of what is unpacked from the same file."""
+
+
 def as_folder(location: BaseLocation, dtype: torch.dtype) -> BaseLocation:
     """The folder to load a base from; of a GGUF file the one that it is unpacked to once, with weights in ``dtype``.
 
@@ -50,7 +54,8 @@ def as_folder(location: BaseLocation, dtype: torch.dtype) -> BaseLocation:
     """
     if location.layout != "gguf":
         return location
-    folder = default_folder() / "unpacked" / f"{digest(location)}-{str(dtype).removeprefix('torch.')}"
+    made = f"{digest(location)}-{str(dtype).removeprefix('torch.')}-{UNPACKING} {versions('transformers')}"
+    folder = default_folder() / "unpacked" / made.replace(" ", "-")
     found = _whole(folder)
     if found is None:
         from lorakit.families.llama.gguf import unpack  # with transformers
