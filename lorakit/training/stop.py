@@ -3,6 +3,7 @@
 SIGHUP, which a lost connection sends, counts as SIGTERM; where nohup has it ignored, it stays so.
 """
 
+import atexit
 import os
 import signal
 import threading
@@ -121,6 +122,9 @@ def stopping_at_once(told: str, hint: str) -> Iterator[Beginning]:
         raise Stopped(f"{number.name}: {told}", exit_code=code, hint=hint) from None
     finally:
         for number, handler in earlier.items():
-            if signal.getsignal(number) is stop:  # Python forgets its handlers before it ends, but not what it ignores
-                over = beginning.over and number != signal.SIGINT
-                signal.signal(number, signal.SIG_IGN if over else handler)
+            if signal.getsignal(number) is not stop:
+                continue
+            if beginning.over and number != signal.SIGINT:  # Python forgets its handlers before it has ended
+                atexit.register(signal.signal, number, signal.SIG_IGN)
+            else:
+                signal.signal(number, handler)
