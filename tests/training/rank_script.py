@@ -49,7 +49,7 @@ def main(folder: Path, options: dict[str, Any]) -> int:
         opening = RunFolder.open_existing if resume else RunFolder.open_new
         if apart:  # nodes that do not share their disks
             folder = folder / str(session.rank)
-        with opening(folder, rank=0 if apart else session.rank) as run:
+        with opening(folder) if apart or session.is_main else RunFolder(folder) as run:
             task = make_task(session, options, **more)
             train(task, session, plan, run, Told(at))
             state = {**final_state(task), "seeds": torch.tensor(task.seeds)}
