@@ -232,7 +232,7 @@ def test_42_the_base_that_an_adapter_names_is_not_loaded(here: Path, whole_llama
     (here / "code/x.py").write_text(f"open({str(here / 'left')!r}, 'w')")
     for name in ("owner/name", str(here / "pipe"), str(here / "code"), "/dev/zero", 3, None, ["a"]):
         edit(here / "adapter/adapter_config.json", base_model_name_or_path=name)
-        for command in commands(here / "adapter", whole_llama)[: 2 if name == "owner/name" else 1]:
+        for command in commands(here / "adapter", whole_llama)[:2]:
             told = forked(*command, seconds=20)
             assert told.code == 0, told.err
             (here / "answers.jsonl").unlink(missing_ok=True)
