@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 CHUNK_NUMBERS = 1 << 24
-"""Logits at once at most: 64 MiB in float32, and in another dtype as many in that. Few rows are slow: the whole head is
-read for each chunk."""
+"""Logits at once at most: 64 MiB in float32. Few rows are slow: the whole head is read for each chunk."""
+
+EXACT_NUMBERS = 1 << 21
+"""As many of them are made probabilities at once, in float32: 8 MiB, which a CPU's cache holds from pass to pass."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -48,16 +50,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most))))
         # The same memory for all chunks: on a CPU new memory of this size costs as much as what is computed in it.
         logits = torch.empty(chunk, len(weight), dtype=hidden.dtype, device=hidden.device)
-        exact = logits if logits.dtype == wide else torch.empty_like(logits, dtype=wide)
+        exact = torch.empty(max(1, EXACT_NUMBERS // len(weight)), len(weight), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
-            p = exact[: len(rows)]
-            narrow = p if logits is exact else logits[: len(rows)]
-            torch.log_softmax(p.copy_(torch.mm(rows, weight.T, out=narrow)), -1, out=p)
-            loss -= p.gather(1, labels).sum()
+            scores = torch.mm(rows, weight.T, out=logits[: len(rows)])
+            for some, right in zip(scores.split(len(exact)), labels.split(len(exact)), strict=True):
+                p = some if some.dtype == wide else exact[: len(some)].copy_(some)
+                torch.log_softmax(p, -1, out=p)
+                loss -= p.gather(1, right).sum()
+                if gradient is not None:
+                    some.copy_(p.exp_().scatter_add_(1, right, torch.full_like(right, -1, dtype=wide)))
             if gradient is not None:
-                p.exp_().scatter_add_(1, labels, torch.full_like(labels, -1, dtype=wide))
-                torch.mm(narrow.copy_(p), weight, out=gradient[start : start + chunk])
+                torch.mm(scores, weight, out=gradient[start : start + chunk])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return loss

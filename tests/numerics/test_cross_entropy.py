@@ -12,13 +12,14 @@ def case(rows, width, vocabulary, dtype):
     return hidden, torch.randn(vocabulary, width).to(dtype), torch.randint(vocabulary, (rows,))
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+@pytest.mark.parametrize(("chunk_rows", "exact_rows"), [(1, 1), (3, 2), (100, 100), (100, 4), (100, 0)])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-def test_equals_float64_cross_entropy(monkeypatch, chunk_rows, dtype, tolerance):
+def test_equals_float64_cross_entropy(monkeypatch, chunk_rows, exact_rows, dtype, tolerance):
     hidden, weight, targets = case(10, 16, 37, dtype)
     monkeypatch.setattr(cross_entropy, "CHUNK_NUMBERS", chunk_rows * 37)
+    monkeypatch.setattr(cross_entropy, "EXACT_NUMBERS", exact_rows * 37)
     exact = hidden.detach().double().requires_grad_()
     expected = functional.cross_entropy(exact @ weight.double().T, targets, reduction="sum")
     expected.backward()
