@@ -130,8 +130,11 @@ def _compute() -> Iterator[Finding]:
 def _gpu(index: int) -> Finding:
     import torch
 
+    from lorakit.training.device import check_kernels
+
     try:
         about = torch.cuda.get_device_properties(index)
+        check_kernels(torch.device("cuda", index))
     except Exception as error:
         return Finding(f"GPU {index}", "fails", "broken", first_line(error))
     return Finding(f"GPU {index}", f"{about.name}, {_gigabytes(about.total_memory)}", "works", "trains here")

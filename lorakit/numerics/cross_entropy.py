@@ -18,7 +18,8 @@ CHUNK_NUMBERS = 1 << 24
 """Logits at once at most: 64 MiB in float32. Few rows are slow: the whole head is read for each chunk."""
 
 EXACT_NUMBERS = 1 << 21
-"""As many of them are made probabilities at once, in float32: 8 MiB, which a CPU's cache holds from pass to pass."""
+"""On a CPU as many of them are made probabilities at once, in float32: 8 MiB, which its cache holds from pass to pass.
+On a GPU all are, since each pass costs it a start."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -50,7 +51,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most))))
         # The same memory for all chunks: on a CPU new memory of this size costs as much as what is computed in it.
         logits = torch.empty(chunk, len(weight), dtype=hidden.dtype, device=hidden.device)
-        exact = torch.empty(max(1, EXACT_NUMBERS // len(weight)), len(weight), dtype=wide, device=hidden.device)
+        few = max(1, EXACT_NUMBERS // len(weight)) if hidden.device.type == "cpu" else chunk
+        exact = torch.empty(few, len(weight), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows, labels = hidden[start : start + chunk], targets[start : start + chunk, None]
             scores = torch.mm(rows, weight.T, out=logits[: len(rows)])
@@ -59,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.log_softmax(p, -1, out=p)
                 loss -= p.gather(1, right).sum()
                 if gradient is not None:
-                    some.copy_(p.exp_().scatter_add_(1, right, torch.full_like(right, -1, dtype=wide)))
+                    some.copy_(_less_one(p.exp_(), right))
             if gradient is not None:
                 torch.mm(scores, weight, out=gradient[start : start + chunk])
         if gradient is not None:
@@ -72,3 +74,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if gradient.dtype == torch.float16:  # a loss scale may be larger than its largest number
             return (gradient.float() * grads[0]).to(gradient.dtype), None, None
         return gradient * grads[0].to(gradient.dtype), None, None
+
+
+def _less_one(p: Tensor, places: Tensor) -> Tensor:
+    """p [n, V], in place, with 1 taken from each row at its place [n, 1]. CUDA's scatter_add_ would sort the places."""
+    if p.device.type == "cpu":
+        return p.scatter_add_(1, places, torch.full_like(places, -1, dtype=p.dtype))
+    return p.sub_(places == torch.arange(p.shape[1], device=p.device))

@@ -61,6 +61,8 @@ class Group:
     """int64 [stop - start]: which of ``queries`` are not repeats."""
     real_keys: Tensor
     """int64 [stop - start]: which of ``keys`` are the own tokens."""
+    once: Tensor
+    """bool [n * L, 1, 1]: False where ``queries`` repeats a document's last."""
 
     @classmethod
     def of(cls, start: int, lengths: Sequence[int], shared: int, device: torch.device) -> "Group":
@@ -75,7 +77,9 @@ class Group:
             real.append(torch.arange(length) + number * longest)
             own.append(torch.arange(length) + number * width + shared)
             place += length
-        placed = (torch.cat(part).to(device, non_blocking=True) for part in (queries, keys, real, own))
+        once = torch.cat([torch.arange(longest) < length for length in lengths])[:, None, None]
+        parts = *(torch.cat(part) for part in (queries, keys, real, own)), once
+        placed = (part.to(device, non_blocking=True) for part in parts)
         return cls(start, place, shared, len(lengths), longest, width, *placed)
 
     def blocks(self) -> Iterator[tuple[int, int, int]]:
@@ -151,7 +155,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: f
         raise ValueError(f"{heads} query heads cannot share {k.shape[1]} key heads")
     if matmuls_are_faster(q) and max(packing.lengths) + packing.shared <= LONGEST_KEPT:
         return matmul_packed_attention(q, k, v, packing, scale)
-    return torch.cat(list(_fused(q, k, v, packing, scale)))
+    return _fused(q, k, v, packing, scale)
 
 
 def matmul_packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Tensor:
@@ -160,16 +164,77 @@ def matmul_packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, s
     return out
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Iterator[Tensor]:
+def _fused(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Tensor:
     """PyTorch's kernel, a group at a time. It takes square causal masks only, so that zeros stand where the shared
     tokens' queries would."""
-    for group in packing.groups:
-        places, begin = ((q, group.queries), (k, group.keys), (v, group.keys)), group.shared
-        rows, keys, values = (x.index_select(0, at).unflatten(0, (group.count, -1)) for x, at in places)
+    outs, laid_out = [], iter(_LaidOut.apply(q, k, v, packing))
+    for group, rows, keys, values in zip(packing.groups, laid_out, laid_out, laid_out, strict=True):
+        begin = group.shared
+        rows, keys, values = (x.unflatten(0, (group.count, -1)) for x in (rows, keys, values))
         rows = functional.pad(rows, (0, 0, 0, 0, begin, 0)).transpose(1, 2)
         keys, values = (x[:, : begin + group.longest].transpose(1, 2) for x in (keys, values))
         out = causal_attention(rows, keys, values, scale)
-        yield out[:, :, begin:].transpose(1, 2).flatten(0, 1).index_select(0, group.real)
+        outs.append(out[:, :, begin:].transpose(1, 2).flatten(0, 1))
+    together: Tensor = _Together.apply(packing, *outs)
+    return together
+
+
+class _LaidOut(torch.autograd.Function):
+    """Of each group its queries [n * L, H, D], its keys and values [n * S, K, D]. The backward pass takes what belongs
+    to a token, since PyTorch's own would add up into whole rows, on a GPU by sorting, to sum in one order."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> tuple[Tensor, ...]:
+        ctx.packing, ctx.shapes = packing, (q.shape, k.shape, v.shape)
+        return tuple(
+            x.index_select(0, places)
+            for group in packing.groups
+            for x, places in ((q, group.queries), (k, group.keys), (v, group.keys))
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        dq, dk, dv = (grads[0].new_empty(shape) for shape in ctx.shapes)
+        shared, parts = _Shared(ctx.packing, dk), iter(grads)
+        for group, d_rows, d_keys, d_values in zip(ctx.packing.groups, parts, parts, parts, strict=True):
+            dq[group.start : group.stop] = d_rows.index_select(0, group.real)
+            shared.add(group, (dk, dv), (d_keys, d_values))
+        shared.put((dk, dv))
+        return dq, dk, dv, None
+
+
+class _Together(torch.autograd.Function):
+    """The groups' outputs [n * L, H, D] as one row [T, H, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, packing: Packing, *outs: Tensor) -> Tensor:
+        ctx.packing = packing
+        return torch.cat([out.index_select(0, group.real) for group, out in zip(packing.groups, outs, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        return None, *(grad.index_select(0, group.queries) * group.once for group in ctx.packing.groups)
+
+
+class _Shared:
+    """The gradients of keys and values, those of the shared tokens summed over the documents in float32 at least."""
+
+    def __init__(self, packing: Packing, keys: Tensor) -> None:
+        dtype = torch.promote_types(keys.dtype, torch.float32)
+        self._sums = torch.zeros((2, packing.shared, *keys.shape[1:]), dtype=dtype, device=keys.device)
+
+    def add(self, group: Group, totals: tuple[Tensor, Tensor], parts: tuple[Tensor, Tensor]) -> None:
+        """A group's ``parts`` [n * S, K, D]: what is its own into ``totals`` [T, K, D], the rest to the sums."""
+        for total, part, sums in zip(totals, parts, self._sums, strict=True):
+            total[group.start : group.stop] = part.index_select(0, group.real_keys)
+            begun = part.unflatten(0, (group.count, -1))[:, : group.shared]
+            sums[: group.shared] += begun.sum(0, dtype=sums.dtype)
+
+    def put(self, totals: tuple[Tensor, Tensor]) -> None:
+        """The sums into their places in ``totals``."""
+        for total, sums in zip(totals, self._sums, strict=True):
+            total[: len(sums)] += sums.to(total.dtype)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -195,14 +260,11 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """With dP = dO V^T: dS = P * (dP - rowsum(P * dP)), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO.
-
-        The shared tokens' dK and dV are summed over the documents in float32 at least.
-        """
+        """With dP = dO V^T: dS = P * (dP - rowsum(P * dP)), dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO."""
         q, k, v, *kept = ctx.saved_tensors
-        share, probabilities, begin = q.shape[1] // k.shape[1], iter(kept), ctx.packing.shared
+        share, probabilities = q.shape[1] // k.shape[1], iter(kept)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        shared = torch.zeros((2, begin, *k.shape[1:]), dtype=torch.promote_types(k.dtype, torch.float32)).to(k.device)
+        shared = _Shared(ctx.packing, dk)
         for group in ctx.packing.groups:
             rows, keys, values = _operands(q, k, v, group)
             pull = grads[0].new_zeros((len(group.queries), *q.shape[1:]))
@@ -216,16 +278,9 @@ class _PackedAttention(torch.autograd.Function):
                 d_rows[:, block] = d_scores @ keys[:, :seen]
                 d_keys[:, :seen] += d_scores.transpose(1, 2) @ rows[:, block]
                 d_values[:, :seen] += p.transpose(1, 2) @ pull[:, block]
-            own = slice(group.start, group.stop)
-            dq[own] = _unfold(d_rows, group.count, share).index_select(0, group.real)
-            for total, part, sums in ((dk, d_keys, shared[0]), (dv, d_values, shared[1])):
-                places = _unfold(part, group.count, 1)
-                total[own] = places.index_select(0, group.real_keys)
-                sums[: group.shared] += places.unflatten(0, (group.count, -1))[:, : group.shared].sum(
-                    0, dtype=sums.dtype
-                )
-        dk[:begin] += shared[0].to(k.dtype)
-        dv[:begin] += shared[1].to(v.dtype)
+            dq[group.start : group.stop] = _unfold(d_rows, group.count, share).index_select(0, group.real)
+            shared.add(group, (dk, dv), (_unfold(d_keys, group.count, 1), _unfold(d_values, group.count, 1)))
+        shared.put((dk, dv))
         return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None, None
 
 

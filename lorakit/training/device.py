@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lorakit.errors import RecipeError
+from lorakit.errors import RecipeError, first_line, is_out_of_memory
 from lorakit.recipe.schema import Compute
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -29,7 +29,22 @@ def choose(compute: Compute) -> tuple[torch.device, torch.dtype]:
     if on_cpu and compute.device == "auto" and other is not None and other.type != "cuda":
         log.warning("this machine's %s is not used: lorakit trains on CUDA, ROCm or the CPU", other.type)
     _multiply_in_full()
+    if not on_cpu:
+        check_kernels(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))  # no rank takes another's memory
     return torch.device("cpu" if on_cpu else "cuda"), _dtype(compute.precision, on_cpu)
+
+
+def check_kernels(device: torch.device) -> None:
+    """RecipeError for a GPU that this PyTorch was not built for, which it tells at its first operation alone."""
+    try:
+        torch.ones(1, device=device).add_(1)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        hint = f"install a PyTorch {torch.__version__.partition('+')[0]} for an older CUDA, or set it to cpu"
+        raise RecipeError(
+            f"{name(device)} does not compute: {first_line(error)}", where="compute.device", hint=hint
+        ) from error
 
 
 def name(device: torch.device) -> str:
@@ -75,6 +90,8 @@ def _multiply_in_full() -> None:
 def _dtype(precision: str, on_cpu: bool) -> torch.dtype:
     fast = _multiplies_bf16(on_cpu)
     if precision == "auto":
+        if not (fast or on_cpu):
+            log.warning("this GPU has no bf16, so fp32 is taken: compute.precision fp16 is faster, in half the memory")
         return torch.bfloat16 if fast else torch.float32
     if precision == "fp16" and on_cpu:
         raise RecipeError("fp16 needs a GPU", where="compute.precision", hint="set it to auto, bf16 or fp32")

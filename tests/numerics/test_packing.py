@@ -57,10 +57,12 @@ def test_the_matmul_kernel_is_exact_across_its_blocks(length, shared):
 
 
 def test_bfloat16_on_the_cpu_stays_within_its_rounding():
-    check(packed_attention, 6, 2, Packing.of([11, 29, 3], 5), 16, torch.bfloat16, 3e-2)
+    for kernel in (packed_attention, module._fused):
+        check(kernel, 6, 2, Packing.of([11, 29, 3], 5), 16, torch.bfloat16, 3e-2)
 
 
-def test_the_shared_tokens_gradients_are_summed_in_float32():
+@pytest.mark.parametrize("kernel", [matmul_packed_attention, module._fused])
+def test_the_shared_tokens_gradients_are_summed_in_float32(kernel):
     """Each document is a group, and the terms have one sign: a sum in bfloat16 stops growing."""
     packing = Packing.of([1, 2] * 150, 1)
     assert len(packing.groups) == 301
@@ -69,7 +71,7 @@ def test_the_shared_tokens_gradients_are_summed_in_float32():
     v[0] += 1
     leaves = [x.requires_grad_() for x in (q, k, v)]
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    got = torch.autograd.grad(matmul_packed_attention(*leaves, packing, 0.5), leaves[1:], pull)
+    got = torch.autograd.grad(kernel(*leaves, packing, 0.5), leaves[1:], pull)
     wanted = torch.autograd.grad(reference(*exact, packing, 0.5), exact[1:], pull.double())
     for ours, theirs in zip(got, wanted, strict=True):
         assert (ours[0].double() - theirs[0]).abs().max() <= 1e-2 * theirs[0].abs().max()

@@ -150,8 +150,9 @@ class Painter:
                 hint = "lower the guidance scale or an adapter's weight, or use fp32"
                 raise NonFiniteError(f"the latents of seed {seed} are not finite", hint=hint)
         vae = self.parts.vae
-        decoded = vae.decode(from_latents(vae, latents.float()), return_dict=False)[0]
-        scaled = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        parts = latents[:, None] if self.device.type == "cuda" else latents[None]  # a GPU's memory is scarcer
+        decoded = [vae.decode(from_latents(vae, part.float()), return_dict=False)[0].cpu() for part in parts]
+        scaled = (torch.cat(decoded) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
         return [Image.fromarray(picture) for picture in (scaled * 255).round().astype(np.uint8)]
 
     def _scheduler(self, name: str | None) -> Any:
