@@ -26,6 +26,9 @@ from lorakit.training.metrics import Metrics, Progress, Silent
 from lorakit.training.prefetch import Prefetch
 from lorakit.training.stop import StopSignals, stopped
 
+LEAST_SCALE = 2.0**-14
+"""Down to which fp16's loss scale may fall: the loss is a sum over tokens, whose gradient may need one below 1."""
+
 log = logging.getLogger("lorakit")
 
 
@@ -197,6 +200,7 @@ class _Loop:
             if batch.count:
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             parts.append((batch, loss.detach()))
+            del loss  # what bitsandbytes' int8 layers keep lives as long as it does
 
         asked = (self.signals.sigterm, self.signals.sigint, self.save_is_due())
         flat.put(torch.stack([loss for _, loss in parts]).sum(), [sum(batch.count for batch, _ in parts), *asked])
@@ -218,7 +222,7 @@ class _Loop:
 
     def may_overflow(self) -> bool:
         """Whether an infinite gradient is fp16's loss scale trying how far it can go: the update is then left out."""
-        return self.scaler is not None and self.scaler.get_scale() > 1
+        return self.scaler is not None and self.scaler.get_scale() > LEAST_SCALE
 
     def not_finite(self, parts: list[tuple[Batch, Tensor]], finite_here: bool) -> NonFiniteError:
         """The error that all ranks raise alike, naming those whose loss, or else whose gradient, is not finite."""
@@ -289,7 +293,8 @@ class _Loop:
         return self.session.is_main and 0 < minutes <= (time.monotonic() - self.saved_time) / 60
 
     def save(self) -> None:
-        """Write a checkpoint on rank 0, unless this step has one."""
+        """Write a checkpoint on rank 0, unless this step has one. Raises NonFiniteError for an adapter that overflowed,
+        which the losses before it do not show."""
         if self.saved_step == self.state.step:
             return
         self.progress.stage("saving a checkpoint")
@@ -297,7 +302,11 @@ class _Loop:
         state, keep = dataclasses.replace(self.state, scaler=scale), self.plan.train.keep_checkpoints
 
         def write() -> None:
-            checkpoint.save(self.folder, state, self.task.adapter_state(), self.optimizer, keep=keep)
+            adapter = self.task.adapter_state()
+            if broken := [name for name, tensor in adapter.items() if not tensor.isfinite().all()]:
+                reason = f"the adapter after step {state.step} is not finite ({broken[0]}), and is not saved"
+                raise NonFiniteError(reason, hint="lower optimizer.learning_rate")
+            checkpoint.save(self.folder, state, adapter, self.optimizer, keep=keep)
 
         self.session.on_main(write)
         self.saved_step, self.saved_time = self.state.step, time.monotonic()

@@ -23,7 +23,7 @@ FAULTS = {
     7: Fault("NaN, infinity, a negative rate, rank 0", (2,)),
     8: Fault("not UTF-8, a NUL, an empty file, a list at the root", (2,)),
     9: Fault("the run folder inside the base or the data, a loop of symbolic links", (2,)),
-    10: Fault("${NAME}, which stays as it is written", (0,)),
+    10: Fault("${NAME}, which stays as it is written, a folder's name too", (0, 3)),
     # Data.
     11: Fault("an empty folder", (3,)),
     12: Fault("a picture cut off or of zero bytes", (3,)),
@@ -58,7 +58,7 @@ FAULTS = {
     39: Fault(".bin or .pt", (4,)),
     40: Fault("a header that claims 2^63 bytes, offsets that overlap", (4,)),
     41: Fault("rank 0, or above the layer's size", (4,)),
-    42: Fault("a base_model_name_or_path, which is never loaded by itself", (0,)),
+    42: Fault("a base_model_name_or_path, which is never loaded by itself, not even where a base is missing", (0, 4)),
     # Training.
     43: Fault("kill -9 at any byte", (0,)),
     44: Fault("SIGTERM, and a second signal", (75, 130)),
@@ -71,7 +71,7 @@ FAULTS = {
     51: Fault("a rank that dies or hangs", (8,)),
     52: Fault("a clock that jumps", (0,)),
     53: Fault("a second run in one folder", (7,)),
-    54: Fault("a changed recipe", (2,)),
+    54: Fault("a changed recipe, or the base that it names", (2, 4)),
     55: Fault("changed data", (3,)),
     56: Fault("another number of ranks", (0, 7)),
     57: Fault("a checkpoint without its random-number state", (9,)),

@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.faults.catalogue import FAULTS
+from tests.faults.harness import Told
 from tests.tiny import tiny_llama, tiny_sd
 
 LLAMA = """\
@@ -51,6 +53,20 @@ def whole_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def as_the_catalogue_says(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test of a fault expects an exit code that the catalogue has for it."""
+    numbers = [number for mark in request.node.iter_markers("fault") for number in mark.args]
+    allowed = {code for number in numbers for code in FAULTS[number].codes}
+    refused = Told.refused
+
+    def checked(told: Told, code: int, *words: str) -> Told:
+        assert not numbers or code in allowed, f"the catalogue has {sorted(allowed)} for {numbers}, not {code}"
+        return refused(told, code, *words)
+
+    monkeypatch.setattr(Told, "refused", checked)
 
 
 def row(number: int) -> str:

@@ -34,7 +34,7 @@ from lorakit.storage.fingerprint import Fingerprint
 from lorakit.storage.runs import RunFolder
 from lorakit.training import checkpoint, device, loop, metrics, optim
 from lorakit.training.launch import Session, open_session
-from lorakit.training.loop import Outcome, train
+from lorakit.training.loop import LEAST_SCALE, Outcome, train
 from lorakit.training.metrics import Silent
 from tests.training import tiny_task
 from tests.training.tiny_task import EXAMPLES, HELD_OUT, TinyTask, final_state, make_plan, make_task
@@ -354,7 +354,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(session: Session, tmp_
         go(session, tmp_path / "run", steps=2, nan_at=f"line:{EXAMPLES + 2}")
 
 
-@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize("scale", [None, LEAST_SCALE])
 def test_an_infinite_gradient_of_a_finite_loss_is_caught(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float | None
 ) -> None:
