@@ -1,6 +1,7 @@
 """What a run shows on the terminal: a bar with step, loss, rate and time left; plain lines where there is none."""
 
 import logging
+import select
 import sys
 import time
 from collections import deque
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lorakit.errors import shown
 
 SECONDS_BETWEEN_LINES = 15.0
+PATIENCE = 100
+"""Milliseconds that a slow terminal has to take a line."""
 
 
 @contextmanager
@@ -27,15 +30,25 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class Lasting:
-    """Stderr for a run that goes on when nobody reads it any more: a closed pipe, a lost connection."""
+    """Stderr for a run that goes on when nobody reads it any more: a closed pipe, a lost connection, a terminal that is
+    held or a full pipe, which would have each write wait. What nobody takes is dropped."""
 
     def __init__(self) -> None:
         self._file = sys.stderr
 
     def write(self, text: str) -> int:
         with suppress(OSError):
-            self._file.write(text)
+            if self._is_taken():
+                self._file.write(text)
         return len(text)
+
+    def _is_taken(self) -> bool:
+        poll = select.poll()
+        try:
+            poll.register(self._file.fileno(), select.POLLOUT)
+        except OSError:  # no file of the system's
+            return True
+        return bool(poll.poll(PATIENCE))
 
     def flush(self) -> None:
         with suppress(OSError):
@@ -60,7 +73,7 @@ class Terminal:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,  # else what others print went to the quiet console
         )
         self._last = self._spoken = time.monotonic()
         self._durations: deque[float] = deque(maxlen=21)
@@ -106,8 +119,8 @@ class Terminal:
         self._line(text, style="dim")
 
     def _line(self, text: str, style: str = "") -> None:
-        """As it is, in one line however long."""
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        """In one line however long."""
+        self.console.print(shown(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import TextIO
 
 from lorakit.errors import (
     DISK_ERRORS,
@@ -38,8 +39,10 @@ def guarded(command: Callable[[], object]) -> int:
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # which typer makes an exit code of its own of
             return _nobody_reads()
+        _flush_or_let_go()
         raise
     except Exception as error:
+        _flush_or_let_go()
         if os.environ.get("LORAKIT_DEBUG"):
             traceback.print_exc()
         told = error if isinstance(error, LorakitError) else _named(error)
@@ -56,9 +59,21 @@ def _nobody_reads() -> int:
     return ResourceError.exit_code
 
 
+def _flush_or_let_go() -> None:
+    """What cannot be written now can neither at exit, where Python would make another exit code of it."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _let_go_of(sys.stdout)
+
+
 def _let_go_of_output() -> None:
     for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _let_go_of(stream)
+
+
+def _let_go_of(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def tell(error: LorakitError) -> int:
@@ -86,7 +101,10 @@ def _named(error: Exception) -> LorakitError:
     """An exception of Python's or a library's as an error of lorakit's."""
     text = first_line(error)
     if is_out_of_memory(error):
-        return ResourceError("out of memory", hint="free some memory, or take a smaller model or smaller examples")
+        return ResourceError(
+            "out of memory",
+            hint="free some memory, or take a smaller model, smaller examples or pictures, or fewer bits",
+        )
     hint = DISK_ERRORS.get(error.errno or 0) if isinstance(error, OSError) else None
     if isinstance(error, OSError) and hint and (error.filename or not isinstance(error, PermissionError)):
         return ResourceError(f"cannot read or write: {error.strerror}", where=str(error.filename or ""), hint=hint)

@@ -1,5 +1,6 @@
 """`lorakit train-sd` and `lorakit train-llama`: each section of the recipe to the part that owns it."""
 
+import logging
 import os
 import shlex
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.commands.progress import Terminal, warnings_to
-from lorakit.errors import RecipeError
+from lorakit.errors import RecipeError, shown
 from lorakit.recipe import load
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from lorakit.storage.runs import RunFolder
     from lorakit.training.launch import Session
     from lorakit.training.loop import Outcome
+
+log = logging.getLogger("lorakit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,8 @@ def _train(recipe: SDRecipe | LlamaRecipe, mode: Mode, words: list[str]) -> None
             )
             place = Place(session.device, session.dtype, recipe.compute.gradient_checkpointing)
             task = load_task(recipe, layout, place)
+            if advice := optim.advice(recipe.train, task.steps_per_epoch):
+                log.warning("%s", advice)
             plan = loop.Plan(
                 train=recipe.train,
                 optimizer=recipe.optimizer,
@@ -138,10 +143,11 @@ def _resume_command(words: list[str], world: int) -> str:
 
 
 def _tell(recipe: SDRecipe | LlamaRecipe, root: Path, outcome: "Outcome", options: Sequence[str]) -> None:
-    print(f"trained {outcome.steps} steps on {outcome.examples} examples in {outcome.seconds / 60:.1f} minutes: {root}")
+    minutes = outcome.seconds / 60
+    print(f"trained {outcome.steps} steps on {outcome.examples} examples in {minutes:.1f} minutes: {shown(root)}")
     if outcome.first_held_out is not None:
         print(f"held-out loss {outcome.first_held_out:.4f} -> {outcome.last_held_out:.4f}")
     revision = ["--revision", recipe.base.revision] if recipe.base.revision else []
     words = ["--base", recipe.base.model, *revision, "--adapter", str(root), *options]
     command = shlex.join(["lorakit", "generate", *words])
-    print(f'next: {command} --prompt "..."')
+    print(f'next: {shown(command)} --prompt "..."')

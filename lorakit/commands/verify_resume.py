@@ -22,7 +22,7 @@ from lorakit.recipe import load
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
 from lorakit.storage import atomic, manifest
 from lorakit.storage.runs import RunFolder
-from lorakit.training.stop import stopping_at_once
+from lorakit.training.stop import die_with_parent, stopping_at_once
 
 STEPS_BEFORE, STEPS_AFTER = 2, 3
 _FILES = {"adapter": "adapter.safetensors", "optimizer": "optimizer.safetensors"}
@@ -32,10 +32,11 @@ _MEASURED = ("step", "loss", "learning_rate", "grad_norm")
 
 @dataclass(frozen=True)
 class _Run:
-    """One of the two runs: its folder, and the command that trains it."""
+    """One of the two runs: its folder, the command that trains it, and what raises when a signal came meanwhile."""
 
     folder: RunFolder
     command: Sequence[str]
+    check: Callable[[], None]
 
     def train(self, *more: str, until: Callable[[], bool]) -> bool:
         """Train in processes of their own until ``until`` holds, then stop by SIGTERM; whether that was in time.
@@ -43,9 +44,11 @@ class _Run:
         SystemExit with its code, after what it told, when the run ends in any other way.
         """
         with tempfile.TemporaryFile() as told:
-            process = subprocess.Popen([*self.command, *more], stdout=subprocess.DEVNULL, stderr=told)
+            command = [*self.command, *more]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told, preexec_fn=die_with_parent)
             try:
                 while process.poll() is None and not until():
+                    self.check()
                     time.sleep(0.01)
             finally:
                 if process.poll() is None:
@@ -75,21 +78,21 @@ class _Run:
 def run(path: Path, overrides: list[str], processes: int) -> None:
     """Stop and resume a few steps of the recipe, and compare with as many steps that were never stopped.
 
-    CheckpointError when they differ; the folder with both runs then stays. What the runs themselves fail with is their
-    own exit code.
+    CheckpointError when they differ; the folder with both runs then stays until the next time. What the runs
+    themselves fail with is their own exit code.
     """
     recipe = load.load_any(path, overrides)
     recipe.output.folder.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{atomic.TMP}verify-", dir=recipe.output.folder))
-    try:
-        with stopping_at_once("stopped", "nothing is left of both runs"):
-            runs = (_run(recipe, path, overrides, processes, work, name) for name in ("straight", "stopped"))
-            straight, stopped = runs
-            at, step = _train(straight, stopped)
-            expected, found = straight.hashes(step), stopped.hashes(step)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    with (
+        stopping_at_once("stopped", "nothing is left of both runs") as beginning,
+        atomic.beside(recipe.output.folder / "verify", folder=True) as work,
+    ):
+        straight, stopped = (
+            _Run(RunFolder(work / name), _command(recipe, path, overrides, processes, work / name), beginning.check)
+            for name in ("straight", "stopped")
+        )
+        at, step = _train(straight, stopped)
+        expected, found = straight.hashes(step), stopped.hashes(step)
     print(f"stopped by SIGTERM after step {at}, resumed, and compared after step {step} with a run never stopped:")
     for what in expected:
         print(f"  {what:10} never stopped {expected[what]}\n  {'':10} resumed       {found[what]}")
@@ -118,17 +121,11 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _run(
-    recipe: SDRecipe | LlamaRecipe, path: Path, overrides: list[str], processes: int, work: Path, name: str
-) -> _Run:
-    changes = [*overrides, f"output.folder={json.dumps(str(work))}", f"output.name={name}", "output.track=[]"]
-    changes += ["train.checkpoint_every=1", "train.keep_checkpoints=1000000", "sample.prompts=[]"]
-    command = [
-        sys.executable,
-        "-m",
-        "lorakit",
-        "train-sd" if isinstance(recipe, SDRecipe) else "train-llama",
-        str(path),
-    ]
-    command += [word for change in changes for word in ("--set", change)]
-    return _Run(RunFolder(work / name), [*command, "--num-processes", str(processes)])
+def _command(
+    recipe: SDRecipe | LlamaRecipe, path: Path, overrides: list[str], processes: int, run_folder: Path
+) -> list[str]:
+    changes = [*overrides, f"output.folder={json.dumps(str(run_folder.parent))}", f"output.name={run_folder.name}"]
+    changes += ["output.track=[]", "train.checkpoint_every=1", "train.keep_checkpoints=1000000", "sample.prompts=[]"]
+    kind = "train-sd" if isinstance(recipe, SDRecipe) else "train-llama"
+    sets = [word for change in changes for word in ("--set", change)]
+    return [sys.executable, "-m", "lorakit", kind, str(path), *sets, "--num-processes", str(processes)]

@@ -9,7 +9,6 @@ It reads the template, then the variables of each rendering, a JSON document a l
 
 import json
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -88,7 +87,6 @@ def _limit() -> None:
         environment().from_string("{{ '\\n' | wordwrap }}{{ 1 / 0 }}").render()
     _lower(resource.RLIMIT_AS, MEGABYTES * 2**20)
     _lower(resource.RLIMIT_NOFILE, 3)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # meant for the run, which ends this process when it is done
 
 
 def _lower(kind: int, most: int) -> None:

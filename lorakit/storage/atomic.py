@@ -30,7 +30,7 @@ log = logging.getLogger("lorakit")
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content`` in one step; ResourceError when the disk refuses."""
     with disk_errors(path):
-        with _beside(path, folder=False) as partial:
+        with beside(path, folder=False) as partial:
             with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
@@ -58,7 +58,7 @@ def new_folder(final: Path, *, manifest: bool, replace: bool = False) -> Iterato
         raise _exists(final)
     with disk_errors(final):
         make_folder(final.parent)
-        with _beside(final, folder=True) as folder:
+        with beside(final, folder=True) as folder:
             yield folder
             _allow(folder, 0o777)
             _flush(folder, manifest)
@@ -115,7 +115,7 @@ def new_file(final: Path, *, replace: bool = False) -> Iterator[Path]:
         raise _exists(final)
     with disk_errors(final):
         make_folder(final.parent)
-        with _beside(final, folder=False, suffix=final.suffix) as path:
+        with beside(final, folder=False, suffix=final.suffix) as path:
             yield path
             fsync(path)
             _allow(path, 0o666)
@@ -124,8 +124,11 @@ def new_file(final: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _beside(final: Path, *, folder: bool, suffix: str = "") -> Iterator[Path]:
-    """A new and empty file or folder beside ``final``, locked against ``sweep_killed``; an error removes it."""
+def beside(final: Path, *, folder: bool, suffix: str = "") -> Iterator[Path]:
+    """A new and empty file or folder beside ``final``, locked against ``sweep_killed``; an error removes it.
+
+    What processes that were killed left of their own is removed first.
+    """
     sweep_killed(final)
     path, held = _made(TMP, final, folder=folder, suffix=suffix)
     try:

@@ -4,13 +4,15 @@ A rank fails either with all the others (an error that ``Session`` shares, so th
 alone; then the launcher and the ranks' ``watch`` end the rest.
 """
 
+import _thread
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +37,7 @@ from lorakit.errors import (
 )
 from lorakit.recipe.schema import Compute
 from lorakit.training.device import choose, make_deterministic
-from lorakit.training.stop import AT_ONCE, caught
+from lorakit.training.stop import AT_ONCE, caught, die_with_parent, end_at_once, show_cursor
 from lorakit.training.watch import Watch
 
 OWN_EXIT_CODES = frozenset({*range(10), TERMINATED, INTERRUPTED} - {1})
@@ -148,6 +150,8 @@ class Session:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+_LAUNCHER = "LORAKIT_LAUNCHER"
+"""Set by ``relaunch``: its process."""
 _LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
 
 
@@ -164,6 +168,12 @@ def open_session(compute: Compute) -> Session:
         raise
     if device.type == "cuda":
         make_deterministic()
+        if not _LAUNCHERS & os.environ.keys():
+            for name in (
+                "NCCL_P2P_DISABLE",
+                "NCCL_IB_DISABLE",
+            ):  # Accelerate refuses some GPUs without; of no use alone
+                os.environ.setdefault(name, "1")
     _die_with_launcher()
     try:
         accelerator = Accelerator(
@@ -210,11 +220,13 @@ def relaunch(argv: Sequence[str], processes: int, *, device: str = "auto", modul
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if sys.path[0] not in ("", os.getcwd()):  # ``python -m`` would import what lies there, a recipe's folder it may be
         os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ[_LAUNCHER] = str(os.getpid())
     with _forwarded_signals() as received:
         try:
             launch_command(arguments)
         except ChildFailedError as failed:
             if len(received) > 1:
+                show_cursor()
                 return INTERRUPTED
             rank, failure = failed.get_first_failure()
             if received and failure.exitcode == -received[0]:  # it had only begun to start
@@ -246,24 +258,38 @@ def _forwarded_signals() -> Iterator[list[int]]:
         if not received or time.monotonic() - since > AT_ONCE:
             received.append(number)
             since = time.monotonic()
-        for child in psutil.Process().children():
-            child.send_signal(number if len(received) == 1 else signal.SIGKILL)
+        last = signal.Signals(number) if len(received) == 1 else signal.SIGKILL
+        if not send(last):  # the first rank has still to start
+            with suppress(RuntimeError):
+                _thread.start_new_thread(send_late, (last,))
 
+    def send(number: signal.Signals) -> bool:
+        children = psutil.Process().children()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+        return bool(children)
+
+    def send_late(number: signal.Signals) -> None:
+        while not (over.is_set() or send(number)):
+            time.sleep(0.05)
+
+    over = threading.Event()
     earlier = {number: signal.signal(number, forward) for number in caught()}
     try:
         yield received
     finally:
+        over.set()
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
 
 def _die_with_launcher() -> None:
-    """Have Linux send SIGTERM to this rank when its launcher is killed, so that no orphan trains on."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    """See that this rank ends with its launcher, which may be gone already."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+        if os.environ.get(_LAUNCHER, str(os.getppid())) != str(os.getppid()):
+            end_at_once(RankError.exit_code)
 
 
 @contextmanager

@@ -27,10 +27,22 @@ _SHARED = "shared"
 log = logging.getLogger("lorakit")
 
 
+FEW = 100
+"""Steps; B starts at zero, and a LoRA of fewer has hardly moved."""
+
+
 def total_steps(train: Train, steps_per_epoch: float) -> int:
     """Updates in the whole run: ``train.steps``, or as many as the epochs (1 when neither is given) take."""
     epochs = 1.0 if train.epochs is None else train.epochs
     return train.steps if train.steps is not None else max(1, math.ceil(epochs * steps_per_epoch - 1e-9))
+
+
+def advice(train: Train, steps_per_epoch: float) -> str:
+    """What to say of a run that is as short as it is because nobody said how long it should be; else nothing."""
+    total = total_steps(train, steps_per_epoch)
+    if total >= FEW or train.steps is not None or train.epochs is not None:
+        return ""
+    return f"one pass over the data is {total} steps, which may be too few: train.steps or train.epochs makes more"
 
 
 def check_division(train: Train, compute: Compute, world: int) -> None:

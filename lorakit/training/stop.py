@@ -3,15 +3,20 @@
 SIGHUP, which a lost connection sends, counts as SIGTERM; where nohup has it ignored, it stays so.
 """
 
+import _thread
 import atexit
+import ctypes
 import os
+import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
+from typing import NoReturn
 
 from lorakit.errors import INTERRUPTED, TERMINATED, Stopped
 
@@ -26,13 +31,30 @@ def caught() -> list[signal.Signals]:
     return [signal.SIGTERM, signal.SIGINT, *hung_up]
 
 
+def show_cursor() -> None:
+    """Undo what a bar that was cut off has hidden, if stderr is a terminal that takes it."""
+    stderr = 2
+    with suppress(OSError):
+        if os.isatty(stderr) and select.select([], [stderr], [], 0)[1]:
+            os.write(stderr, b"\x1b[?25h")
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End this process with its threads, waiting for nothing."""
+    show_cursor()
+    os._exit(code)
+
+
 class StopSignals:
     """While entered, the first signal is noted in ``received``; a second one, later than ``AT_ONCE``, ends the process.
 
-    ``tell`` is called with a line for the user. One of many ranks is ended by its launcher alone: that may pass on late
-    what the rank has had already, and sends SIGTERM to all as soon as one has ended. So there a second signal does
-    nothing, and after an error, which the rank must not be kept from reporting, signals stay ignored. Outside the main
-    thread, where Python allows no handlers, nothing is caught.
+    ``tell`` is called with a line for the user, in a thread of its own: the main thread may have been met while it held
+    a lock that telling takes, such as the terminal's.
+
+    One of many ranks is ended by its launcher alone: that may pass on late what the rank has had already, and sends
+    SIGTERM to all as soon as one has ended. So there a second signal does nothing, and after an error, which the rank
+    must not be kept from reporting, signals stay ignored. Outside the main thread, where Python allows no handlers,
+    nothing is caught.
     """
 
     def __init__(self, tell: Callable[[str], None], *, world: int) -> None:
@@ -64,9 +86,11 @@ class StopSignals:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if not self.received:
             self.received, self._since = number, time.monotonic()
-            self._tell("stopping after this step; a second signal stops at once, without saving")
+            told = "stopping after this step; a second signal stops at once, without saving"
+            with suppress(RuntimeError):  # no more threads
+                _thread.start_new_thread(self._tell, (told,))
         elif self._world == 1 and time.monotonic() - self._since > AT_ONCE:
-            os._exit(INTERRUPTED)
+            end_at_once(INTERRUPTED)
 
 
 def stopped(*, by_sigterm: bool, step: int, resume_command: str) -> Stopped:
@@ -86,6 +110,7 @@ class Beginning:
 
     over: bool = False
     received: int = 0
+    since: float = 0.0
 
     def check(self) -> None:
         """Stop if a signal came: Python ignores what is raised while it frees an object."""
@@ -97,15 +122,19 @@ class Beginning:
 def stopping_at_once(told: str, hint: str) -> Iterator[Beginning]:
     """Around loading and what comes after it: a signal that comes before the work has nothing to wait for.
 
-    It raises Stopped at once, with ``told`` and ``hint``. Meanwhile ``StopSignals`` may take its place. When all is
+    It raises Stopped at once, with ``told`` and ``hint``; a second one, later than ``AT_ONCE``, ends the process, which
+    may be waiting for threads that download. Meanwhile ``StopSignals`` may take its place. When all is
     ``over``, SIGTERM does nothing until the process ends; Ctrl-C ends a tracker that takes too long.
     """
     beginning = Beginning()
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        if not beginning.over:
-            beginning.received = number
-            raise _Interrupted(number)
+        if beginning.over:
+            return
+        if beginning.received and time.monotonic() - beginning.since > AT_ONCE:
+            end_at_once(INTERRUPTED)
+        beginning.received, beginning.since = number, time.monotonic()
+        raise _Interrupted(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield beginning
@@ -128,3 +157,10 @@ def stopping_at_once(told: str, hint: str) -> Iterator[Beginning]:
                 atexit.register(signal.signal, number, signal.SIG_IGN)
             else:
                 signal.signal(number, handler)
+
+
+def die_with_parent() -> None:
+    """Have Linux send SIGTERM to this process when its parent is killed, so that no orphan trains on."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

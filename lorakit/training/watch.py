@@ -7,6 +7,7 @@ On the same machine used processor time is a sign of life too, for the rare long
 Silence is counted in looks, not in seconds: a rank that was itself suspended does not take the others for dead.
 """
 
+import _thread
 import os
 import socket
 import sys
@@ -22,6 +23,7 @@ import psutil
 from torch.distributed import DistStoreError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from lorakit.errors import RankError
+from lorakit.training.stop import end_at_once
 
 LOOK_EVERY = 0.5
 """Seconds between two looks."""
@@ -175,12 +177,18 @@ class Watch:
 
     def _leave(self, reason: str, lost: list[Peer]) -> None:
         """End this process with RankError's code, by force if the main thread does not do it."""
-        if reason and not self._closed.is_set():
-            print(f"lorakit: error: rank {self.rank}: {reason}", file=sys.stderr, flush=True)
         for peer in lost:
             peer.kill()
+        if reason and not self._closed.is_set():
+            with suppress(RuntimeError):  # beside what follows, since stderr may be held up or gone
+                _thread.start_new_thread(_say, (f"lorakit: error: rank {self.rank}: {reason}",))
         time.sleep(GRACE_SECONDS)
-        os._exit(RankError.exit_code)
+        end_at_once(RankError.exit_code)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _here() -> str:

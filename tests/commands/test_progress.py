@@ -1,6 +1,9 @@
 """What a run says where there is no terminal: plain lines, the last step among them."""
 
 import logging
+import os
+import pty
+import sys
 
 import pytest
 
@@ -39,3 +42,16 @@ def test_warnings_are_told_while_a_command_runs(capsys: pytest.CaptureFixture[st
     with Terminal() as terminal, warnings_to(terminal.console):
         logging.getLogger("lorakit").warning("3 rows were cut")
     assert "lorakit: warning: 3 rows were cut" in capsys.readouterr().err
+
+
+def test_a_quiet_one_leaves_stderr_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that shows no bar must still be able to say that another is lost."""
+    keeper, terminal = pty.openpty()
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        monkeypatch.setenv("TERM", "xterm")
+        with Terminal(quiet=True) as quiet:
+            quiet.start(3, 0)
+            print("a rank is lost", file=sys.stderr, flush=True)
+            assert b"a rank is lost" in os.read(keeper, 4096)
+    os.close(keeper)

@@ -96,3 +96,36 @@ def test_a_reader_that_has_gone_is_no_traceback() -> None:
 def test_text_that_the_streams_cannot_hold(tmp_path: Path) -> None:
     told = process("train-sd", tmp_path / "größe-½.yaml", env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
     told.refused(2, "no such file")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "told"),
+    [
+        ("lorakit.cli.main(['doctor'])", 6, "cannot read or write: No space left on device"),
+        ("sys.exit(guarded(lambda: (print('a'), raising())))", 4, "it fails"),
+    ],
+)
+def test_what_stdout_does_not_take_leaves_the_exit_code(command: str, code: int, told: str) -> None:
+    """Python would flush once more when it ends, and make 120 of it."""
+    program = f"""
+import sys
+import lorakit.cli
+from lorakit.commands.report import guarded
+from lorakit.errors import ModelError
+def raising():
+    raise ModelError("it fails")
+{command}
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            check=False,
+        )
+    assert done.returncode == code, done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert told in done.stderr

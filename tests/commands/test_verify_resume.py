@@ -41,3 +41,24 @@ def test_stopped_by_sigterm_it_leaves_neither_a_run_nor_a_folder(tmp_path: Path)
     assert b"SIGTERM: stopped" in told
     assert not [child for child in trained if child.is_running()]
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_killed_it_leaves_no_run_and_the_next_one_sweeps(tmp_path: Path) -> None:
+    recipe = runs.make("llama", tmp_path / "given")
+    command = [sys.executable, "-m", "lorakit", "verify", str(recipe), "--resume", "--set", "train.steps=100000"]
+    killed = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not list((tmp_path / "runs").glob(".tmp-verify-*/*/checkpoints/*")) and time.monotonic() < end:
+        time.sleep(0.05)
+    trained = psutil.Process(killed.pid).children()
+    killed.kill()
+    killed.wait()
+    assert trained
+    assert not psutil.wait_procs(trained, timeout=60)[1]
+    (left,) = (tmp_path / "runs").iterdir()
+    next_one = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while left.exists() and time.monotonic() < end + 120:
+        time.sleep(0.05)
+    assert not left.exists()
+    next_one.terminate()
+    assert next_one.wait(60) == 75

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -187,3 +188,52 @@ def test_a_file_named_by_the_recipe_and_the_tokenizers_own(tokenizer, tmp_path):
     with pytest.raises(ModelError) as caught:
         find_template(tokenizer, str(path), "data.chat_template").render(TURNS, answer_next=False)
     assert caught.value.where == str(path)
+
+
+class Plain:
+    special_tokens_map: ClassVar[dict[str, str]] = {}
+
+
+def test_a_process_that_was_killed_meanwhile_is_started_again():
+    made = ChatTemplate(Plain(), "{{ messages[0].content }}", "x")
+    assert made.render([Message("user", "a")], answer_next=False) == "a"
+    os.kill(made._process.process.pid, signal.SIGKILL)
+    made._process.process.wait()
+    assert made.render([Message("user", "b")], answer_next=False) == "b"
+
+
+def test_one_that_is_killed_at_work_is_not_taken_for_a_hostile_template():
+    made = ChatTemplate(Plain(), "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "x")
+
+    def kill():
+        while made._process.process is None:
+            time.sleep(0.01)
+        time.sleep(1)
+        made._process.process.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(DataError, match=r"template_worker.* was killed"):
+        made.render([Message("user", "a")], answer_next=False)
+    killer.join()
+
+
+def test_it_is_deaf_from_the_beginning_to_what_stops_the_run():
+    """A batch system tells all processes of a job, also one that has only begun."""
+    code = """
+import os, signal
+from lorakit.data.bounded import Bounded
+from lorakit.data import template_worker
+asked = Bounded(template_worker.__file__, lambda: "{{ messages }}", 5)
+start = asked._start
+def started():
+    process = start()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(process.pid, number)
+    return process
+asked._start = started
+print(asked.ask({"messages": "heard", "add_generation_prompt": False}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "heard" in done.stdout
+    assert done.stderr == ""

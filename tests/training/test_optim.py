@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lorakit.errors import CheckpointError
-from lorakit.recipe.schema import Optimizer
+from lorakit.recipe.schema import Optimizer, Train
 from lorakit.training import optim
 
 NAMES = ("adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit")
@@ -162,3 +162,10 @@ def test_scheduler_sets_what_the_pure_function_says(start: int) -> None:
         gradients([*first, *second], step)
         optimizer.step()
         scheduler.step()
+
+
+def test_a_run_that_nobody_gave_a_length_is_told_of_when_it_is_short():
+    assert "is 5 steps" in optim.advice(Train(), 4.75)
+    assert optim.advice(Train(), 100) == ""
+    assert optim.advice(Train(steps=5), 4.75) == ""
+    assert optim.advice(Train(epochs=1), 4.75) == ""

@@ -25,6 +25,8 @@ def ends() -> dict[str, list[int]]:
         ("all failed", [3, 3]),
         ("killed", [RankError.exit_code, -9]),
         ("frozen", [RankError.exit_code, -9]),
+        ("frozen, nobody to tell", [RankError.exit_code, -9]),
+        ("frozen, stderr held up", [RankError.exit_code, -9]),
         ("no launcher", [RankError.exit_code, RankError.exit_code]),
         ("no launcher, one frozen", [RankError.exit_code, -9]),
     ],

@@ -54,6 +54,33 @@ def wait_forever(_rank: int, _watching: watch.Watch) -> None:
     time.sleep(600)
 
 
+def wait_with_stderr(descriptor: int) -> Callable[[int, watch.Watch], None]:
+    """A rank that has nobody to tell anything, or one who never reads."""
+
+    def wait(rank: int, watching: watch.Watch) -> None:
+        os.dup2(descriptor, 2)
+        wait_forever(rank, watching)
+
+    return wait
+
+
+def closed_pipe() -> int:
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+def full_pipe() -> int:
+    _, write = os.pipe()
+    os.set_blocking(write, False)
+    try:
+        while True:
+            os.write(write, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(write, True)
+    return write
+
+
 # Name: what the ranks do, and what happens to which process after two seconds.
 SCENARIOS: dict[str, tuple[Callable[[int, watch.Watch], None], int, int]] = {
     "leave": (leave_one_after_the_other, 0, 0),
@@ -62,6 +89,8 @@ SCENARIOS: dict[str, tuple[Callable[[int, watch.Watch], None], int, int]] = {
     "all failed": (fail, 0, 0),
     "killed": (wait_forever, 1, signal.SIGKILL),
     "frozen": (wait_forever, 1, signal.SIGSTOP),
+    "frozen, nobody to tell": (wait_with_stderr(closed_pipe()), 1, signal.SIGSTOP),
+    "frozen, stderr held up": (wait_with_stderr(full_pipe()), 1, signal.SIGSTOP),
     "no launcher": (wait_forever, -1, signal.SIGKILL),
     "no launcher, one frozen": (wait_forever, -1, signal.SIGSTOP),
 }
