@@ -25,6 +25,8 @@ from lorakit.errors import ModelError
 __all__ = ["assemble", "check_config", "common_alpha", "read_adapter", "read_delta"]
 
 LOG = logging.getLogger("lorakit")
+PEFT_ALPHA = 8
+"""What PEFT's LoraConfig takes where a file names none."""
 _NOT_SUPPORTED = (
     "layer_replication", "target_parameters", "megatron_config", "alora_invocation_tokens", "use_qalora",
     "arrow_config", "kasa_config", "use_bdlora",
@@ -123,13 +125,16 @@ def _read(piece: Piece, models: Mapping[str, nn.Module] | None) -> SavedAdapter:
     for component in dict.fromkeys(part.component for part in keys.values()):
         own = {key: part for key, part in keys.items() if part.component == component}
         config = piece.component_config(component)
+        if config is not None and "lora_alpha" not in config:
+            LOG.warning("%s: no lora_alpha; PEFT's own %d is taken", piece.path, PEFT_ALPHA)
+            config = {**config, "lora_alpha": PEFT_ALPHA}
         deltas = _deltas(own, piece.tensors, config, common_alpha(piece))
         model = None if models is None else models.get(component)
         if piece.format == "gguf" and model is not None:
             deltas = gguf_lora.named_by_base(deltas, model, metadata["general.architecture"])
         components[component] = deltas
         alphas = sum(part.part == "alpha" for part in own.values())
-        if piece.format in ("kohya", "diffusers") and config is None and alphas < len(deltas):
+        if config is None and common_alpha(piece) is None and alphas < len(deltas):
             told = "%s: no alpha for %d modules of %s; alpha = rank is taken"
             LOG.warning(told, piece.path, len(deltas) - alphas, component)
     return SavedAdapter("llama" if "model" in components else "sd", components, piece.format, metadata)

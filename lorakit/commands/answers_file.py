@@ -23,6 +23,9 @@ class Answers:
         self._handle: int | None = None
 
     def __enter__(self) -> Self:
+        """Raises ConflictError where another's file is in the place of the settings."""
+        if os.path.lexists(self._settings) and not self._are_ours():
+            raise ConflictError("exists already", where=str(self._settings), hint="give another --out")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,6 +86,14 @@ class Answers:
                 raise self._conflict("another process is adding to it") from error
             if error.errno not in NO_SUCH_CALL:
                 raise
+
+    def _are_ours(self) -> bool:
+        if self._settings.is_symlink():
+            return False
+        try:
+            return {*json.loads(self._settings.read_bytes())} >= {"adapters", "precision", "seed"}
+        except (OSError, ValueError, TypeError, RecursionError):
+            return False
 
     def _check_settings(self) -> None:
         try:

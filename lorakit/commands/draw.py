@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def draw(batch: Batch, options: Mapping[str, Any]) -> None:
                 labels.append(str(metadata["prompt"]))
             check_stop(signals, out)
     if len(drawn) > 1:
-        sheet = out / f"grid-{paths[0].name}"
+        more = chain([""], map("-{}".format, count(2)))
+        sheets = (out / f"grid-{paths[0].stem}{again}.png" for again in more)
+        sheet = next(sheet for sheet in sheets if not os.path.lexists(sheet))
         save_picture(grid(drawn, labels), {}, sheet)
         print(sheet)
 

@@ -3,20 +3,28 @@ open or download every picture and sound that a row names.
 """
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.stamp import Stamp
 from lorakit.errors import DataError, first_line, shown
 
 PLAIN = frozenset({"Value", "ClassLabel", "Json", "Translation", "TranslationVariableLanguages"})
 """Kinds of columns that are what they hold; the others (Image, Audio, Video, ...) name files, which reading opens."""
 
 
-def load_folder(path: Path, split: str) -> Any:
-    """The data set that ``datasets.save_to_disk`` wrote to ``path``; ``split`` chooses when it has several.
+Check = Callable[[], None]
+"""Raises DataError when what was loaded is not what is there any more."""
 
-    Raises DataError: no such folder or split, damaged, or names in its JSON that lead out of it.
+
+def load_folder(path: Path, split: str) -> tuple[Any, Check]:
+    """The data set that ``datasets.save_to_disk`` wrote to ``path``, mapped into memory, and what to call before each
+    of its rows is read: a mapped file that was cut short would kill its reader. ``split`` chooses when it has several.
+
+    Raises DataError: no such folder or split, damaged, pipes or devices in it, or links and names in its JSON that lead
+    out of it.
     """
     where = shown(path)
     if (path / "dataset_dict.json").is_file():
@@ -32,10 +40,11 @@ def load_folder(path: Path, split: str) -> Any:
     for field in ("_data_files", "_indices_data_files"):
         for name in _names(path / "state.json", field):
             _inside(path, name, path / "state.json")
+    unchanged = _unchanged(_regular_files(path))
     import datasets
 
     try:
-        return datasets.load_from_disk(str(path))
+        return datasets.load_from_disk(str(path)), unchanged
     except Exception as error:
         raise DataError(f"the data set cannot be read: {first_line(error)}", where=where) from error
 
@@ -53,9 +62,16 @@ def load_hub(path: str, split: str, revision: str | None) -> Any:
         raise DataError(reason, where=shown(path), hint="check the name and the network") from error
 
 
-def plain_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+def plain_rows(dataset: Any, unchanged: Check = lambda: None) -> Iterator[dict[str, Any]]:
     """A data set's rows without the columns that name files."""
-    return iter(dataset.remove_columns([name for name, kind in dataset.features.items() if names_files(kind)]))
+    rows = iter(dataset.remove_columns([name for name, kind in dataset.features.items() if names_files(kind)]))
+    while True:
+        unchanged()
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        yield row
 
 
 def names_files(kind: Any) -> bool:
@@ -81,6 +97,31 @@ def _names(path: Path, field: str) -> list[str]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"the data set cannot be read: {first_line(error)}", where=shown(path)) from error
     return names
+
+
+def _regular_files(folder: Path) -> list[Path]:
+    """Those of a folder, in which there must be nothing else: the library opens what it finds."""
+    found = sorted(folder.iterdir())
+    for path in found:
+        if path.is_symlink():
+            raise DataError(f"outside the data set's folder: {shown(path.name)}", where=shown(path))
+        if not path.is_file() and not path.is_dir():
+            raise DataError("not a regular file (a pipe or a device?)", where=shown(path))
+    return [path for path in found if path.is_file()]
+
+
+def _unchanged(files: Sequence[Path]) -> Check:
+    stamps = [(path, Stamp.of(path.stat())) for path in files]
+
+    def check() -> None:
+        for path, stamp in stamps:
+            try:
+                now = os.stat(path)
+            except OSError as error:
+                raise DataError("went away while it was read", where=shown(path)) from error
+            stamp.check(now, shown(path))
+
+    return check
 
 
 def _inside(folder: Path, name: str, where: Path) -> Path:

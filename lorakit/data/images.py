@@ -89,7 +89,7 @@ def _guess(data: bytes) -> str:
     for magic, name in known.items():
         if start.startswith(magic):
             return f" (it looks like {name})"
-    return ""
+    return " (it looks like HEIC or AVIF)" if data[4:8] == b"ftyp" else ""
 
 
 def _to_srgb(image: Image.Image, where: str) -> Image.Image:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from lorakit.data.captions import CAPTION_BYTES, clean, decoded
-from lorakit.data.records import HUB_ID, Rejects, Stamp, read_records
+from lorakit.data.records import HUB_ID, Rejects, read_records
+from lorakit.data.stamp import Stamp
 from lorakit.data.tables import ParquetTable, load_datasets_folder, load_hub_table
 from lorakit.errors import DataError, shown
 from lorakit.recipe.schema import PictureData
@@ -70,6 +71,8 @@ def find_pictures(data: PictureData, rejects: Rejects) -> list[Picture]:
     if is_folder and any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         found = list(_from_table(load_datasets_folder(path, data), rejects))
     elif is_folder and (tables := [path / name for name in METADATA if (path / name).is_file()]):
+        if not tables[0].resolve().is_relative_to(path.resolve()):
+            raise DataError(f"outside the data set's folder: {shown(tables[0].name)}", where=shown(tables[0]))
         found = list(_from_metadata(tables[0], data.caption_column, rejects))
         named = {Path(picture.id).as_posix() for picture in found}
         pictures = (shown(p.relative_to(path).as_posix()) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -152,7 +155,8 @@ def _from_folder(root: Path, rejects: Rejects, *, warn: bool) -> Iterator[Pictur
         label = shown(name)
         try:
             if caption not in known:
-                raise DataError(f"no caption: there is no {shown(caption)}", where=label)
+                hint = "an empty one will do, with data.trigger"
+                raise DataError(f"no caption: there is no {shown(caption)}", where=label, hint=hint)
             said = read_inside(root, caption, shown(caption), most=CAPTION_BYTES + 3)
             text = decoded(said, shown(caption))
         except DataError as error:

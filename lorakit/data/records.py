@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lorakit.data.dataset_folder import load_folder, load_hub, plain_rows
+from lorakit.data.stamp import Stamp
 from lorakit.errors import DataError, first_line, shown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,7 +65,8 @@ def read_records(
         raise DataError("URLs are not read", where=shown(path), hint="download the file and give its path")
     local = Path(path).expanduser()
     if os.path.isdir(local):  # Path.is_dir raises where a name is too long
-        return _numbered(plain_rows(load_folder(local, split)), shown(path))
+        dataset, unchanged = load_folder(local, split)
+        return _numbered(plain_rows(dataset, unchanged), shown(path))
     if not os.path.exists(local):
         return _hub(path, split, revision)
     if not stat.S_ISREG(local.stat().st_mode):
@@ -74,23 +76,6 @@ def read_records(
             f"no reader for files ending in {local.suffix!r}", where=shown(path), hint=f"known: {', '.join(READERS)}"
         )
     return _steadily(local, READERS[local.suffix.lower()](local, on_bad))
-
-
-class Stamp(NamedTuple):
-    """What tells that a file is still the same one: its number, size, and time of change in nanoseconds."""
-
-    inode: int
-    size: int
-    changed: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> "Stamp":
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
-
-    def check(self, now: os.stat_result, where: str) -> None:
-        """Raises DataError when the file is no longer the one that was stamped."""
-        if Stamp.of(now) != self:
-            raise DataError("changed while it was read", where=where, hint="start again when nothing writes to it")
 
 
 def _steadily(path: Path, rows: Iterator[Record]) -> Iterator[Record]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorakit.data.dataset_folder import load_folder, load_hub, names_files
-from lorakit.data.records import Stamp
+from lorakit.data.dataset_folder import Check, load_folder, load_hub, names_files, plain_rows
+from lorakit.data.stamp import Stamp
 from lorakit.errors import DataError, first_line
 from lorakit.recipe.schema import PictureData
 
@@ -65,7 +65,9 @@ class ParquetTable:
 class DatasetTable:
     """A data set of the datasets library, its pictures left encoded."""
 
-    def __init__(self, dataset: "datasets.Dataset", name: str, roots: Sequence[Path], data: PictureData) -> None:
+    def __init__(
+        self, dataset: "datasets.Dataset", name: str, roots: Sequence[Path], data: PictureData, unchanged: Check
+    ) -> None:
         import datasets
 
         _check_columns(dataset.column_names, (data.image_column, data.caption_column), name)
@@ -80,18 +82,21 @@ class DatasetTable:
         self._images = dataset.select_columns([data.image_column])
         self._captions = dataset.select_columns([data.caption_column])
         self._columns = (data.image_column, data.caption_column)
+        self._unchanged = unchanged
 
     def captions(self) -> Iterator[object]:
-        for row in self._captions:
+        for row in plain_rows(self._captions, self._unchanged):
             yield row[self._columns[1]]
 
     def image(self, row: int) -> object:
+        self._unchanged()
         return self._images[row][self._columns[0]]
 
 
 def load_datasets_folder(path: Path, data: PictureData) -> DatasetTable:
     """A folder written by ``datasets.save_to_disk``; ``data.split`` chooses when it has several."""
-    return DatasetTable(load_folder(path, data.split), path.name, (path,), data)
+    dataset, unchanged = load_folder(path, data.split)
+    return DatasetTable(dataset, path.name, (path,), data, unchanged)
 
 
 def load_hub_table(data: PictureData) -> DatasetTable:
@@ -101,4 +106,4 @@ def load_hub_table(data: PictureData) -> DatasetTable:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     roots = (Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE))
-    return DatasetTable(loaded, data.path, roots, data)
+    return DatasetTable(loaded, data.path, roots, data, lambda: None)

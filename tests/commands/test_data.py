@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lorakit.commands import data
 from lorakit.data.show import Piece, ShownRow
-from lorakit.errors import DataError, RecipeError
+from lorakit.errors import DataError, ModelError
 from tests.tiny import tiny_llama, tiny_sd
 
 
@@ -130,5 +130,5 @@ def test_a_base_of_the_other_family_is_told(here):
     (here / "l.yaml").write_text("base: {model: sd}\ndata: {train: [{path: chats.jsonl}]}\n")
     (here / "s.yaml").write_text("base: {model: llama}\ndata: {path: pictures}\n")
     for name in ("l.yaml", "s.yaml"):
-        with pytest.raises(RecipeError, match=r"base\.model"):
+        with pytest.raises(ModelError, match=r"base\.model"):
             data.run(Path(name), [], 1)

@@ -155,6 +155,19 @@ def test_single_file_to_single_file(base: BaseLocation, adapter: Path, tmp_path:
         equal(pieces(parts)[component], pieces(wanted)[component])
 
 
+@pytest.mark.fault(60)
+def test_60_what_lies_beside_a_merged_file_stays(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
+    receipt = tmp_path / "merged.merge_receipt.json"
+    receipt.write_text("precious")
+    plan = plan_merge(base, open_single(base, open_original(base)), [(adapter, 1.0)], tmp_path / "merged.safetensors")
+    with pytest.raises(ConflictError, match=r"merged\.merge_receipt\.json: exists already"):
+        merge(plan)
+    assert receipt.read_text() == "precious"
+    assert not plan.out.exists()
+    merge(plan, overwrite=True)
+    assert "sha256" in receipt.read_text()
+
+
 def test_single_file_to_folder_and_diffusers_reads_both(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
     opened = open_single(base, open_original(base))
     folder, file = tmp_path / "folder", tmp_path / "base" / "merged.safetensors"

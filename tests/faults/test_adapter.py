@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lorakit.adapters.files import read_adapter
 from tests.faults.harness import Told, forked, lorakit, untouched
+from tests.raw_gguf import RawGguf
 
 Edit = Callable[..., None]
 WEIGHTS = "adapter/adapter_model.safetensors"
+CONFIG = "adapter/adapter_config.json"
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -127,10 +129,32 @@ def test_37_missing_alpha_is_the_rank_and_a_warning(tmp_path: Path, whole_sd: Pa
         (tmp_path / kind / "unet/diffusion_pytorch_model.safetensors").read_bytes() for kind in ("with", "without")
     ]
     assert merged[0] == merged[1]
-    (tmp_path / "peft").mkdir()
-    (tmp_path / "peft/adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "target_modules": ["to_q"]}')
-    save_file({"base_model.model.x.lora_A.weight": torch.zeros(4, 32)}, tmp_path / "peft/adapter_model.safetensors")
-    lorakit("merge", whole_sd, tmp_path / "peft", tmp_path / "out").refused(4, str(tmp_path / "peft"))
+
+
+@pytest.mark.fault(37)
+def test_37_no_alpha_in_pefts_own_files_is_pefts_8(here: Path, whole_llama: Path) -> None:
+    config = json.loads((here / CONFIG).read_text())
+    for alpha in (8, None):
+        (here / CONFIG).write_text(
+            json.dumps({k: v for k, v in (config | {"lora_alpha": alpha}).items() if v is not None})
+        )
+        told = lorakit("merge", whole_llama, here / "adapter", here / f"out-{alpha}")
+        assert told.code == 0, told.err
+        assert ("no lora_alpha; PEFT's own 8 is taken" in told.err) is (alpha is None)
+    receipts = [json.loads((here / f"out-{alpha}/merge_receipt.json").read_text())["out"] for alpha in (8, None)]
+    assert receipts[0] == receipts[1]
+
+
+@pytest.mark.fault(37)
+def test_37_no_alpha_in_gguf_is_the_rank_and_a_warning(here: Path, whole_llama: Path) -> None:
+    path = here / "x.gguf"
+    assert lorakit("convert", here / "adapter", path, "--to", "gguf", "--base", whole_llama).code == 0
+    raw = RawGguf.read(path)
+    raw.keys = [(key, value) for key, value in raw.keys if key != b"adapter.lora.alpha"]
+    raw.write(path)
+    told = lorakit("merge", whole_llama, path, here / "out")
+    assert told.code == 0, told.err
+    assert "no alpha for" in told.err
 
 
 @pytest.mark.fault(38)

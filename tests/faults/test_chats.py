@@ -12,8 +12,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from lorakit.data.records import read_records
+from lorakit.errors import DataError
 from tests.faults.conftest import row
-from tests.faults.harness import Told, lorakit, untouched
+from tests.faults.harness import Told, forked, lorakit, untouched
 
 COMMANDS = ("train-llama", "data")
 
@@ -105,7 +107,7 @@ def test_19_parquet(llama: Path) -> None:
     refuse(llama, f"{path}:1", "'messages' should be a list", source=path)
 
 
-@pytest.mark.fault(20)
+@pytest.mark.fault(20, 9)
 def test_20_urls_pipes_devices_and_loops(llama: Path) -> None:
     os.mkfifo(llama / "pipe.jsonl")
     (llama / "folder.jsonl").mkdir()
@@ -140,6 +142,29 @@ def test_20_a_datasets_folder_that_leads_elsewhere(llama: Path, edit) -> None:
     recipe = llama / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("chats.jsonl", "several, split: ../secret"))
     refuse(llama, "several", "outside the data set's folder")
+
+
+@pytest.mark.fault(20)
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "dataset_info.json"])
+def test_20_a_pipe_in_a_datasets_folder(llama: Path, name: str) -> None:
+    """The library would wait for somebody to write to it."""
+    datasets.Dataset.from_list([json.loads(row(i)) for i in range(8)]).save_to_disk(llama / "ours")
+    (llama / "ours" / name).unlink()
+    os.mkfifo(llama / "ours" / name)
+    told = forked("data", llama / "recipe.yaml", "--set", f"data.train.0.path={llama}/ours", seconds=20)
+    told.refused(3, name, "not a regular file")
+
+
+@pytest.mark.fault(21)
+def test_21_a_datasets_folder_that_changes_while_it_is_read(llama: Path) -> None:
+    """Its files are mapped into memory: one that is cut short would kill its reader (SIGBUS)."""
+    datasets.Dataset.from_list([json.loads(row(i)) for i in range(8)]).save_to_disk(llama / "ours")
+    rows = read_records(str(llama / "ours"))
+    next(rows)
+    os.truncate(llama / "ours/data-00000-of-00001.arrow", 0)
+    with pytest.raises(DataError, match="changed while it was read") as caught:
+        next(rows)
+    assert caught.value.where.endswith("data-00000-of-00001.arrow")
 
 
 @pytest.mark.fault(20)

@@ -155,3 +155,17 @@ def test_what_an_overlay_has_below_is_replaced(tmp_path: Path) -> None:
         (seen / "old" / "new").unlink()
     finally:
         subprocess.run(["umount", seen], check=True)
+
+
+@pytest.mark.fault(61)
+def test_61_a_disk_that_is_too_small_is_seen_first(llama: Path) -> None:
+    assert forked("train-llama", llama / "recipe.yaml").code == 0
+    small = llama / "small"
+    small.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], check=False).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        forked("merge", llama / "base", llama / "runs/chats", small / "out").refused(6, str(small), "are free")
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", small], check=True)

@@ -49,6 +49,20 @@ def test_66_out_is_there_or_a_link(tmp_path: Path, whole_sd: Path, whole_llama: 
     assert (tmp_path / "out/0002.png").is_file()
 
 
+@pytest.mark.fault(66)
+def test_66_what_lies_beside_out_stays(tmp_path: Path, whole_sd: Path, whole_llama: Path) -> None:
+    (tmp_path / "answers.jsonl.settings.json").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/grid-0001.png").write_text("precious")
+    with untouched(tmp_path):
+        asked = ("--prompt", "a", "--out", tmp_path / "answers.jsonl", "--max-new-tokens", "2")
+        lorakit("generate", "--base", whole_llama, *asked).refused(7, "answers.jsonl.settings.json")
+    told = lorakit("generate", "--base", whole_sd, "-p", "a", "-p", "b", "--out", tmp_path / "out", *SMALL)
+    assert told.code == 0, told.err
+    assert (tmp_path / "out/grid-0001.png").read_text() == "precious"
+    assert (tmp_path / "out/grid-0001-2.png").is_file()
+
+
 @pytest.mark.fault(67)
 @pytest.mark.parametrize(
     ("option", "value"),
@@ -137,7 +151,7 @@ def test_70_an_interrupted_batch_of_pictures_goes_on(tmp_path: Path, whole_sd: P
     assert not list(out.glob(".tmp-*"))
 
 
-@pytest.mark.fault(70)
+@pytest.mark.fault(70, 66)
 def test_70_an_interrupted_batch_of_answers_goes_on(tmp_path: Path, whole_llama: Path) -> None:
     prompts, out, whole = tmp_path / "prompts.txt", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     prompts.write_text("".join(f"What is {i}?\n" for i in range(40)))

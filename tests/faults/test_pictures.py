@@ -1,6 +1,7 @@
 """Faults 11 to 16, 19 to 21 and 23 in pictures and captions, by training and by ``lorakit data``."""
 
 import io
+import json
 import os
 import struct
 import threading
@@ -299,6 +300,24 @@ def test_20_links_pipes_and_devices_in_a_plain_folder(sd: Path) -> None:
         refuse(sd, path.name, "not a regular file")
         path.unlink()
         path.write_bytes(whole)
+
+
+@pytest.mark.fault(20)
+def test_20_a_list_of_pictures_that_lies_elsewhere(sd: Path) -> None:
+    (sd / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a secret"}\n')
+    (sd / "pictures/metadata.jsonl").symlink_to("../metadata.jsonl")
+    refuse(sd, "metadata.jsonl", "outside the data set's folder")
+
+
+@pytest.mark.fault(23)
+def test_23_control_characters_in_the_bases_name(sd: Path) -> None:
+    name = "base\x1b[31m\nlorakit: error: forged"
+    (sd / "base").rename(sd / name)
+    told = lorakit("train-sd", sd / "recipe.yaml", "--set", f"base.model={json.dumps(str(sd / name))}")
+    assert told.code == 0, told.err
+    assert "\x1b[31m" not in told.out + told.err
+    assert r"base\x1b[31m\nlorakit" in told.err
+    assert not [line for line in (told.out + told.err).splitlines() if line.startswith("lorakit: error")]
 
 
 @pytest.mark.fault(23)

@@ -3,6 +3,7 @@
 import os
 
 from lorakit.adapters.merging.plan import MergePlan
+from lorakit.adapters.merging.receipt import receipt_path
 from lorakit.errors import ConflictError, ResourceError
 from lorakit.paths import free_bytes, lies_in, standing
 
@@ -16,6 +17,9 @@ def check_out(plan: MergePlan, overwrite: bool) -> None:
     for name, path in [("base", plan.base.path), *(("adapter", adapter.path) for adapter in plan.adapters)]:
         if lies_in(out, path) or lies_in(path, out):
             raise ConflictError(f"OUT is the {name}, lies inside it or contains it", where=str(out))
+    beside = receipt_path(out)
+    if "" in plan.files and not overwrite and os.path.lexists(beside):
+        raise ConflictError("exists already", where=str(beside), hint="choose another name, or --overwrite")
     if not os.path.lexists(out):
         return
     if not overwrite:

@@ -29,11 +29,11 @@ def head_has_an_adapter() -> RecipeError:
 def find_base(base: LlamaBase, dtype: torch.dtype) -> tuple[BaseLocation, BaseLocation]:
     """The base as the recipe names it, and the folder to load it from: the same, or what a GGUF file unpacks to.
 
-    Raises RecipeError for a Stable Diffusion, or a GGUF file to be quantized again; ModelError when it cannot be read.
+    Raises ModelError for a Stable Diffusion, or when it cannot be read; RecipeError for a GGUF file to be quantized.
     """
     location = resolve(base.model, base.revision)
     if location.family != "llama":
-        raise RecipeError(
+        raise ModelError(
             f"{location.name} is a Stable Diffusion model", where="base.model", hint="lorakit train-sd trains those"
         )
     if location.layout == "gguf" and base.quantization != "none":
