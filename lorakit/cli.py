@@ -27,7 +27,9 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recip
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, such as train.steps=50.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")]
-Allow = Annotated[bool, typer.Option("--allow", help="With --resume: accept safe changes of the recipe.")]
+Allow = Annotated[
+    bool, typer.Option("--allow", help="With --resume: accept safe changes of recipe, places, device and ranks.")
+]
 Processes = Annotated[int, typer.Option("--num-processes", min=1, help="Ranks on this machine, one a GPU.")]
 Rank = Annotated[int, typer.Option(min=1, help="The highest rank a module may have.")]
 AdapterSpecs = Annotated[
@@ -153,6 +155,10 @@ def generate(
         Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of the base; auto: bf16 in hardware, else fp32.")
     ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    quantization: Annotated[
+        Literal["none", "nf4", "int8"],
+        typer.Option(help="LLaMA: 4- or 8-bit weights, as base.quantization of a recipe."),
+    ] = "none",
     fuse: Annotated[
         bool, typer.Option("--fuse", help="LLaMA: add the adapters to the weights first: no extra work a token.")
     ] = False,
@@ -205,6 +211,7 @@ def generate(
             "scheduler": scheduler,
         },
         llama={
+            "quantization": quantization,
             "raw": raw,
             "system": system,
             "chat_template": chat_template,
@@ -222,7 +229,7 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder; .safetensors for kohya, .gguf for GGUF.")],
     to: Annotated[Literal["peft", "diffusers", "kohya", "gguf"], typer.Option(help="The format of OUT.")],
     base: Annotated[
-        str | None, typer.Option(help="The base it was made for, named as in a recipe; default: as its metadata say.")
+        str | None, typer.Option(help="The base it was made for; default: builtin: ones and published SDs are known.")
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Of OUT's tensors; default: ADAPTER's.")
@@ -261,7 +268,7 @@ def resize(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter of any format, or a run folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Named as ADAPTER's format wants it.")],
     rank: Rank,
-    base: Annotated[str | None, typer.Option(help="The base it was made for; default: as its metadata say.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base it was made for; default: as convert takes it.")] = None,
 ) -> None:
     """Lower an adapter's rank, keeping as much of its change as that rank can."""
     from lorakit.commands import resize as command

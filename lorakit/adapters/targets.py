@@ -14,7 +14,7 @@ from lorakit.adapters.delta import Delta
 from lorakit.adapters.formats import bare
 from lorakit.adapters.outline import Outline, adaptable, kernel_of, sizes
 from lorakit.errors import ModelError, RecipeError
-from lorakit.recipe.schema import Adapter
+from lorakit.recipe.schema import Adapter, LlamaAdapter
 
 
 class Target(NamedTuple):
@@ -69,7 +69,13 @@ def _select(outline: Outline, adapter: Adapter, groups: Mapping[str, Sequence[st
             if not any(matches(name, pattern) for name in layers):
                 raise _none("adapter.targets", pattern, list(layers))
         chosen = [name for name in layers if any(matches(name, pattern) for pattern in patterns)]
-    return chosen if adapter.layers is None else _in_layers(chosen, adapter.layers)
+    numbers = _layers(adapter)
+    return chosen if numbers is None else _in_layers(chosen, numbers)
+
+
+def _layers(adapter: Adapter) -> list[int] | None:
+    """``layers``, which only a LLaMA recipe has."""
+    return adapter.layers if isinstance(adapter, LlamaAdapter) else None
 
 
 def _in_layers(names: Sequence[str], layers: Sequence[int]) -> list[str]:
@@ -97,7 +103,7 @@ def injection(outline: Outline, adapter: Adapter, groups: Mapping[str, Sequence[
     """The recipe's section worked out against a model. RecipeError as ``inject`` says."""
     names = _select(outline, adapter, groups)
     if not names:
-        field = "adapter.targets" if adapter.layers is None else "adapter.layers"
+        field = "adapter.targets" if _layers(adapter) is None else "adapter.layers"
         raise RecipeError("no layer of the model is left to train", where=field)
     ranks = _by_pattern("adapter.rank_pattern", adapter.rank_pattern, names)
     alphas = _by_pattern("adapter.alpha_pattern", adapter.alpha_pattern, names)

@@ -25,6 +25,8 @@ def answer(batch: Batch, options: Mapping[str, Any]) -> None:
             option = f"--{name.replace('_', '-')}"
             hint = "a raw prompt goes through no chat template"
             raise RecipeError(f"--raw and {option} do not go together", hint=hint)
+    if batch.fuse and options["quantization"] != "none":
+        raise RecipeError("--fuse and --quantization do not go together", hint="quantized weights take no sum")
     if batch.resume and out is None:
         raise RecipeError("has no answers to go on after", where="--resume", hint="give their file with --out")
     if out is not None and not batch.resume and os.path.lexists(out):
@@ -54,8 +56,14 @@ def _answer(
             raise RecipeError(f"{options[name]} is not a finite number", where=where)
     from lorakit.families.llama.generate import Settings, open_chat  # takes seconds, so after what is soon refused
 
-    template = options["chat_template"]
-    chat = open_chat(batch.location, batch.adapters, place, chat_template=template, fuse=batch.fuse)
+    chat = open_chat(
+        batch.location,
+        batch.adapters,
+        place,
+        quantization=options["quantization"],
+        chat_template=options["chat_template"],
+        fuse=batch.fuse,
+    )
     names = ("temperature", "top_p", "min_p", "max_new_tokens")
     settings = Settings(seed=batch.seed, **{name: options[name] for name in names})
     questions = [prompt if options["raw"] else _messages(prompt, options["system"]) for prompt in prompts]
@@ -68,9 +76,9 @@ def _answer(
             if piece:
                 print(piece, end="", flush=True)
             else:
-                print(flush=True)
                 if answers is not None:
                     answers.add(prompts[number], "".join(pieces))
+                print(flush=True)
                 pieces.clear()
             check_stop(signals, batch.out)
 

@@ -49,7 +49,7 @@ def _show(recipe: SDRecipe | LlamaRecipe, plan: "LlamaPlan | SDPlan", place: "Pl
     console.print(f"learning rate after so many steps ({recipe.optimizer.schedule}):  {rates}")
     console.print(_memory(plan, recipe.optimizer, str(place.device), str(place.dtype).removeprefix("torch.")))
     console.print(_disk(recipe, trained))
-    for note in plan.notes:
+    for note in (*plan.notes, *filter(None, [optim.advice(recipe.train, plan.steps_per_epoch)])):
         console.print(note, style="yellow", markup=False)
 
 

@@ -37,9 +37,8 @@ class Adapter(Section):
     dora: bool = False
     """Weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353)."""
     targets: Literal["attention", "attention+mlp", "all-linear"] | list[str] = "attention"
-    """Which linear layers get LoRA: a group, or patterns of module names such as "q_proj" or "layers.*.mlp.*"."""
-    layers: list[NonNegative] | None = None
-    """Only these transformer layers, counted from 0; all when absent."""
+    """Which layers get LoRA: a group, or patterns of module names such as "q_proj", "layers.*.mlp.*" or a convolution's
+    "conv1"."""
     rank_pattern: dict[str, Positive] = {}
     """Rank by module-name pattern, over ``rank``."""
     alpha_pattern: dict[str, Rate] = {}
@@ -51,6 +50,11 @@ class Adapter(Section):
     def lora_alpha(self) -> float:
         """``alpha``, or what stands for it."""
         return self.rank if self.alpha is None else self.alpha
+
+
+class LlamaAdapter(Adapter):
+    layers: list[NonNegative] | None = None
+    """Only these transformer layers, counted from 0; all when absent."""
 
 
 class Train(Section):
@@ -65,7 +69,7 @@ class Train(Section):
     evaluate_every: NonNegative = 0
     """Held-out loss every so many steps, and before the first and after the last; 0: only those two."""
     checkpoint_every: NonNegative = 200
-    """A checkpoint every so many steps; 0: only at the end and when stopped."""
+    """A checkpoint every so many steps; 0: by minutes, at the end and when stopped only."""
     checkpoint_minutes: Amount = 10.0
     """A checkpoint at least every so many minutes; 0: by steps only."""
     keep_checkpoints: Positive = 2
@@ -84,13 +88,14 @@ class Optimizer(Section):
     learning_rate: Rate = 2e-4
     """Peak rate, after warmup."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """The rate after warmup: level, or falling to 0 at the last step."""
+    """The rate after warmup: level, or falling so that it would be 0 after the last step."""
     warmup: Amount = 0.03
-    """Rising from 0: a share of all steps below 1, a number of steps from 1 on."""
+    """Steps in which the rate rises to its peak: a share of all below 1, a number of them from 1 on."""
     weight_decay: Amount = 0.01
     """Decoupled from the gradient (Loshchilov and Hutter 2017, arXiv:1711.05101)."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
+    """Decay of the running means of the gradient and of its square. Lion's authors take 0.9 and 0.99, and a third to a
+    tenth of AdamW's rate (Chen et al. 2023, arXiv:2302.06675)."""
     clip: Amount = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
 
@@ -263,7 +268,7 @@ class SDSample(Section):
 
 class LlamaRecipe(Section):
     base: LlamaBase = LlamaBase()
-    adapter: Adapter = Adapter()
+    adapter: LlamaAdapter = LlamaAdapter()
     data: ChatData
     train: Train = Train()
     optimizer: Optimizer = Optimizer()

@@ -3,6 +3,7 @@
 import inspect
 import textwrap
 from collections.abc import Iterator
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 from lorakit.recipe.build import nested_section, section_of
@@ -17,11 +18,12 @@ WIDTH = 100
 
 
 def template(kind: type[SDRecipe] | type[LlamaRecipe]) -> str:
-    """A recipe that loads: what must be given as a placeholder marked EDIT, all else at its default, explained."""
+    """A recipe that loads: base and data, marked EDIT, as builtin: model and placeholder, all else at its default,
+    explained."""
     family, command, placeholder = HEADS[kind]
     lines = [
         f"# A recipe to train a LoRA for {family}.",
-        "# Edit the line marked EDIT. All else shows its default; a key with a # in front is not set.",
+        "# Edit the lines marked EDIT. All else shows its default; a key with a # in front is not set.",
         f"# Then: lorakit {command} THIS_FILE --dry-run, and without --dry-run to train.",
     ]
     for name, field in kind.model_fields.items():
@@ -56,6 +58,8 @@ def _comment(text: str) -> list[str]:
 
 def _choices(annotation: Any) -> str:
     """`` One of: ...`` for a field of fixed words, `` Any of: ...`` for a list of them."""
+    if get_origin(annotation) is UnionType:
+        return "".join(map(_choices, get_args(annotation)))
     many = get_origin(annotation) is list
     literal = get_args(annotation)[0] if many else annotation
     if get_origin(literal) is not Literal:
@@ -80,7 +84,8 @@ def _section(cls: type[Section], placeholder: str) -> Iterator[str]:
             yield f"# {name}:"
         else:
             default = field.get_default(call_default_factory=True)
-            yield f"{name}: {scalar(_plain(default))}"
+            edit = "  # EDIT" if name == "model" else ""
+            yield f"{name}: {scalar(_plain(default))}{edit}"
 
 
 def _plain(value: object) -> object:

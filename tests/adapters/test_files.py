@@ -24,7 +24,7 @@ from lorakit.adapters.reduce import resize
 from lorakit.adapters.targets import Injection
 from lorakit.adapters.write import deltas, write_kohya, write_peft
 from lorakit.errors import ModelError
-from lorakit.recipe.schema import Adapter
+from lorakit.recipe.schema import Adapter, LlamaAdapter
 from tests.tiny import tiny_llama, tiny_sd
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -69,7 +69,7 @@ ADAPTERS = {
     "plain": Adapter(rank=4, alpha=8),
     "dora": Adapter(rank=4, alpha=6, dora=True),
     "rslora": Adapter(rank=4, alpha=6, rslora=True, alpha_pattern={"k_proj": 2.5}),
-    "patterns": Adapter(rank=4, alpha=3, rank_pattern={"v_proj": 2, "layers.1.*": 3}, layers=[1]),
+    "patterns": LlamaAdapter(rank=4, alpha=3, rank_pattern={"v_proj": 2, "layers.1.*": 3}, layers=[1]),
     "linear": Adapter(rank=2, targets="all-linear"),
 }
 

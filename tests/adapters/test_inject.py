@@ -24,7 +24,7 @@ from lorakit.adapters.inject import (
 from lorakit.adapters.outline import Outline
 from lorakit.adapters.targets import Target, injection
 from lorakit.errors import ModelError, RecipeError
-from lorakit.recipe.schema import Adapter
+from lorakit.recipe.schema import Adapter, LlamaAdapter
 from tests.tiny import tiny_llama, tiny_sd
 
 LLAMA = {
@@ -140,7 +140,7 @@ def test_targets(model: LlamaForCausalLM) -> None:
     outline = Outline.of(model)
 
     def chosen(**options: Any) -> tuple[Target, ...]:
-        return injection(outline, Adapter(rank=4, **options), LLAMA).targets
+        return injection(outline, LlamaAdapter(rank=4, **options), LLAMA).targets
 
     assert len(chosen(targets="attention+mlp")) == 14
     everything = chosen(targets="all-linear")
@@ -192,8 +192,8 @@ def test_a_convolutions_change_has_the_rank_of_its_matrix(sd: Path) -> None:
             "adapter.rank_pattern",
         ),
         (Adapter(rank=4, rank_pattern={"k_proj": 17}), "adapter.rank_pattern: rank 17 is more than", "16 or less"),
-        (Adapter(rank=4, layers=[2]), "layer 2: the model has 2", "counted from 0"),
-        (Adapter(rank=4, layers=[]), "adapter.layers: no layer of the model is left", ""),
+        (LlamaAdapter(rank=4, layers=[2]), "layer 2: the model has 2", "counted from 0"),
+        (LlamaAdapter(rank=4, layers=[]), "adapter.layers: no layer of the model is left", ""),
         (Adapter(rank=4, targets=["lm_head"]), "shares its weight", ""),
         (Adapter(rank=4, targets=[]), "no layer of the model is left", ""),
     ],

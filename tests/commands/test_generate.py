@@ -12,6 +12,7 @@ from lorakit.families.sd.pictures import read_settings
 from tests.tiny import tiny_llama, tiny_sd
 
 LLAMA = {
+    "quantization": "none",
     "raw": False,
     "system": None,
     "chat_template": None,

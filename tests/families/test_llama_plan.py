@@ -16,7 +16,7 @@ from lorakit.families.llama import task as llama
 from lorakit.families.llama.plan import LlamaPlan, plan
 from lorakit.families.place import Place
 from lorakit.numerics.order import Layout
-from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
+from lorakit.recipe.schema import Adapter, ChatData, LlamaAdapter, LlamaBase, LlamaSample
 from tests.tiny import tiny_gguf, tiny_llama, tiny_tokenizer
 
 LAYOUT, CPU = Layout(0, 4), torch.device("cpu")
@@ -56,7 +56,7 @@ BASES: dict[str, Callable[[Path], Path]] = {
 ADAPTERS = (
     Adapter(rank=4),
     Adapter(rank=2, targets="all-linear", dora=True),
-    Adapter(rank=2, targets=["q_proj", "down_proj"], rank_pattern={"down_proj": 3}, layers=[1]),
+    LlamaAdapter(rank=2, targets=["q_proj", "down_proj"], rank_pattern={"down_proj": 3}, layers=[1]),
 )
 
 

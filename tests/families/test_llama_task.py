@@ -16,7 +16,7 @@ from lorakit.families.llama import task as llama
 from lorakit.families.llama.plan import plan as plan_llama
 from lorakit.families.place import Place
 from lorakit.numerics.order import Layout
-from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
+from lorakit.recipe.schema import Adapter, ChatData, LlamaAdapter, LlamaBase, LlamaSample
 from lorakit.storage.bases import resolve
 from tests.families.test_llama_plan import another
 from tests.tiny import tiny_llama, tiny_sd
@@ -230,6 +230,26 @@ def test_quantized_bases_train(folder, quantization):
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_an_adapter_answers_over_the_weights_that_it_was_trained_over(folder, tmp_path, quantization):
+    task = load(folder, base={"quantization": quantization})
+    with torch.no_grad():
+        for parameter in adapter_parameters(task.model.lm).values():
+            parameter.normal_(std=0.3)
+    task.save(tmp_path, "run")
+    tokens = torch.tensor([[1, 5, 9, 3]])
+    task.model.eval()
+    task.model.lm.set_attn_implementation("eager")
+    expected = task.model.lm(tokens).logits
+    base, adapters = resolve(str(folder / "base")), [(tmp_path / "adapter", 1.0)]
+    chat = generate.open_chat(base, adapters, PLACE, quantization=quantization)
+    found = chat.decoder.start(0, tokens[0].tolist())
+    torch.testing.assert_close(found, expected[0, -1], atol=1e-4, rtol=1e-4)
+    plain = generate.open_chat(base, adapters, PLACE).decoder.start(0, tokens[0].tolist())
+    assert (plain - found).abs().max() > 1e-3, "the quantized base is another one"
+    assert task.generate_options == ("--quantization", quantization)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_an_answer_in_between_does_not_end_the_training_of_a_quantized_base(folder, quantization):
     def gradients(answer_first):
         task = load(folder, base={"quantization": quantization})
@@ -265,7 +285,7 @@ def test_what_cannot_be_trained_is_said(folder, tmp_path):
         load(folder, adapter=Adapter(rank=4, targets=["lm_head", "q_proj"]))
     tiny_sd(tmp_path / "base")
     (tmp_path / "chats.jsonl").write_bytes((folder / "chats.jsonl").read_bytes())
-    with pytest.raises(RecipeError, match="Stable Diffusion"):
+    with pytest.raises(ModelError, match="Stable Diffusion"):
         load(tmp_path)
 
 
@@ -280,7 +300,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(folder, tmp_pat
 
 
 def test_the_plan_counts_what_loading_makes(folder):
-    adapter = Adapter(rank=4, dora=True, targets="attention+mlp", layers=[1], rank_pattern={"down_proj": 2})
+    adapter = LlamaAdapter(rank=4, dora=True, targets="attention+mlp", layers=[1], rank_pattern={"down_proj": 2})
     data = ChatData(train=[{"path": str(folder / "chats.jsonl")}], held_out=0.2, max_tokens=128)
     plan = plan_llama(LlamaBase(model=str(folder / "base")), adapter, data, Layout(0, 4), PLACE)
     task = load(folder, adapter=adapter)

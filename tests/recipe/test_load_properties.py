@@ -46,19 +46,16 @@ RATE = st.floats(min_value=1e-300, max_value=1e300)
 COUNT = st.integers(min_value=1, max_value=10**12)
 SHARE = st.floats(min_value=0, max_value=1)
 BELOW_ONE = st.floats(0, 1, exclude_max=True)
-ADAPTER = st.fixed_dictionaries(
-    {},
-    optional={
-        "rank": COUNT,
-        "alpha": RATE,
-        "dora": st.booleans(),
-        "dropout": st.floats(min_value=0, max_value=1, exclude_max=True),
-        "targets": st.sampled_from(["attention", "all-linear"]) | st.lists(TEXT, max_size=3),
-        "layers": st.none() | st.lists(COUNT, max_size=3),
-        "rank_pattern": st.dictionaries(KEY, COUNT, max_size=3),
-        "alpha_pattern": st.dictionaries(KEY, RATE, max_size=3),
-    },
-)
+ADAPTER = {
+    "rank": COUNT,
+    "alpha": RATE,
+    "dora": st.booleans(),
+    "dropout": st.floats(min_value=0, max_value=1, exclude_max=True),
+    "targets": st.sampled_from(["attention", "all-linear"]) | st.lists(TEXT, max_size=3),
+    "rank_pattern": st.dictionaries(KEY, COUNT, max_size=3),
+    "alpha_pattern": st.dictionaries(KEY, RATE, max_size=3),
+}
+LAYERS = {"layers": st.none() | st.lists(COUNT, max_size=3)}
 SOURCES = st.lists(
     st.fixed_dictionaries({"path": PATHS}, optional={"revision": st.none() | TEXT, "weight": RATE}),
     min_size=1,
@@ -70,7 +67,7 @@ LLAMA_VALID = st.builds(
     data=st.fixed_dictionaries(
         {"train": SOURCES}, optional={"held_out": SOURCES | st.floats(0, 0.99), "packing": st.booleans()}
     ),
-    adapter=ADAPTER,
+    adapter=st.fixed_dictionaries({}, optional=ADAPTER | LAYERS),
     optimizer=OPTIMIZER,
     train=st.sampled_from([{"steps": 3}, {"epochs": 0.5}, {}]),
     sample=st.fixed_dictionaries({}, optional={"prompts": st.lists(TEXT, max_size=3), "system": st.none() | TEXT}),
@@ -78,7 +75,7 @@ LLAMA_VALID = st.builds(
 SD_VALID = st.builds(
     SDRecipe,
     data=st.fixed_dictionaries({"path": PATHS}, optional={"trigger": TEXT, "caption_dropout": SHARE}),
-    adapter=ADAPTER,
+    adapter=st.fixed_dictionaries({}, optional=ADAPTER),
     optimizer=OPTIMIZER,
     sample=st.fixed_dictionaries({}, optional={"negative_prompt": TEXT, "width": st.none() | COUNT}),
 )

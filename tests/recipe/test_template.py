@@ -21,8 +21,9 @@ def test_the_template_loads_as_all_defaults(tmp_path, monkeypatch, kind, data):
 
 
 @pytest.mark.parametrize(("kind", "data"), KINDS)
-def test_one_line_is_marked_to_be_edited(kind, data):
-    (line,) = [line for line in template(kind).splitlines() if line.endswith("# EDIT")]
+def test_base_and_data_are_marked_to_be_edited(kind, data):
+    base, line = [line for line in template(kind).splitlines() if line.endswith("# EDIT")]
+    assert base.startswith("  model: builtin:")
     assert "path/to/your" in line
     assert data
 

@@ -20,7 +20,7 @@ from lorakit.data.tokens import Renderer
 from lorakit.errors import DataError, ModelError, NonFiniteError
 from lorakit.families.llama.base import as_folder
 from lorakit.families.llama.decode import AnyModel, Decoder, decoder
-from lorakit.families.llama.library import check_tokenizer, load_model, load_tokenizer
+from lorakit.families.llama.library import Quantization, check_tokenizer, load_model, load_tokenizer
 from lorakit.families.place import Place
 from lorakit.storage.bases import BaseLocation
 
@@ -183,16 +183,18 @@ def open_chat(
     adapters: Sequence[tuple[Path, float]],
     place: Place,
     *,
+    quantization: Quantization = "none",
     chat_template: str | None = None,
     fuse: bool = False,
 ) -> Chat:
-    """Load a base with adapters on it, each taken ``weight`` times; ``fuse`` adds them to the weights, in their dtype.
+    """Load a base with adapters on it, each taken ``weight`` times; ``fuse`` adds them to the weights, in their dtype,
+    which those of a quantized base cannot be.
 
     ``chat_template`` is a name or a file; without it that of the adapters' training is taken, or else the tokenizer's.
     Raises ModelError when base or adapter cannot be read or do not fit.
     """
     folder = as_folder(location, place.dtype)
-    model = load_model(folder, place, "none", attention=None)
+    model = load_model(folder, place, quantization, attention=None)
     larger = larger_vocabulary([path for path, _ in adapters], folder.path)
     tokenizer = load_tokenizer(folder if larger is None else replace(folder, path=larger))
     check_tokenizer(tokenizer, model.config, location)

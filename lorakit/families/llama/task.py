@@ -33,7 +33,7 @@ from lorakit.families.llama.base import (
 )
 from lorakit.families.llama.batch import ChatBatch, held_out_batches, train_batches
 from lorakit.families.llama.generate import Chat, Settings
-from lorakit.families.llama.library import load_config, load_fitting_tokenizer, load_model
+from lorakit.families.llama.library import Quantization, load_config, load_fitting_tokenizer, load_model
 from lorakit.families.place import Place
 from lorakit.families.task import Batch, origin
 from lorakit.numerics.order import Layout, mix
@@ -57,6 +57,7 @@ class Loaded:
     """Source of the chat template that the recipe names."""
     logit_factor: float
     checkpointing: bool
+    quantization: Quantization
 
 
 class LlamaTask:
@@ -69,7 +70,10 @@ class LlamaTask:
         self.base_texts = texts(loaded.location)
         self.fingerprint = loaded.chats.fingerprint()
         self.chats = loaded.chats
-        self.generate_options: Sequence[str] = ("--raw",) if loaded.chats.raw else ()
+        self.generate_options: Sequence[str] = (
+            *(["--raw"] if loaded.chats.raw else []),
+            *(["--quantization", loaded.quantization] if loaded.quantization != "none" else []),
+        )
         self._loaded = loaded
         self._sampling = sampling
         self._layout = layout
@@ -197,7 +201,8 @@ def load(
         raise head_has_an_adapter()
     renderer = Renderer(tokenizer, data.chat_template, int(config.max_position_embeddings))
     template, factor = named_source(data.chat_template), logit_factor(config)
-    loaded = Loaded(location, lm, injection, chats, renderer, template, factor, place.gradient_checkpointing)
+    how = place.gradient_checkpointing, base.quantization
+    loaded = Loaded(location, lm, injection, chats, renderer, template, factor, *how)
     return LlamaTask(loaded, sample, layout, learning_rate=learning_rate, packing=data.packing)
 
 

@@ -24,7 +24,7 @@ from lorakit.errors import ConflictError, ModelError, ResourceError
 from lorakit.families.llama.base import as_folder
 from lorakit.families.llama.skeleton import open_language_model
 from lorakit.families.sd.original import open_stable_diffusion
-from lorakit.recipe.schema import Adapter
+from lorakit.recipe.schema import Adapter, LlamaAdapter
 from lorakit.storage.bases import BaseLocation, resolve
 from tests.tiny import tiny_gguf, tiny_llama, tiny_sd
 
@@ -91,7 +91,7 @@ CASES = {
     "fp16": (torch.float16, True, "5GB", Adapter(rank=4, alpha=8)),
     "bf16": (torch.bfloat16, False, "20KB", Adapter(rank=4, alpha=8)),
     "rslora": (torch.float32, True, "5GB", Adapter(rank=4, alpha=3, rslora=True, alpha_pattern={"k_proj": 5})),
-    "ranks": (torch.float32, True, "5GB", Adapter(rank=4, alpha=3, rank_pattern={"layers.1.*": 2}, layers=[1])),
+    "ranks": (torch.float32, True, "5GB", LlamaAdapter(rank=4, alpha=3, rank_pattern={"layers.1.*": 2}, layers=[1])),
     "dora": (torch.float32, True, "5GB", Adapter(rank=4, alpha=8, dora=True)),
     "dora bf16": (torch.bfloat16, True, "5GB", Adapter(rank=4, alpha=8, dora=True)),
 }
