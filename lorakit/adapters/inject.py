@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.delta import Delta
-from lorakit.adapters.linear import LoraLinear
+from lorakit.adapters.linear import is_quantized, use_own_arithmetic
 from lorakit.adapters.merging.change import Change, not_alone
 from lorakit.adapters.outline import Outline
 from lorakit.adapters.peft_lora import LoraConfig, LoraLayer, inject_adapter_in_model
@@ -81,25 +81,21 @@ def _wrap(
         alpha_pattern=pattern(alphas),
         **options,
     )
-    if not any(map(_quantized, model.parameters())):
-        config._register_custom_module({nn.Linear: LoraLinear})
     gpus = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(gpus)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         inject_adapter_in_model(config, model, adapter_name=name)
-    return {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
-
-
-def _quantized(weight: Tensor) -> bool:
-    """Whether bitsandbytes holds it: int8, or 4-bit codes that may pose as floats."""
-    return not weight.is_floating_point() or hasattr(weight, "quant_type")
+    made = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
+    for layer in made.values():
+        use_own_arithmetic(layer)
+    return made
 
 
 def _float32(layer: LoraLayer, name: str, new_magnitude: bool) -> None:
     for parameter in _parameters(layer, name).values():
         parameter.data = parameter.data.float()
     weight = _base_weight(layer)
-    if new_magnitude and not _quantized(weight):
+    if new_magnitude and not is_quantized(weight):
         magnitude = _parameters(layer, name)["lora_magnitude_vector"]
         magnitude.data = torch.linalg.vector_norm(weight.float().flatten(1), dim=1).reshape(magnitude.shape)
 
@@ -202,7 +198,7 @@ def fold(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> N
     sums = {}
     for path, layer in layers.items():
         weight = _base_weight(layer)
-        if _quantized(weight):
+        if is_quantized(weight):
             raise ModelError("the base is quantized: its weights cannot take the adapter in", where=path)
         terms = [(_delta(layer, name), 1.0) for name in layer.active_adapters if name in layer.lora_A]
         dtype = (dtypes or {}).get(f"{path}.weight", weight.dtype)

@@ -1,46 +1,53 @@
-"""PEFT's LoRA layer over a plain nn.Linear, with lorakit's own arithmetic.
+"""PEFT's LoRA layers over a linear layer, plain or quantized by bitsandbytes, with lorakit's own arithmetic.
 
 PEFT's forward casts the input to float32, keeps that copy, and adds the adapter's result out of place; DoRA's rebuilds
-the weight each time. ``LoraLinear`` computes the same function by ``numerics.lora``. What that function does not cover
-(several adapters at once, a merged one) PEFT still computes.
+the weight each time. These compute the same function by ``numerics.lora``. What that does not cover (several adapters
+at once, a merged one, DoRA over quantized weights) PEFT still computes.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lorakit.adapters.peft_lora import Linear
-from lorakit.numerics.lora import Magnitude, lora_linear, row_squares
+from lorakit.adapters.peft_lora import Linear, Linear4bit, Linear8bitLt
+from lorakit.numerics.lora import Magnitude, lora_added, lora_linear, row_squares
 
 
-class LoraLinear(Linear):
+class _Own:
+    """What all of them need of PEFT's layer, which they stand in front of."""
+
+    plain = False
+    """Whether PEFT computes."""
+
+    def only(self, given: tuple[object, ...]) -> str | None:
+        """The one adapter's name; None where PEFT computes."""
+        layer: Any = self
+        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        alone = len(names) == 1 and not (self.plain or layer.disable_adapters or layer.merged or any(given))
+        return names[0] if alone else None
+
+    def adapter(self, name: str) -> tuple[tuple[Tensor, Tensor], float, float]:
+        """A and B, the scale, and the share that is dropped."""
+        layer: Any = self
+        dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
+        return (layer.lora_A[name].weight, layer.lora_B[name].weight), layer.scaling[name], dropout
+
+
+class LoraLinear(_Own, Linear):
     """A ``peft.tuners.lora.Linear`` in all but its forward pass."""
 
     _squares: Tensor | None = None
     """DoRA: squared norms of the frozen weight's rows, float32 [O]."""
 
-    _plain = False
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if self._plain or self.disable_adapters or self.merged or len(names) != 1 or args or kwargs:
+        name = self.only((args, kwargs))
+        if name is None:
             plain: Tensor = super().forward(x, *args, **kwargs)
             return plain
-        (name,) = names
         base: Any = self.get_base_layer()
-        a: Any = self.lora_A[name]
-        b: Any = self.lora_B[name]
-        dropout = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
-        return lora_linear(
-            x,
-            (base.weight, base.bias),
-            (a.weight, b.weight),
-            self.scaling[name],
-            dropout,
-            self._magnitude(name, base.weight),
-        )
+        return lora_linear(x, (base.weight, base.bias), *self.adapter(name), self._magnitude(name, base.weight))
 
     def _magnitude(self, name: str, weight: Tensor) -> Magnitude | None:
         if name not in self.lora_magnitude_vector:
@@ -52,14 +59,50 @@ class LoraLinear(Linear):
         return Magnitude(m, self._squares)
 
 
+class _Quantized(_Own):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name, layer = self.only((args, kwargs)), cast(Any, self)
+        if name is None or name in layer.lora_magnitude_vector:
+            plain: Tensor = cast(Any, super()).forward(x, *args, **kwargs)
+            return plain
+        return lora_added(x, layer.get_base_layer()(x), *self.adapter(name))
+
+
+class LoraLinear4bit(_Quantized, Linear4bit):
+    """PEFT's layer over bitsandbytes' 4-bit one, in all but its forward pass."""
+
+
+class LoraLinear8bit(_Quantized, Linear8bitLt):
+    """PEFT's layer over bitsandbytes' int8 one, in all but its forward pass."""
+
+
+_OWN: dict[type[nn.Module], type[nn.Module]] = {
+    Linear: LoraLinear,
+    Linear4bit: LoraLinear4bit,
+    Linear8bitLt: LoraLinear8bit,
+}
+
+
+def use_own_arithmetic(layer: Any) -> None:
+    """Give a layer that PEFT made its own forward pass here, if it has one."""
+    base = layer.get_base_layer()
+    if type(layer) is not Linear or (isinstance(base, nn.Linear) and not is_quantized(base.weight)):
+        layer.__class__ = _OWN.get(type(layer), type(layer))
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether bitsandbytes holds it: int8, or 4-bit codes that may pose as floats."""
+    return not weight.is_floating_point() or hasattr(weight, "quant_type")
+
+
 @contextmanager
 def plain_layers(model: nn.Module) -> Iterator[None]:
     """PEFT's own forward pass in every layer, for as long as the block lasts."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    layers = [module for module in model.modules() if isinstance(module, _Own)]
     for layer in layers:
-        layer._plain = True
+        layer.plain = True
     try:
         yield
     finally:
         for layer in layers:
-            layer._plain = False
+            layer.plain = False

@@ -1,4 +1,4 @@
-"""The LoRA linear layer as one autograd function.
+"""The LoRA linear layer as one autograd function, and the adapter's part alone for a layer that is quantized.
 
 Shapes: ``I`` features in, ``O`` features out, ``r`` rank; ``...`` are the same leading dimensions throughout.
 
@@ -51,15 +51,26 @@ def lora_linear(
     """
     if any(tensor is not None and tensor.requires_grad for tensor in base):
         raise ValueError("lora_linear gives no gradient to the base; freeze it")
-    keep = None
-    if dropout:
-        keep = torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format).bernoulli_(1 - dropout)
     m, factor = None, None
     if magnitude is not None:
         m = magnitude.m
         factor = norms(base[0], low_rank, scale, magnitude.squares).reciprocal()
-    out: Tensor = _LoraLinear.apply(x, *base, *low_rank, keep, scale / (1 - dropout), m, factor)
+    out: Tensor = _LoraLinear.apply(x, *base, *low_rank, _kept(x, dropout), scale / (1 - dropout), m, factor)
     return out
+
+
+def lora_added(x: Tensor, y: Tensor, low_rank: tuple[Tensor, Tensor], scale: float, dropout: float = 0.0) -> Tensor:
+    """y + scale * drop(x) A^T B^T, of y's shape and dtype, for y [..., O] that a layer made of x [..., I] by weights
+    that are its own affair. Arguments as of ``lora_linear``."""
+    out: Tensor = _LoraAdded.apply(x, y, *low_rank, _kept(x, dropout), scale / (1 - dropout))
+    return out
+
+
+def _kept(x: Tensor, dropout: float) -> Tensor | None:
+    """Which numbers of x A sees; None for all."""
+    if not dropout:
+        return None
+    return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format).bernoulli_(1 - dropout)
 
 
 def norms(weight: Tensor, low_rank: tuple[Tensor, Tensor], scale: float, squares: Tensor) -> Tensor:
@@ -88,9 +99,8 @@ class _LoraLinear(torch.autograd.Function):
         factor: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        seen = rows if keep is None else rows * keep.view_as(rows)
         a, b = a.to(x.dtype), b.to(x.dtype)
-        u = seen @ a.T
+        u = _seen(rows, keep) @ a.T
         y = functional.linear(rows, weight, bias if m is None else None)
         y.addmm_(u, b.T, alpha=scale)
         z = None
@@ -112,16 +122,45 @@ class _LoraLinear(torch.autograd.Function):
         if m is not None:
             dm = (g * z).sum(0, dtype=m.dtype) * factor
             g = g * (m * factor).to(g.dtype)
-        du = (g @ b).mul_(ctx.scale)
-        db = (g.T @ u).to(torch.promote_types(g.dtype, torch.float32)).mul_(ctx.scale)
-        seen = rows if keep is None else rows * keep.view_as(rows)
-        da = (du.T @ seen).to(db.dtype)
+        du, da, db = _gradients(g, rows, b, u, keep, ctx.scale)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = g @ weight
             if keep is None:
                 dx.addmm_(du, a)
             else:
-                dx += (du @ a).mul_(keep.view_as(rows))
+                dx += _seen(du @ a, keep)
             dx = dx.view(*grads[0].shape[:-1], weight.shape[1])
         return dx, None, None, da, db, None, None, dm, None
+
+
+class _LoraAdded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, keep: Tensor | None, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        u = _seen(rows, keep) @ a.T
+        ctx.save_for_backward(rows, a, b, u, keep)
+        ctx.scale = scale
+        return torch.addmm(y.reshape(len(rows), -1), u.to(y.dtype), b.to(y.dtype).T, alpha=scale).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        rows, a, b, u, keep = ctx.saved_tensors
+        g = grads[0].reshape(len(rows), -1).to(rows.dtype)
+        du, da, db = _gradients(g, rows, b, u, keep, ctx.scale)
+        dx = _seen(du @ a, keep).view(*grads[0].shape[:-1], a.shape[1]) if ctx.needs_input_grad[0] else None
+        return dx, grads[0], da, db, None, None
+
+
+def _seen(rows: Tensor, keep: Tensor | None) -> Tensor:
+    return rows if keep is None else rows * keep.view_as(rows)
+
+
+def _gradients(
+    g: Tensor, rows: Tensor, b: Tensor, u: Tensor, keep: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/du, and dA and dB in float32 at least, of g = dL/dz."""
+    du = (g @ b).mul_(scale)
+    db = (g.T @ u).to(torch.promote_types(g.dtype, torch.float32)).mul_(scale)
+    return du, (du.T @ _seen(rows, keep)).to(db.dtype), db

@@ -1,16 +1,18 @@
 """``LoraLinear`` computes what PEFT's own layer computes."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import nn
 
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.inject import apply, inject, lora_layers, set_scale
-from lorakit.adapters.linear import LoraLinear
+from lorakit.adapters.linear import LoraLinear, LoraLinear4bit, LoraLinear8bit, plain_layers
 from lorakit.recipe.schema import Adapter
 
 GROUPS = {"attention": ("0", "2"), "attention+mlp": ("0", "2")}
@@ -77,3 +79,38 @@ def test_two_adapters_add_up() -> None:
         for delta in deltas:
             wanted[0].weight += (delta.scale * delta.B @ delta.A).double()
     torch.testing.assert_close(model(x), wanted(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(("kind", "own", "pefts", "dora"), [
+    ("nf4", LoraLinear4bit, Linear4bit, False),
+    ("nf4", LoraLinear4bit, Linear4bit, True),
+    ("int8", LoraLinear8bit, Linear8bitLt, False),
+])  # fmt: skip
+def test_over_quantized_weights_too(kind: str, own: type, pefts: type, dora: bool) -> None:
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 48)
+    new: Any = bnb.nn.Linear4bit(64, 48, quant_type="nf4", compute_dtype=torch.float32)
+    if kind == "int8":
+        new = bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False)
+    new.load_state_dict(plain.state_dict())
+    model: Any = nn.Sequential(new.to("cpu"))
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"  # as transformers marks them
+    inject(model, Adapter(rank=4, alpha=8, targets="all-linear", dora=dora), {}, seed=0)
+    (layer,) = lora_layers(model).values()
+    assert type(layer) is own
+    assert isinstance(layer, pefts)
+    layer.lora_B["default"].weight.data.normal_()
+    found = []
+    for by_peft in (False, True):
+        model.zero_grad()
+        x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with plain_layers(model) if by_peft else nullcontext():
+            out = model(x)
+        out.square().sum().backward()
+        found.append([out, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(found[0]) == (5 if dora else 4)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -160,13 +160,14 @@ def test_plan_and_load_refuse_the_head_alike(tmp_path: Path) -> None:
     assert caught.value.where == "adapter.targets"
 
 
-def test_a_quantized_base_keeps_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_dora_over_a_quantized_base_keeps_more(tmp_path: Path, dora: bool) -> None:
     """PEFT's float32 copy [tokens, in] of each of its layers' input, where the base would keep it in bfloat16."""
     folder, data, where = *made(tmp_path), Place(torch.device("cpu"), torch.bfloat16)
     bases = [LlamaBase.model_validate({"model": str(folder), "quantization": kind}) for kind in ("none", "nf4")]
-    plans = [plan(base, Adapter(rank=2), data, LAYOUT, where) for base in bases]
+    plans = [plan(base, Adapter(rank=2, dora=dora), data, LAYOUT, where) for base in bases]
     tokens = sum(len(chat.tokens) for chat in plans[0].chats.train)
-    kept = 2 * tokens * sum(target.inputs for target in plans[0].modules)
+    kept = 2 * tokens * sum(target.inputs for target in plans[0].modules) * dora
     assert plans[1].memory["activations"] - plans[0].memory["activations"] == kept
 
 

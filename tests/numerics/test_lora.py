@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from lorakit.numerics.lora import Magnitude, lora_linear, norms, row_squares
+from lorakit.numerics.lora import Magnitude, lora_added, lora_linear, norms, row_squares
 
 
 def tensors(inputs: int, outputs: int, rank: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -126,3 +126,34 @@ def test_dropout_takes_an_input_of_any_strides() -> None:
         found.append(lora_linear(given_x, (w, bias), (a, b), 1.0, dropout=0.5))
     assert torch.equal(*found)
     torch.autograd.grad(found[0].sum(), [a, b])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
+def test_what_is_added_to_another_layers_output_is_plain_autograds(dropout: float, leading: tuple[int, ...]) -> None:
+    _, _, a, b, _ = tensors(7, 4, 3)
+    x = torch.randn(*leading, 7, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(*leading, 4, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(5)
+    ours = lora_added(x, y, (a, b), 1.5, dropout)
+    torch.manual_seed(5)
+    kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else torch.ones_like(x).bool()
+    theirs = y + 1.5 * (x * kept / (1 - dropout)) @ a.T @ b.T
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn_like(ours)
+    for mine, wanted in zip(
+        torch.autograd.grad(ours, (x, y, a, b), upstream),
+        torch.autograd.grad(theirs, (x, y, a, b), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_the_other_layers_output_may_be_of_another_dtype() -> None:
+    """int8 layers give what they compute in, which is not always the input's."""
+    _, _, a, b, _ = tensors(7, 4, 3, torch.float32)
+    x, y = torch.randn(5, 7, requires_grad=True), torch.randn(5, 4).bfloat16().requires_grad_()
+    out = lora_added(x, y, (a, b), 1.0)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert (x.grad is not None, y.grad is not None and y.grad.dtype) == (True, torch.bfloat16)

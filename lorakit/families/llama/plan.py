@@ -76,8 +76,9 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
     directions = sum(target.outputs for target in targets) * tokens * size * adapter.dora
     if place.gradient_checkpointing:
         directions //= config.num_hidden_layers
-    # Over a quantized base PEFT's layers keep their input in float32, in place of the base's own.
-    inputs = sum(target.inputs for target in targets) * tokens * (4 - size) * (base.quantization != "none")
+    # DoRA over a quantized base is PEFT's, whose layers keep their input in float32, in place of the base's own.
+    kept = adapter.dora and base.quantization != "none"
+    inputs = sum(target.inputs for target in targets) * tokens * (4 - size) * kept
     if place.gradient_checkpointing:
         inputs //= config.num_hidden_layers
     hidden = hidden_bytes(config, tokens, size, checkpointing=place.gradient_checkpointing)
