@@ -64,15 +64,36 @@ def test_cut_off_and_empty_files(kind: str) -> None:
         assert caught.value.where == "cut.png"
 
 
-def test_a_bomb_is_refused_by_its_header() -> None:
+def png(side: tuple[int, int], bits: int, body: bytes) -> bytes:
+    """A PNG in RGB by hand."""
+
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    for side in (8193, 20_000, 2**31 - 1):
-        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-        bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-        with pytest.raises(DataError, match="cap of 67,108,864 pixels"):
-            images.decode(bomb, "bomb.png")
+    header = struct.pack(">IIBBBBB", *side, bits, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def jpeg_bomb() -> bytes:
+    data = bytearray(encoded(picture(), "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 65_535, 65_535)
+    return bytes(data)
+
+
+def webp_bomb() -> bytes:
+    data = bytearray(encoded(picture(), "WEBP"))
+    sides = data.index(b"\x9d\x01\x2a") + 3
+    data[sides : sides + 4] = struct.pack("<HH", 16_383, 16_383)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "bomb", [*(png((side, side), 8, b"") for side in (8193, 20_000, 2**31 - 1)), jpeg_bomb(), webp_bomb()]
+)
+def test_a_bomb_is_refused_by_its_header(bomb: bytes) -> None:
+    with pytest.raises(DataError, match="cap of 67,108,864 pixels"):
+        images.decode(bomb, "bomb.png")
 
 
 def test_exif_rotation_is_applied() -> None:
@@ -81,6 +102,8 @@ def test_exif_rotation_is_applied() -> None:
         2: GRADIENT[:, ::-1],
         3: GRADIENT[::-1, ::-1],
         4: GRADIENT[::-1],
+        5: GRADIENT.transpose(1, 0, 2),
+        7: GRADIENT[::-1, ::-1].transpose(1, 0, 2),
         6: np.rot90(GRADIENT, -1),
         8: np.rot90(GRADIENT),
     }.items():
@@ -128,6 +151,8 @@ def test_palettes_with_and_without_a_transparent_entry() -> None:
 def test_sixteen_bits_keep_the_high_byte_and_bilevel_is_black_and_white() -> None:
     deep = Image.fromarray(np.array([[0, 255, 256, 32_768, 65_535]], np.uint16))
     assert pixels(encoded(deep))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+    colours = struct.pack(">B6H", 0, 0, 255, 256, 32_768, 65_535, 511)
+    assert pixels(png((2, 1), 16, zlib.compress(colours))).tolist() == [[[0, 0, 1], [128, 255, 1]]]
     bilevel = Image.fromarray(np.array([[False, True]]))
     assert pixels(encoded(bilevel)).tolist() == [[[0, 0, 0], [255, 255, 255]]]
 

@@ -73,6 +73,33 @@ def test_old_ones_go_only_after_the_new_one_is_there(tmp_path: Path, monkeypatch
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-000003"]
 
 
+@pytest.mark.fault(46)
+def test_old_ones_stay_when_the_new_one_is_not_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that changes a byte between writing and reading back."""
+    run, (parameter, optimizer) = RunFolder(tmp_path), trained()
+    for step in (1, 2):
+        checkpoint.save(run, state(step=step), {"w": parameter}, optimizer, keep=2)
+    rename = atomic.os.rename
+
+    def flipped(source: Path, target: Path, **more: object) -> None:
+        rename(source, target, **more)
+        path = Path(target) / "optimizer.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(bytes(data))
+
+    monkeypatch.setattr(atomic.os, "rename", flipped)
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors"):
+        checkpoint.save(run, state(step=3), {"w": parameter}, optimizer, keep=1)
+    monkeypatch.undo()
+    assert [step for step, _ in run.saved()][:2] == [1, 2]
+    found = checkpoint.newest(run)
+    assert found is not None
+    assert found.state.step == 2
+
+
 @pytest.mark.fault(52)
 def test_order_is_by_step(tmp_path: Path) -> None:
     run, (parameter, optimizer) = RunFolder(tmp_path), trained()
