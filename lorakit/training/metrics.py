@@ -1,14 +1,17 @@
 """What a run measures: metrics.jsonl, the loss curve as a picture, trackers, and the progress a caller may show."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from lorakit.errors import DataError
+from lorakit.errors import DataError, first_line
 from lorakit.storage import atomic, disk
 from lorakit.storage.runs import RunFolder
 from lorakit.training.launch import Session
+
+log = logging.getLogger("lorakit")
 
 SMOOTHING = 0.95
 
@@ -68,9 +71,12 @@ class Metrics:
         self._session.accelerator.log(dict(values), step=step)
 
     def draw(self) -> None:
-        """Draw loss.png from what metrics.jsonl holds."""
+        """Draw loss.png from what metrics.jsonl holds. What keeps it from that is a warning: the run is saved."""
         if self._path is not None:
-            draw(read(self._path), self._run.loss_png)
+            try:
+                draw(read(self._path), self._run.loss_png)
+            except Exception as error:
+                log.warning("%s cannot be drawn: %s", self._run.loss_png.name, first_line(error))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

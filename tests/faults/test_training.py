@@ -58,3 +58,14 @@ def test_54_a_run_of_a_level_rate_goes_on_for_longer(llama: Path) -> None:
     assert longer.code == 0, longer.err
     rows = [json.loads(line) for line in (llama / "runs/chats/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+
+
+@pytest.mark.fault(49)
+@pytest.mark.parametrize("family", ["llama", "sd"])
+@pytest.mark.parametrize("megabytes", [10, 30, 60, 90, 120, 200])
+def test_49_too_little_memory_is_told_as_that(family: str, megabytes: int, request: pytest.FixtureRequest) -> None:
+    """Wherever it runs out: while libraries are mapped, a model is read, a thread is started, a step is computed."""
+    folder: Path = request.getfixturevalue(family)
+    told = forked(f"train-{family}", folder / "recipe.yaml", megabytes=megabytes)
+    if told.code:
+        told.refused(6, "memory")
