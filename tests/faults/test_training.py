@@ -1,12 +1,22 @@
-"""Faults 48, 49 and 54 by the command line: what a run that goes wrong, or on, never loses."""
+"""Faults 48 to 50, 52 and 54 by the command line: what a run that goes wrong, or on, never loses."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from tests.faults.harness import files, forked, lorakit, untouched
+from lorakit.data.cache import default_folder
+from lorakit.storage import manifest
+from tests.faults.harness import Told, files, forked, lorakit, process, untouched
 
+WEIGHTS = "adapter/adapter_model.safetensors"
 EVERY = ("--set", "train.checkpoint_every=1", "--set", "train.steps=4")
 LEVEL = ("--set", "optimizer.name=adamw", "--set", "optimizer.warmup=0", "--set", "optimizer.schedule=constant")
 
@@ -69,3 +79,49 @@ def test_49_too_little_memory_is_told_as_that(family: str, megabytes: int, reque
     told = forked(f"train-{family}", folder / "recipe.yaml", megabytes=megabytes)
     if told.code:
         told.refused(6, "memory")
+
+
+@pytest.mark.fault(50)
+def test_50_latents_that_go_away_end_the_run_in_words(sd: Path) -> None:
+    """They are read ahead, in a thread: what it dies of is told by the run, whose checkpoints stay."""
+    words = [sys.executable, "-m", "lorakit", "train-sd", str(sd / "recipe.yaml"), "--set", "train.steps=100000"]
+    words += ["--set", "train.checkpoint_every=1"]
+    run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    try:
+        while not list(sd.glob("runs/*/checkpoints/step-*")):
+            assert run.poll() is None
+            time.sleep(0.05)
+        shutil.rmtree(default_folder() / "latents")
+        _, err = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    Told(run.returncode, "", err).refused(3, "latents")
+    (newest,) = sorted(sd.glob("runs/*/checkpoints/step-*"))[-1:]
+    manifest.check_manifest(newest)
+
+
+JUMPS = """
+import itertools, time
+real, jump = time.time, itertools.cycle([0, 3e8, -3e8])
+time.time = lambda: real() + next(jump)
+"""
+
+
+@pytest.mark.fault(52)
+def test_52_a_clock_that_jumps_changes_nothing(llama: Path) -> None:
+    words = ("train-llama", llama / "recipe.yaml", *EVERY, "--set", "train.keep_checkpoints=9")
+    for name, prelude in (("jumping", JUMPS), ("steady", "")):
+        told = process(*words, "--set", f"output.name={name}", prelude=prelude)
+        assert told.code == 0, told.err
+    one, two = (load_file(llama / "runs" / name / WEIGHTS) for name in ("jumping", "steady"))
+    assert all(torch.equal(one[key], two[key]) for key in one | two)
+    folders = sorted((llama / "runs/jumping/checkpoints").glob("step-*"))
+    assert [folder.name for folder in folders] == [f"step-00000{step}" for step in (1, 2, 3, 4)]
+    for age, folder in enumerate(folders):
+        os.utime(folder, (1e9 - age, 1e9 - age))
+    (folders[-1] / "state.json").unlink()
+    told = process(*words, "--set", "output.name=jumping", "--resume", prelude=JUMPS)
+    assert told.code == 0, told.err
+    assert "step-000004" in told.err, "the newest is damaged, and the one before it taken, whatever their times"
+    again = load_file(llama / "runs/jumping" / WEIGHTS)
+    assert all(torch.equal(again[key], two[key]) for key in again | two)

@@ -157,10 +157,15 @@ def test_a_second_run_is_told_who_has_the_folder_and_a_dead_ones_lock_is_taken(l
 
 @pytest.mark.skipif(not trace.supported(), reason="no tracing here: it takes Linux on x86-64")
 @pytest.mark.fault(45)
-def test_sigterm_in_the_middle_of_a_save_lets_it_complete(llama: Bench) -> None:
-    cwd = llama.fresh("term-saving")
-    writes = [n for n, (call, path, _) in enumerate(llama.operations()) if call == "write" and "step-000002" in path]
-    request = {"root": str(cwd / "runs"), "kill_at": writes[1], "number": signal.SIGTERM}
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_sigterm_in_the_middle_of_a_save_lets_it_complete(llama: Bench, share: float) -> None:
+    """At its first operation, its last one and two between."""
+    cwd = llama.fresh(f"term-saving-{share}")
+    paths = [path for _, path, _ in llama.operations()]
+    later = next(n for n, path in enumerate(paths) if "checkpoints" in path and "step-000004" in path)
+    saving = [n for n, path in enumerate(paths[:later]) if "step-000002" in path]
+    number = saving[round(share * (len(saving) - 1))]
+    request = {"root": str(cwd / "runs"), "kill_at": number, "number": signal.SIGTERM}
     done = llama.start(cwd, {"trace": request})
     assert done.code == 75, done.err
     assert check.broken(cwd / "runs/run", llama.reference) == []
