@@ -51,12 +51,16 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, torch, the libraries of CUDA or the operating system say that memory is short."""
+    """Whether Python, torch, the libraries of CUDA or the operating system say that memory is short, or did before a
+    library made another error of it."""
     own = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory", "bad_alloc")
     system = ("failed to map segment from shared object", "can't start new thread")
     cuda = ("status_alloc_failed", "cublas_status_not_initialized", "failed to cuda calloc")  # cuBLAS, cuDNN, NCCL
     cudnn = ("device_allocation_failed", "unable to find an engine")  # after one algorithm after another
-    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in (*own, *system, *cuda, *cudnn))
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if isinstance(error, MemoryError) or any(text in str(error).lower() for text in (*own, *system, *cuda, *cudnn)):
+        return True
+    return before is not None and is_out_of_memory(before)
 
 
 class LorakitError(Exception):
