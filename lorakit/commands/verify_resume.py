@@ -22,7 +22,7 @@ from lorakit.recipe import load
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
 from lorakit.storage import atomic, manifest
 from lorakit.storage.runs import RunFolder
-from lorakit.training.stop import die_with_parent, stopping_at_once
+from lorakit.training.stop import caught, die_with_parent, stopping_at_once
 
 STEPS_BEFORE, STEPS_AFTER = 2, 3
 _FILES = {"adapter": "adapter.safetensors", "optimizer": "optimizer.safetensors"}
@@ -44,9 +44,17 @@ class _Run:
         SystemExit with its code, after what it told, when the run ends in any other way.
         """
         with tempfile.TemporaryFile() as told:
+            # A signal that came while the process starts would lose it.
+            heard = signal.pthread_sigmask(signal.SIG_BLOCK, caught())
+
+            def alone() -> None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+                die_with_parent()
+
             command = [*self.command, *more]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told, preexec_fn=die_with_parent)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=told, preexec_fn=alone)
             try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, heard)
                 while process.poll() is None and not until():
                     self.check()
                     time.sleep(0.01)

@@ -155,7 +155,7 @@ def test_70_an_interrupted_batch_of_pictures_goes_on(tmp_path: Path, whole_sd: P
 def test_70_an_interrupted_batch_of_answers_goes_on(tmp_path: Path, whole_llama: Path) -> None:
     prompts, out, whole = tmp_path / "prompts.txt", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     prompts.write_text("".join(f"What is {i}?\n" for i in range(40)))
-    words = ("--base", whole_llama, "--prompts", prompts, "--max-new-tokens", "40")
+    words = ("--base", whole_llama, "--prompts", prompts, "--max-new-tokens", "40", "--precision", "fp32")
     running = start(*words, "--out", out)
     told = stop(running, out, 200, signal.SIGINT)
     assert running.returncode == 130, told

@@ -10,12 +10,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 from torch.distributed import TCPStore
 
 from lorakit.training import watch
 
 watch.SILENT_LOOKS, watch.ORPHAN_SECONDS, watch.GRACE_SECONDS = 4, 2.0, 0.5
+watch._STORE_TIMEOUT = timedelta(seconds=20)  # many processes start at once
 LOOKS_SECONDS = watch.SILENT_LOOKS * watch.LOOK_EVERY
 
 
