@@ -112,12 +112,15 @@ def forked(work: Callable[[], None]) -> int:
 
 def main() -> None:
     began = {}
+    started, tell = os.pipe()
     for name, (work, _, _) in SCENARIOS.items():
         read, write = os.pipe()
 
         def rank(number: int, work: Callable[[int, watch.Watch], None] = work, read: int = read) -> None:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.read(read, 5).decode()}
-            work(number, watch.Watch(number, 2).start())
+            watching = watch.Watch(number, 2).start()
+            os.write(tell, b".")
+            work(number, watching)
 
         def launcher(write: int = write) -> None:
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -126,6 +129,9 @@ def main() -> None:
 
         ranks = [forked(lambda n=number, rank=rank: rank(n)) for number in (0, 1)]
         began[name] = [*ranks, forked(launcher)]
+    met = b""
+    while len(met) < 2 * len(SCENARIOS) and select.select([started], [], [], 40)[0]:
+        met += os.read(started, 100)
     time.sleep(2)
     for name, (_, which, number) in SCENARIOS.items():
         if number:
