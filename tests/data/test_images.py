@@ -52,6 +52,8 @@ def test_a_renamed_svg_is_named() -> None:
     with pytest.raises(DataError, match="looks like SVG") as caught:
         images.decode(b'<svg xmlns="http://www.w3.org/2000/svg"/>', "drawing.png")
     assert caught.value.where == "drawing.png"
+    with pytest.raises(DataError, match="looks like HEIC"):
+        images.decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64), "IMG_1.jpg")
 
 
 @pytest.mark.parametrize("kind", images.FORMATS)

@@ -254,6 +254,13 @@ def test_a_raw_prompt_has_no_system_message(whole_llama: Path) -> None:
     lorakit(*words).refused(2, "--raw and --system do not go together")
 
 
+def test_quantized_weights_answer_and_take_no_sum(whole_llama: Path) -> None:
+    words = ("generate", "--base", whole_llama, "--prompt", "a", "--fuse", "--quantization", "nf4")
+    lorakit(*words).refused(2, "--fuse and --quantization do not go together")
+    told = lorakit(*words[:5], "--quantization", "nf4", "--max-new-tokens", "2")
+    assert told.code == 0, told.err
+
+
 def test_a_prompt_is_a_line_and_ends_at_nothing_else(tmp_path: Path, whole_llama: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("a\u2028b\r\nc\x0cd\n\n".encode())
     out = tmp_path / "out.jsonl"

@@ -186,19 +186,34 @@ def test_a_full_pipe_holds_no_run_up(llama: Path) -> None:
     os.close(write)
 
 
-def test_a_second_ctrl_c_shows_the_cursor_again(llama: Path) -> None:
-    with on_a_terminal(llama) as (run, keeper, _):
-        run.send_signal(signal.SIGSTOP)  # so that both come within one step
-        run.send_signal(signal.SIGINT)
-        run.send_signal(signal.SIGCONT)
+IN_A_STEP = """
+import time
+from lorakit.commands.progress import Terminal
+from lorakit.training.stop import StopSignals
+with Terminal() as terminal, StopSignals(terminal.stage, world=1):
+    terminal.start(9, 0)
+    print("a step that takes long", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_ctrl_c_within_a_step_shows_the_cursor_again() -> None:
+    keeper, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    with started([sys.executable, "-c", IN_A_STEP], stdout=terminal, stderr=terminal, env=environment) as run:
         told = b""
-        time.sleep(1.2)
-        run.send_signal(signal.SIGINT)
-        code = run.wait(60)
+        for awaited in (b"a step that takes long", b"a second signal stops at once"):
+            while awaited not in told:
+                assert select.select([keeper], [], [], 60)[0], told
+                told += os.read(keeper, 4096)
+            run.send_signal(signal.SIGINT)
+            time.sleep(1.2)
+        assert run.wait(10) == 130
         while select.select([keeper], [], [], 0.2)[0]:
             told += os.read(keeper, 4096)
-    assert code == 130
-    assert told.rfind(b"\x1b[?25h") > told.rfind(b"\x1b[?25l")
+    os.close(keeper)
+    os.close(terminal)
+    assert told.rfind(b"\x1b[?25h") > told.rfind(b"\x1b[?25l") >= 0
 
 
 WAITS = """

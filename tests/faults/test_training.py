@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorakit.data.cache import default_folder
+from lorakit.errors import is_out_of_memory
 from lorakit.storage import manifest
 from tests.faults.harness import Told, files, forked, lorakit, process, untouched
 
@@ -79,6 +80,36 @@ def test_49_too_little_memory_is_told_as_that(family: str, megabytes: int, reque
     told = forked(f"train-{family}", folder / "recipe.yaml", megabytes=megabytes)
     if told.code:
         told.refused(6, "memory")
+
+
+def caused(error: Exception, cause: Exception, *, told: bool) -> Exception:
+    """What a library makes of ``cause``, with or without a word of it."""
+    try:
+        try:
+            raise cause
+        except Exception:
+            if told:
+                raise error  # noqa: B904 (as diffusers does)
+            raise error from None
+    except Exception as made:
+        return made
+
+
+@pytest.mark.fault(49)
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (ImportError("libarrow.so: failed to map segment from shared object"), True),
+        (RuntimeError("can't start new thread"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (caused(OSError("Unable to load weights"), MemoryError(), told=True), True),
+        (caused(OSError("Unable to load weights"), MemoryError(), told=False), False),
+        (ImportError("libarrow.so: no such file"), False),
+    ],
+)
+def test_49_short_memory_by_any_name(error: Exception, is_memory: bool) -> None:
+    assert is_out_of_memory(error) is is_memory
 
 
 @pytest.mark.fault(50)

@@ -18,7 +18,7 @@ from lorakit.families.llama.base import (
     read_chats,
 )
 from lorakit.families.place import Place
-from lorakit.numerics.cross_entropy import CHUNK_NUMBERS
+from lorakit.numerics.cross_entropy import CHUNK_NUMBERS, EXACT_NUMBERS
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import Adapter, ChatData, LlamaBase
 from lorakit.storage.bases import BaseLocation, description
@@ -82,7 +82,8 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
     if place.gradient_checkpointing:
         inputs //= config.num_hidden_layers
     hidden = hidden_bytes(config, tokens, size, checkpointing=place.gradient_checkpointing)
-    logits = min(CHUNK_NUMBERS, tokens * config.vocab_size) * (size if size >= 4 else 4 + size)
+    logits = min(CHUNK_NUMBERS, tokens * config.vocab_size)
+    exact = 0 if size >= 4 else min(logits, EXACT_NUMBERS) if place.device.type == "cpu" else logits
     return LlamaPlan(
         targets,
         outline.parameters,
@@ -91,7 +92,7 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
             "base weights": _weight_bytes(outline, base.quantization, size),
             "adapter": 4 * trainable,
             "gradients": 4 * trainable,
-            "activations": hidden + directions + inputs + logits,
+            "activations": hidden + directions + inputs + logits * size + exact * 4,
         },
         chats,
         len(chats.train) / layout.batch_size,
