@@ -212,6 +212,9 @@ def check_transformers(folder: Path) -> None:
     if embedding != (sizes["vocab_size"], sizes["hidden_size"]):
         claimed = (sizes["vocab_size"], sizes["hidden_size"])
         raise ModelError(f"the config says embeddings {claimed}, the weights have {embedding}", where=str(path))
+    for name, shape in configs.claimed(config).items():
+        if found.get(name, shape) != shape:
+            raise ModelError(f"the config says {name} {shape}, the weights have {found[name]}", where=str(path))
     layers = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
     if len(layers) != sizes["num_hidden_layers"]:
         raise ModelError(f"{sizes['num_hidden_layers']} layers in the config, {len(layers)} there", where=str(path))

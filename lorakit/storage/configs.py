@@ -47,6 +47,23 @@ def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
                     yield key, number
 
 
+def claimed(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Shapes that a checked config of a language model gives to weights of its first layer, as far as it says them.
+
+    transformers makes room for what a config says even where it finds something else in the file.
+    """
+    hidden, inner = config["hidden_size"], config.get("intermediate_size")
+    shapes = {}
+    if inner:
+        shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    heads, size = config.get("num_attention_heads"), config.get("head_dim")
+    if heads and size:
+        wide, narrow = heads * size, (config.get("num_key_value_heads") or heads) * size
+        shapes |= {"self_attn.q_proj": (wide, hidden), "self_attn.o_proj": (hidden, wide)}
+        shapes |= {"self_attn.k_proj": (narrow, hidden), "self_attn.v_proj": (narrow, hidden)}
+    return {f"model.layers.0.{name}.weight": shape for name, shape in shapes.items()}
+
+
 def check_unet(config: Mapping[str, Any], path: Path) -> None:
     """The latents' size, which the size of pictures follows from."""
     side = config.get("sample_size")
