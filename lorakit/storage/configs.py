@@ -53,7 +53,7 @@ def claimed(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     transformers makes room for what a config says even where it finds something else in the file.
     """
     hidden, inner = config["hidden_size"], config.get("intermediate_size")
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
     if inner:
         shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     heads, size = config.get("num_attention_heads"), config.get("head_dim")
