@@ -145,30 +145,38 @@ def _tiny_text_config(tokenizer: CLIPTokenizer, width: int = 32, heads: int = 4,
     )
 
 
-def tiny_sd_unet() -> UNet2DConditionModel:
-    """SD 1.5's UNet in small: two levels of one resnet, attention in the upper one."""
+def tiny_sd_unet(width: int = 32, heads: int = 4, groups: int = 8) -> UNet2DConditionModel:
+    """SD 1.5's UNet in small: two levels of one resnet, attention in the upper one; texts of ``width``."""
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
+        cross_attention_dim=width,
+        attention_head_dim=heads,
+        norm_num_groups=groups,
     )
 
 
 def tiny_sd(
-    folder: Path, prediction_type: str = "epsilon", *, dtype: torch.dtype = torch.float32, seed: int = 0
+    folder: Path,
+    prediction_type: str = "epsilon",
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    packable: bool = False,
 ) -> Path:
-    """A StableDiffusionPipeline with SD 1.5's betas: VAE of factor 4, text model of width 32, 16x16 latents."""
+    """A StableDiffusionPipeline with SD 1.5's betas: VAE of factor 4, text model of width 32, 16x16 latents.
+
+    ``packable``: the text model is of width 64, and heads and groups are as readers of single files take for granted.
+    """
     tokenizer = tiny_clip_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = _tiny_vae()
-        text_encoder = CLIPTextModel(_tiny_text_config(tokenizer))
-        unet = tiny_sd_unet()
+        vae = _tiny_vae(*((32,) if packable else ()))
+        text_encoder = CLIPTextModel(_tiny_text_config(tokenizer, *((64, 1) if packable else ())))
+        unet = tiny_sd_unet(*((64, 8, 32) if packable else ()))
     scheduler = PNDMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,

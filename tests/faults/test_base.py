@@ -27,6 +27,8 @@ def commands(folder: Path) -> list[tuple[object, ...]]:
         (train, folder / "recipe.yaml", "--dry-run"),
         ("data", folder / "recipe.yaml"),
         ("merge", folder / "base", folder / "adapter", folder / "merged"),
+        ("extract", folder / "base", folder / "base", folder / "extracted", "--rank", 2),
+        ("verify", folder / "recipe.yaml"),
         ("generate", "--base", folder / "base", "--prompt", "a", "--out", folder / "out"),
     ]
 
@@ -373,7 +375,7 @@ def test_32_sizes_of_a_part_that_overflow(sd: Path, edit: Edit, part: str, table
 def test_32_a_chat_template_that_never_ends(llama: Path, source: str) -> None:
     (llama / "base/chat_template.jinja").write_text(source)
     skipping = ("train-llama", llama / "recipe.yaml", "--set", "data.on_bad=skip")
-    others = (*(commands(llama)[i] for i in (2, 4)), skipping) if source in (LOOPS, "") else ()
+    others = (*(commands(llama)[i] for i in (2, -1)), skipping) if source in (LOOPS, "") else ()
     for command in (commands(llama)[0], *others):
         with untouched(llama):
             forked(*command, megabytes=700, seconds=50).refused(4, f"{llama}/base", "chat template")
@@ -412,7 +414,7 @@ def test_33_a_tokenizer_of_another_vocabulary(llama: Path) -> None:
     table = json.loads(path.read_text())
     table["model"]["vocab"]["brandnew"] = 5000
     path.write_text(json.dumps(table))
-    for command in [commands(llama)[i] for i in (0, 1, 2, 4)]:
+    for command in [commands(llama)[i] for i in (0, 1, 2, -1)]:
         with untouched(llama):
             lorakit(*command).refused(4, f"{llama}/base", "token 5000", "embeddings")
     path.unlink()

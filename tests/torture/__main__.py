@@ -43,15 +43,29 @@ def file_operations(bench: Bench, *, saving: bool) -> Iterator[Case]:
                 yield name, lambda n=number, t=torn: bench.kill_at(n, torn=t)
 
 
-def merges(bench: Bench, *, over: bool) -> Iterator[Case]:
-    """Each operation on files of a merge."""
+def failures(bench: Bench) -> Iterator[Case]:
+    """Each operation on files of a whole run on a disk that breaks, and on one that is full; and a second signal in
+    every save."""
     if not trace.supported():
         return
-    merging = MergeBench(bench, over=over)
+    for number, (_, path, _) in enumerate(bench.operations()):
+        for error in ("EIO", "ENOSPC"):
+            yield f"{error} {bench.family} {number}", lambda n=number, e=error: bench.fail_at(n, e)
+        if "checkpoints" in path and number % 5 == 0:
+            yield f"twice {bench.family} {number}", lambda n=number: bench.stop_twice(n)
+
+
+def merges(bench: Bench, *, over: bool, out: str) -> Iterator[Case]:
+    """Each operation on files of a merge: killed there, and a disk that breaks or is full."""
+    if not trace.supported():
+        return
+    merging, how = MergeBench(bench, over=over, out=out), f"{out}{' over' if over else ''}"
     for number, (call, _, _) in enumerate(merging.operations()):
         for torn in (False, True) if call == "write" else (False,):
-            name = f"merge {bench.family} {number}{' torn' if torn else ''}{' over' if over else ''}"
+            name = f"merge {bench.family} {number}{' torn' if torn else ''} {how}"
             yield name, lambda n=number, t=torn: merging.kill_at(n, torn=t)
+        for error in ("EIO", "ENOSPC"):
+            yield f"merge {bench.family} {number} {error} {how}", lambda n=number, e=error: merging.fail_at(n, e)
 
 
 def matrix(folder: Path, warm: Warm) -> Iterator[Case]:
@@ -117,13 +131,17 @@ def cases(folder: Path, warm: Warm, kills: int) -> Iterator[Case]:
         yield f"flips {bench.family}", bench.flipped
     yield from matrix(folder, warm)
     for bench, over in itertools.product(benches, (False, True)):
-        yield from merges(bench, over=over)
+        yield from merges(bench, over=over, out="out")
+    for over in (False, True):
+        yield from merges(benches[-1], over=over, out="out.safetensors")
     yield from verifications(folder)
     for family, taken in itertools.product(runs.FAMILIES, sorted(TEETH.keys() - {"fsync", "manifest"})):
         bench = cache(partial(Bench, family, folder, warm, f"-{taken}", without=taken))
         yield f"teeth {family} {taken}", lambda b=bench: b().bitten()
     for bench in benches:
         yield from file_operations(bench, saving=False)
+    for bench in benches:
+        yield from failures(bench)
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """Runs of the real command line that are killed, and what became of them."""
 
+import errno
 import random
 import shutil
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorakit.errors import RankError
+from lorakit.training.stop import AT_ONCE
 from tests.torture import check, flips, runs
 from tests.torture.cases import STOPS
 from tests.torture.check import Reference
@@ -185,6 +187,39 @@ class Bench:
         done = self.start(cwd, {"trace": trace})
         if done.code != -9:
             raise AssertionError(f"{name}: not killed but ended with {done.code}: {done.err}")
+        self.after(f"{name} {done.operations[-1]}", cwd, tally)
+        self.end(name, cwd, tally, 1)
+        return tally
+
+    def fail_at(self, number: int, error: str) -> Tally:
+        """One run whose ``number``-th operation on files fails, then resumed.
+
+        ``error``: EIO, a disk that breaks once, or ENOSPC, one that is full from then on. It ends with exit 6 and says
+        so in one line; or goes on to the straight run's end, where the operation does not matter.
+        """
+        name, tally = f"{self.family} operation {number} {error}", Tally()
+        cwd = self.fresh(f"operation-{number}-{error}")
+        trace = {"root": str(cwd / "runs"), "kill_at": number, "error": getattr(errno, error)}
+        done = self.start(cwd, {"trace": trace})
+        call = done.operations[number] if number < len(done.operations) else "never met"
+        told = done.err.count("lorakit: error:") == 1 and "Traceback" not in done.err
+        if done.code not in (0, 6) or (done.code == 6 and not told):
+            tally.lost += 1
+            tally.told.append(f"{name} {call}: ended with {done.code}: {done.err[-2000:]}")
+        self.after(f"{name} {call}", cwd, tally)
+        self.end(f"{name} {call}", cwd, tally, 1)
+        return tally
+
+    def stop_twice(self, number: int) -> Tally:
+        """One run that gets SIGINT at its ``number``-th operation on files and again, later, at the next: it ends at
+        once, and is resumed."""
+        name, tally = f"{self.family} operation {number} twice", Tally()
+        cwd = self.fresh(f"operation-{number}-twice")
+        trace = {"root": str(cwd / "runs"), "kill_at": number, "number": signal.SIGINT, "again": 1.2 * AT_ONCE}
+        done = self.start(cwd, {"trace": trace})
+        if done.code != 130:
+            tally.lost += 1
+            tally.told.append(f"{name}: ended with {done.code}: {done.err[-2000:]}")
         self.after(f"{name} {done.operations[-1]}", cwd, tally)
         self.end(name, cwd, tally, 1)
         return tally

@@ -17,7 +17,10 @@ CALLS: Mapping[str, list[tuple[int, int, int]]] = {
     "remove a folder": [(84, 0, 0), (263, 2, 0x200)],
     "tell what is free": [(137, 0, 0), (138, 0, 0)],
     "map shared": [(9, 3, 1)],
+    "a socket of the internet": [(41, 0, 2)],  # AF_INET is 2, AF_INET6 is 10; AF_UNIX is 1, AF_NETLINK 16
 }
+DEATH = -1
+"""Instead of an error: the process ends by SIGSYS."""
 BARE = {
     "flock": errno.ENOLCK,
     "fsync": errno.EINVAL,
@@ -30,9 +33,9 @@ BARE = {
 
 
 def refuse(calls: Mapping[str, int]) -> None:
-    """From now on this thread, and those that it starts, get these errors from the kernel."""
+    """From now on this thread, and those that it starts, get these errors from the kernel, or ``DEATH``."""
     load, equal, bits, answer = 0x20, 0x15, 0x45, 0x06
-    allow, error = 0x7FFF0000, 0x00050000
+    allow, error, kill = 0x7FFF0000, 0x00050000, 0x80000000
     program = []
     for name, number in calls.items():
         for call, argument, mask in CALLS[name]:
@@ -40,6 +43,6 @@ def refuse(calls: Mapping[str, int]) -> None:
             program.append((equal, 0, 3 if mask else 1, call))
             if mask:
                 program += [(load, 0, 0, 16 + 8 * argument), (bits, 0, 1, mask)]
-            program.append((answer, 0, 0, error | number))
+            program.append((answer, 0, 0, kill if number == DEATH else error | number))
     program.append((answer, 0, 0, allow))
     put_in_place(b"".join(struct.pack("HBBI", *instruction) for instruction in program))

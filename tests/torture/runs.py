@@ -48,7 +48,7 @@ def make(family: str, folder: Path) -> Path:
         ]
         (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     else:
-        tiny_sd(folder / "base")
+        tiny_sd(folder / "base", packable=True)
         (folder / "pictures").mkdir(exist_ok=True)
         for i in range(16):
             size = (48, 32 + 8 * (i % 2))

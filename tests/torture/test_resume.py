@@ -63,6 +63,23 @@ def test_killed_at_operations_of_a_save(llama: Bench) -> None:
 
 
 @traced
+@pytest.mark.fault(46, 58)
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+def test_a_disk_that_breaks_or_is_full_in_a_save(llama: Bench, error: str) -> None:
+    """The kernel's own answer to an operation of the second save; torture tries them all."""
+    touched = [number for number, (_, path, _) in enumerate(llama.operations()) if "step-000004" in path]
+    for number in touched[3::16]:
+        check(llama.fail_at(number, error))
+
+
+@traced
+@pytest.mark.fault(44, 45)
+def test_a_second_signal_in_a_save(llama: Bench) -> None:
+    touched = [number for number, (_, path, _) in enumerate(llama.operations()) if "step-000004" in path]
+    check(llama.stop_twice(touched[len(touched) // 2]))
+
+
+@traced
 @pytest.mark.fault(59)
 @pytest.mark.parametrize("over", [False, True])
 def test_a_merge_killed_leaves_the_old_model_or_the_new_one(llama: Bench, over: bool) -> None:
@@ -71,6 +88,18 @@ def test_a_merge_killed_leaves_the_old_model_or_the_new_one(llama: Bench, over: 
     assert trace.unsynced(operations, "out") == []
     for number in range(over, len(operations), 11):
         check(merging.kill_at(number, torn=number % 2 == 0))
+
+
+@traced
+@pytest.mark.fault(59)
+@pytest.mark.parametrize("over", [False, True])
+def test_a_merge_into_a_single_file(sd: Bench, over: bool) -> None:
+    merging = MergeBench(sd, over=over, out="out.safetensors")
+    operations = merging.operations()
+    assert trace.unsynced(operations, "out.safetensors") == []
+    for number in range(over, len(operations), 9):
+        check(merging.kill_at(number, torn=number % 2 == 0))
+        check(merging.fail_at(number, "EIO"))
 
 
 @traced

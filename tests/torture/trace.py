@@ -1,16 +1,19 @@
 """Stops a child at every system call that changes files, by ptrace and a seccomp filter: Linux on x86-64.
 
 The tracer sees what the kernel sees, so the writes of libraries in Rust and C++ are counted too. At a chosen call the
-child is killed with SIGKILL before the kernel carries the call out, or with half of a write done.
+child is killed with SIGKILL before the kernel carries the call out, or with half of a write done; or the call fails, as
+it does on a disk that is full or breaks.
 """
 
 import ctypes
+import errno
 import os
 import platform
 import signal
 import struct
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -38,7 +41,7 @@ _OPTIONS = 0x2 | 0x4 | 0x8 | 0x10 | 0x80 | 0x100000  # fork, vfork, clone, exec,
 _EVENT_SECCOMP = 7
 _WALL = 0x40000000
 _REGISTERS = struct.Struct("27Q")
-_DI, _SI, _DX, _R10, _ORIG_AX = 14, 13, 12, 7, 15
+_DI, _SI, _DX, _R10, _AX, _ORIG_AX = 14, 13, 12, 7, 10, 15
 
 
 @cache
@@ -70,14 +73,17 @@ def put_in_place(program: bytes) -> None:
 class Tracer:
     """Runs a traced child to its end. ``operations``: (call, path, second path or "") of each call below ``root``.
 
-    ``kill_at``: the signal ``number`` at the operation of this number (from 0); with ``torn`` a write is cut to half
-    its bytes and done first.
+    ``kill_at``: the signal ``number`` at the operation of this number (from 0), and once more ``again`` seconds later,
+    at the next; with ``torn`` a write is cut to half its bytes and done first. With ``error`` the operation fails with
+    this errno instead; where it is ENOSPC, all later ones that need room do too.
     """
 
     def __init__(
-        self, pid: int, root: str, kill_at: int = -1, torn: bool = False, number: int = signal.SIGKILL
-    ) -> None:
+        self, pid: int, root: str, kill_at: int = -1, torn: bool = False, number: int = signal.SIGKILL,
+        again: float = 0.0, error: int = 0,
+    ) -> None:  # fmt: skip
         self.pid, self.root, self.kill_at, self.torn, self.number = pid, root, kill_at, torn, number
+        self.again, self.error = again, error
         self.operations: list[tuple[str, str, str]] = []
 
     def run(self) -> int:
@@ -111,7 +117,17 @@ class Tracer:
         if not (first.startswith(self.root) or second.startswith(self.root)):
             return _CONT
         self.operations.append((name, self._local(first), self._local(second)))
-        if len(self.operations) - 1 != self.kill_at:
+        late = len(self.operations) - 1 - self.kill_at
+        if self.error:
+            full = self.error == errno.ENOSPC and name in WRITES | OPENS
+            if self.kill_at >= 0 and (late == 0 or (late > 0 and full)):
+                _libc.ptrace(_POKEUSER, pid, 8 * _ORIG_AX, ctypes.c_void_p(-1))  # no call: the kernel does nothing
+                _libc.ptrace(_POKEUSER, pid, 8 * _AX, ctypes.c_void_p(-self.error))
+            return _CONT
+        if late == 1 and self.again:
+            time.sleep(self.again)
+            os.kill(self.pid, self.number)
+        if late != 0:
             return _CONT
         if self.torn and name == "write" and registers[_DX] > 1:
             _libc.ptrace(_POKEUSER, pid, 8 * _DX, registers[_DX] // 2)
