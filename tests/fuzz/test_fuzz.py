@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.faults.conftest import LLAMA, SD, row
+from tests.faults.harness import Told
 from tests.fuzz.conftest import CASES
 from tests.fuzz.targets import (
     CUTS,
@@ -28,7 +29,7 @@ from tests.fuzz.targets import (
     spoil,
 )
 from tests.raw_gguf import RawGguf, text
-from tests.tiny import tiny_gguf
+from tests.tiny import tiny_gguf, tiny_sd
 
 FACTOR = float(os.environ.get("LORAKIT_FUZZ", "1"))
 """How many times the cases of CI."""
@@ -229,3 +230,65 @@ def test_stable_diffusion_bases(
         how(files[key % len(files)])  # type: ignore[operator]
     out = place / "drawn"
     run("generate", "--base", base, "--prompt", "a", "--out", out, "--width=32", "--height=32", "--steps=1")
+
+
+@pytest.fixture(scope="module")
+def trained_sd(place: Path) -> Path:
+    """A base, the run folder of an adapter trained on it in both formats, and the two merged into a single file."""
+    from PIL import Image
+
+    folder = place / "trained"
+    tiny_sd(folder / "base", packable=True)
+    (folder / "pictures").mkdir()
+    for i in range(2):
+        Image.new("RGB", (32, 32), (i * 90, 9, 9)).save(folder / f"pictures/{i}.png")
+        (folder / f"pictures/{i}.txt").write_text("a")
+    (folder / "recipe.yaml").write_text(SD.format(folder=folder))
+    for words in (
+        ("train-sd", folder / "recipe.yaml", "--set", "train.steps=1"),
+        ("merge", folder / "base", folder / "runs/colours", folder / "merged.safetensors", "--no-verify"),
+    ):
+        assert run(*words).code == 0, words
+    for beside in (folder, place):  # a single file has no tokenizer
+        shutil.copytree(folder / "base/tokenizer", beside / "tokenizer")
+    sound = ("--adapter", folder / "runs/colours/colours.safetensors")
+    assert draw(folder / "base", place, *sound).code == draw(folder / "merged.safetensors", place).code == 0
+    return folder
+
+
+def draw(base: Path, place: Path, *words: object) -> Told:
+    out = place / "drawn-with"
+    shutil.rmtree(out, ignore_errors=True)
+    sizes = ("--width", 32, "--height", 32, "--steps", 1)
+    return run("generate", "--base", base, *words, "--prompt", "a", "--out", out, *sizes)
+
+
+@cases(20)
+@given(kind=st.integers(0, 4), cuts=CUTS, number=st.integers(0, 100), field=FIELDS, value=TREE)
+def test_stable_diffusion_adapters(
+    place: Path, trained_sd: Path, kind: int, cuts: list[Cut], number: int, field: str, value: object
+) -> None:
+    """kohya's file, and PEFT's folder."""
+    CASES["Stable Diffusion adapters"] += 1
+    path = Path(shutil.copy(trained_sd / "runs/colours/colours.safetensors", place / "fuzzed-kohya.safetensors"))
+    if kind > 1:
+        path = fresh(trained_sd / "runs/colours/adapter", place / "sdadapter")
+    weights = path if kind < 2 else sorted(path.rglob("adapter_model.safetensors"))[0]
+    if kind == 4:
+        set_key(weights.with_name("adapter_config.json"), number, value)
+    elif kind % 2:
+        set_header(weights, number, field, value)
+    else:
+        spoil(weights, cuts, head=3000)
+    draw(trained_sd / "base", place, "--adapter", path)
+
+
+@cases(15)
+@given(spoiled=st.booleans(), cuts=CUTS, number=st.integers(0, 1000), field=FIELDS, value=TREE)
+def test_single_files(
+    place: Path, trained_sd: Path, spoiled: bool, cuts: list[Cut], number: int, field: str, value: object
+) -> None:
+    CASES["single-file checkpoints"] += 1
+    path = Path(shutil.copy(trained_sd / "merged.safetensors", place / "fuzzed-single.safetensors"))
+    spoil(path, cuts, head=20_000) if spoiled else set_header(path, number, field, value)
+    draw(path, place)

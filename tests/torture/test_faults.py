@@ -119,6 +119,12 @@ def test_a_full_disk_leaves_the_old_checkpoints(llama: Bench, small_disk: Path) 
     goes_on(llama, cwd)
 
 
+def test_the_doctor_tells_of_a_small_disk(llama: Bench, small_disk: Path) -> None:
+    done = llama.runner.run(["doctor"], small_disk)
+    assert done.code == 0, done.err
+    assert "little: checkpoints and merged models may not fit" in " ".join(done.err.split())
+
+
 @pytest.mark.fault(58)
 def test_a_folder_that_cannot_be_written(llama: Bench, small_disk: Path) -> None:
     cwd = shutil.copytree(stop(llama, "closed"), small_disk / "work")
