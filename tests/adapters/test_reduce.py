@@ -138,7 +138,7 @@ def test_models_that_do_not_compare(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no layer differs"):
         extract(resolve(str(base)), resolve(str(same)), models, 2)
     tensors = load_file(same / "model.safetensors")
-    name = "model.layers.0.self_attn.q_proj.weight"
+    name = "model.layers.1.self_attn.q_proj.weight"
     save_file(tensors | {name: torch.zeros(16, 32)}, same / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"\(32, 32\) in one model, \(16, 32\) in the other"):
         extract(resolve(str(base)), resolve(str(same)), models, 2)
