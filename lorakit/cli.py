@@ -113,7 +113,7 @@ def merge(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read OUT back, recompute, and compare with base + adapter.")
     ] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write no model.")] = False,
     as_adapter: Annotated[
         int | None,
         typer.Option(min=1, metavar="RANK", help="Write the adapters' sum as an adapter of this rank, by SVD."),

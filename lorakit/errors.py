@@ -17,7 +17,7 @@ import errno
 from collections.abc import Sequence
 
 TERMINATED = 75
-"""Exit code of a run that SIGTERM stopped and that has saved."""
+"""Exit code of what SIGTERM stopped, with what was finished saved."""
 INTERRUPTED = 130
 """Exit code of a run that SIGINT stopped."""
 _FULL = {errno.ENOSPC: "free some space, or write elsewhere", errno.EDQUOT: "free some space, or write elsewhere"}
@@ -116,7 +116,7 @@ class CheckpointError(LorakitError):
 
 
 class Stopped(LorakitError):
-    """The run was asked to stop by a signal, finished its step and saved."""
+    """A signal asked a run to stop, or a command that makes many things: what is finished is saved."""
 
     def __init__(self, reason: str, *, exit_code: int, hint: str = "") -> None:
         super().__init__(reason, hint=hint)

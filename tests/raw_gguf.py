@@ -28,6 +28,10 @@ def number(value: int, kind: int = U64) -> bytes:
     return typed(kind, struct.pack("<I" if kind == U32 else "<Q", value))
 
 
+def real(value: float) -> bytes:
+    return typed(F32, struct.pack("<f", value))
+
+
 def array(kind: int, count: int, items: bytes = b"") -> bytes:
     return typed(ARRAY, struct.pack("<IQ", kind, count) + items)
 

@@ -1,6 +1,7 @@
 """Tokens that an adapter was trained with and its base lacks: trainers save their tokenizer beside the adapter."""
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from lorakit.adapters.pieces import peft_folder
 from lorakit.errors import ModelError
 from lorakit.storage.checks import check_link, read_json
 
+log = logging.getLogger("lorakit")
 RULES = "tokenizer.json"
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 HINT = "merge with the base that the adapter was trained on, or take the tokenizer out of the adapter's folder"
@@ -42,19 +44,31 @@ def larger_vocabulary(adapters: Sequence[Path], base: Path) -> Path | None:
 def take_vocabulary(adapters: Sequence[Path], out: Path) -> None:
     """Give a merged model's folder, which has the base's tokenizer, the adapters' own where it has more tokens.
 
-    Raises ModelError as ``larger_vocabulary``, and when the model has no embedding for them.
+    Where that is a padding token alone, without an embedding, the base's stays. Raises ModelError as
+    ``larger_vocabulary``, and when another token has no embedding.
     """
     folder = larger_vocabulary(adapters, out)
     if folder is None:
         return
-    highest, size = max((_added(folder) or {}).values()), read_json(out / "config.json").get("vocab_size")
-    if not isinstance(size, int) or highest >= size:
+    size = read_json(out / "config.json").get("vocab_size")
+    beyond = {token: n for token, n in (_added(folder) or {}).items() if not isinstance(size, int) or n >= size}
+    if beyond and beyond.keys() == {_padding(folder)}:
+        log.warning("the model has no embedding for %s of %s: the base's tokenizer stays", *beyond, folder / RULES)
+        return
+    if beyond:
+        highest = max(beyond.values())
         reason = f"the adapter's tokenizer goes up to token {highest}, the model has {size} embeddings"
         raise ModelError(reason, where=str(folder / RULES), hint=HINT)
     for name in (RULES, *_BESIDE):
         if (folder / name).is_file():
             check_link(folder / name, folder)
             shutil.copyfile(folder / name, out / name)
+
+
+def _padding(folder: Path) -> str | None:
+    path = folder / "tokenizer_config.json"
+    token: Any = read_json(path).get("pad_token") if path.is_file() else None
+    return str(token["content"]) if isinstance(token, dict) and "content" in token else token
 
 
 def _added(folder: Path) -> dict[str, int] | None:

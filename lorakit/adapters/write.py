@@ -181,22 +181,17 @@ def write_kohya(
     version: Version,
     prediction_type: str | None,
     resolution: int | None,
-    models: Mapping[str, nn.Module] | None = None,
+    models: Mapping[str, nn.Module],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write SD's changes as the one file that A1111, ComfyUI and InvokeAI load.
 
     ``version``: sd_v2 for a base with the 1024-wide text encoder. ``resolution``: training pixels a side. ``models``:
-    the base's components, on meta if need be; SDXL needs them, because its names count all blocks. One alpha
+    the base's components, on meta if need be: SDXL's names count all blocks. One alpha
     for all modules, the commonest one, with what differs taken into ``lora_up``, because diffusers 0.42 drops some
     modules' own alphas. ModelError for NaN or infinity.
     """
-    layers = {name: list(changes) for name, changes in components.items()}
-    if models is not None:
-        layers = {name: list(adaptable(model)) for name, model in models.items()}
-    elif version == "sdxl_base_v1-0":
-        raise ModelError("the names of an adapter for Stable Diffusion XL are made from its base's layers")
-    names = kohya_names(layers)
+    names = kohya_names({name: list(adaptable(model)) for name, model in models.items()})
     alpha, even = with_one_alpha(components)
     tensors, ranks = {}, set()
     for component, changes in even.items():

@@ -19,24 +19,22 @@ Verdict = Literal["works", "notice", "broken"]
 
 @dataclass(frozen=True)
 class Minimum:
-    """The oldest version that will do: ``version`` itself, or with ``after`` only newer ones."""
+    """The oldest version that will do, and why."""
 
     version: str
     why: str
-    after: bool = False
 
     def allows(self, installed: str) -> bool:
-        found, least = Version(installed), Version(self.version)
-        return found > least if self.after else found >= least
+        return Version(installed) >= Version(self.version)
 
     def __str__(self) -> str:
-        return f"{'>' if self.after else '>='} {self.version}"
+        return f">= {self.version}"
 
 
 MINIMUM = {
     "torch": Minimum("2.10", "CVE-2025-32434 and CVE-2026-24747: code through loading with weights_only"),
     "diffusers": Minimum("0.42.1", "CVE-2026-44513 and GHSA-4prv-5hj7-c2xr: code through model_index.json"),
-    "transformers": Minimum("5.2.0", "CVE-2026-5241: config.json overrides trust_remote_code", after=True),
+    "transformers": Minimum("5.23", "the oldest tested; 5.2.0: CVE-2026-5241, trust_remote_code by config.json"),
     "pillow": Minimum("12.3", "CVE-2026-40192: decompression bombs"),
     "jinja2": Minimum("3.1.6", "CVE-2025-27516: a chat template leaves the sandbox"),
     "bitsandbytes": Minimum("0.50.0", "the first with 8-bit kernels for the CPU"),

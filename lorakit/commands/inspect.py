@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from lorakit.commands.adapters import find_base, named_base
 from lorakit.commands.data import visible
-from lorakit.errors import LorakitError, ModelError
+from lorakit.errors import LorakitError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +32,9 @@ def run(adapter: Path, base: str | None, *, as_json: bool, recipe: bool) -> None
     from lorakit.adapters.describe import describe
     from lorakit.adapters.pieces import open_pieces
 
+    for option, given in (("--json", as_json), ("--base", base is not None)):
+        if recipe and given:
+            raise RecipeError(f"--recipe and {option} do not go together", hint=f"leave {option} out")
     pieces = open_pieces(adapter)
     if recipe:
         print(_recipe(pieces, adapter), end="")

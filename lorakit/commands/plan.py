@@ -19,7 +19,7 @@ STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03, "lion
 
 
 def run(recipe: SDRecipe | LlamaRecipe, processes: int) -> None:
-    """Print the plan. Raises what training would raise before its first step."""
+    """Print the plan. Raises what training would raise of the recipe, its base and its data before the first step."""
     from lorakit.families.place import Place
     from lorakit.training import optim
     from lorakit.training.device import choose
@@ -63,7 +63,7 @@ def _plan(recipe: SDRecipe | LlamaRecipe, place: "Place", processes: int) -> "Ll
         return sd.plan(recipe.base, recipe.adapter, recipe.data, recipe.sample, layout, place)
     from lorakit.families.llama import plan as llama
 
-    return llama.plan(recipe.base, recipe.adapter, recipe.data, layout, place)
+    return llama.plan(recipe.base, recipe.adapter, recipe.data, recipe.sample, layout, place)
 
 
 def _modules(plan: "LlamaPlan | SDPlan") -> Table:

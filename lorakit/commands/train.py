@@ -38,6 +38,8 @@ def run(kind: type[SDRecipe] | type[LlamaRecipe], path: Path, overrides: list[st
     """Train what the recipe says; with ``mode.dry_run`` only print the plan."""
     if mode.allow and not mode.resume:
         raise RecipeError("is for a run that is resumed", where="--allow", hint="add --resume, or leave it out")
+    if mode.dry_run and mode.resume:
+        raise RecipeError("--dry-run and --resume do not go together", hint="the plan is of a run from its start")
     recipe = load.load(path, SDRecipe, overrides) if kind is SDRecipe else load.load(path, LlamaRecipe, overrides)
     words = ["train-sd" if kind is SDRecipe else "train-llama", str(path)]
     words += [w for override in overrides for w in ("--set", override)]

@@ -99,7 +99,7 @@ def run(path: Path, overrides: list[str], processes: int) -> None:
             _Run(RunFolder(work / name), _command(recipe, path, overrides, processes, work / name), beginning.check)
             for name in ("straight", "stopped")
         )
-        at, step = _train(straight, stopped)
+        at, step = _train(straight, stopped, "" if recipe.train.epochs is None else "--set train.epochs=null ")
         expected, found = straight.hashes(step), stopped.hashes(step)
     print(f"stopped by SIGTERM after step {at}, resumed, and compared after step {step} with a run never stopped:")
     for what in expected:
@@ -111,12 +111,13 @@ def run(path: Path, overrides: list[str], processes: int) -> None:
     shutil.rmtree(work)
 
 
-def _train(straight: _Run, stopped: _Run) -> tuple[int, int]:
-    """Run both; the step of the stop, and the step that both have a checkpoint of after it."""
+def _train(straight: _Run, stopped: _Run, longer: str) -> tuple[int, int]:
+    """Run both; the step of the stop, and the step that both have a checkpoint of after it. ``longer``: what a recipe
+    that is too short has to be given beside more steps."""
     _say("training, to be stopped by SIGTERM")
     if not stopped.train(until=lambda: stopped.last_step() >= STEPS_BEFORE):
         reason = f"the run was over after {stopped.last_step()} steps, before it could be stopped"
-        raise RecipeError(reason, where="train", hint="give it more steps: --set train.steps=200")
+        raise RecipeError(reason, where="train", hint=f"give it more steps: {longer}--set train.steps=200")
     at = stopped.last_step()
     _say(f"stopped after step {at}; training the same without a stop")
     straight.train(until=lambda: straight.last_step() >= at + STEPS_AFTER)

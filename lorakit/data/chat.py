@@ -16,9 +16,8 @@ from lorakit.data.records import Record
 from lorakit.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
-ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-SPEAKERS: dict[str, Role] = {
-    "system": "system", "human": "user", "user": "user",
+ROLES: dict[str, Role] = {
+    "system": "system", "developer": "system", "human": "user", "user": "user",
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
 }  # fmt: skip
 
@@ -138,11 +137,10 @@ def _refuse_unread(fields: Mapping[str, Any], where: str) -> None:
 
 def _message(item: Mapping[str, Any], where: str, *, learned: bool = True) -> Message:
     """OpenAI's {"role", "content"} or ShareGPT's {"from", "value"}."""
-    said, roles = (("from", "value"), SPEAKERS) if "from" in item else (("role", "content"), ROLES)
-    name, content = _text(item, said[0], where), said[1]
-    if name not in roles:
-        kind = "role" if roles is ROLES else "speaker"
-        raise DataError(f"unknown {kind} {name!r}", where=where, hint=f"known: {', '.join(roles)}")
+    said, content = ("from", "value") if "from" in item else ("role", "content")
+    name = _text(item, said, where)
+    if name not in ROLES:
+        raise DataError(f"unknown role {name!r}", where=where, hint=f"known: {', '.join(ROLES)}")
     _refuse_unread(item, where)
     if isinstance(item.get(content), list):
         parts = [_text(part, "text", where) for part in _list(item, content, where)]
@@ -150,7 +148,7 @@ def _message(item: Mapping[str, Any], where: str, *, learned: bool = True) -> Me
     weight = item["weight"] if item.get("weight") is not None else 1
     if weight not in (0, 1):
         raise DataError(f"a message's weight is 0 or 1, not {weight!r}", where=where)
-    role = roles[name]
+    role = ROLES[name]
     answer = role == "assistant"
     chosen = learned and weight == 1 and item.get("train") is not False
     thoughts = _text(item, "reasoning_content", where) if _said(item, "reasoning_content") else ""

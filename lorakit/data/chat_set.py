@@ -61,6 +61,11 @@ class ChatSet:
             lines.append(
                 f"{alone} earlier answers are rows of their own: the chat template rewrites them later in a chat"
             )
+        if opened := sum(row.opened for row in self.train):
+            lines.append(
+                f"{opened} chats are learned without what the chat template opens an answer with when it is asked for "
+                "one (a thought, say): answers may differ from what was learned; a data.chat_template without it helps"
+            )
         if self.repeated:
             lines.append(f"{self.repeated} training rows also stand in the held-out data: its loss is flattered")
         return lines

@@ -56,7 +56,8 @@ def _some(source: ChatSource, rejects: Rejects) -> list[Example]:
 def examples(source: ChatSource, on_bad: OnBad) -> Iterator[Example]:
     """A source's examples in order. ``format: auto`` is told from the first row that has a known layout."""
     layout: str | None = None if source.format == "auto" else source.format
-    for record in read_records(source.path, split=source.split, revision=source.revision, on_bad=on_bad):
+    which = source.path, source.config, source.split, source.revision
+    for record in read_records(*which, on_bad=on_bad):
         for row in _unfolded(record, on_bad):
             try:
                 layout = layout or tell(row)

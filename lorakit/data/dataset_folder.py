@@ -49,16 +49,16 @@ def load_folder(path: Path, split: str) -> tuple[Any, Check]:
         raise DataError(f"the data set cannot be read: {first_line(error)}", where=where) from error
 
 
-def load_hub(path: str, split: str, revision: str | None) -> Any:
+def load_hub(path: str, split: str, revision: str | None, config: str | None = None) -> Any:
     """A data set of the hub; its code is never run, as the library has no way to. Raises DataError."""
     if Path(path).parent.name and Path(path).parent.is_dir():  # else the network would be asked for a mistyped name
         raise DataError(f"no such file or folder in {shown(Path(path).parent)}", where=shown(path))
     import datasets
 
     try:
-        return datasets.load_dataset(path, split=split, revision=revision)
+        return datasets.load_dataset(path, config, split=split, revision=revision)
     except Exception as error:
-        reason = f"not here, and not to be had from the hub: {first_line(error)}"
+        reason = f"not here, and not to be had from the hub: {' '.join(str(error).split())[:300]}"
         raise DataError(reason, where=shown(path), hint="check the name and the network") from error
 
 

@@ -29,7 +29,7 @@ def encode(
     """
     contents = {id(example): _content(example) for example in examples}
     order = sorted(set(contents.values()))
-    cache, key = TensorCache(default_folder() / "rows"), content_key("rows 4", identity, *order)
+    cache, key = TensorCache(default_folder() / "rows"), content_key("rows 5", identity, *order)
     known = _unpacked(cache.read(key), order) if cache.holds(key) else Rows()
     before, found = len(known), dict[int, list[Encoded]]()
     for example in examples:
@@ -58,10 +58,10 @@ def _content(example: Example) -> str:
 
 
 def _packed(rows: Mapping[str, Sequence[Encoded]], order: Sequence[str]) -> dict[str, Tensor]:
-    """``tokens`` int32 and ``labels`` bool of all rows, and int64 [R, 4]: example (its place in ``order``), length, cut
-    and whether it is ``alone``."""
+    """``tokens`` int32 and ``labels`` bool of all rows, and int64 [R, 5]: example (its place in ``order``), length, cut
+    and whether it is ``alone`` and ``opened``."""
     listed = [(number, row) for number, content in enumerate(order) for row in rows.get(content, ())]
-    numbers = [(number, len(row.tokens), row.cut, row.alone) for number, row in listed]
+    numbers = [(number, len(row.tokens), row.cut, row.alone, row.opened) for number, row in listed]
     return {
         "tokens": torch.from_numpy(np.concatenate([row.tokens for _, row in listed])),
         "labels": torch.from_numpy(np.concatenate([row.labels for _, row in listed])),
@@ -72,8 +72,9 @@ def _packed(rows: Mapping[str, Sequence[Encoded]], order: Sequence[str]) -> dict
 def _unpacked(tensors: Mapping[str, Tensor], order: Sequence[str]) -> Rows:
     rows, start = Rows(), 0
     tokens, labels = tensors["tokens"].numpy(), tensors["labels"].numpy()
-    for number, length, cut, alone in tensors["numbers"].tolist():
+    for number, length, cut, alone, opened in tensors["numbers"].tolist():
         place = slice(start, start + length)
-        rows.setdefault(order[number], []).append(Encoded(tokens[place], labels[place], "", cut, bool(alone)))
+        row = Encoded(tokens[place], labels[place], "", cut, bool(alone), bool(opened))
+        rows.setdefault(order[number], []).append(row)
         start += length
     return rows

@@ -54,12 +54,17 @@ class Rejects:
 
 
 def read_records(
-    path: str, *, split: str = "train", revision: str | None = None, on_bad: OnBad = fail
+    path: str,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    *,
+    on_bad: OnBad = fail,
 ) -> Iterator[Record]:
     """All rows of a file, a data set folder or a hub data set, in order.
 
-    ``split`` and ``revision`` apply to data sets that have them. Raises DataError: a file of no known kind, missing,
-    not a regular file, corrupt as a whole; and whatever ``on_bad`` raises for a single row.
+    ``config``, ``split`` and ``revision`` apply to data sets that have them. Raises DataError: a file of no
+    known kind, missing, not a regular file, corrupt as a whole; and whatever ``on_bad`` raises for a single row.
     """
     if "://" in path:
         raise DataError("URLs are not read", where=shown(path), hint="download the file and give its path")
@@ -68,7 +73,7 @@ def read_records(
         dataset, unchanged = load_folder(local, split)
         return _numbered(plain_rows(dataset, unchanged), shown(path))
     if not os.path.exists(local):
-        return _hub(path, split, revision)
+        return _hub(path, config, split, revision)
     if not stat.S_ISREG(local.stat().st_mode):
         raise DataError("not a regular file (a pipe or a device?)", where=shown(path))
     if local.suffix.lower() not in READERS:
@@ -271,10 +276,10 @@ READERS: dict[str, Callable[[Path, OnBad], Iterator[Record]]] = {
 }
 
 
-def _hub(path: str, split: str, revision: str | None) -> Iterator[Record]:
+def _hub(path: str, config: str | None, split: str, revision: str | None) -> Iterator[Record]:
     if not HUB_ID.fullmatch(path) or Path(path).suffix in READERS:
         raise DataError("no such file or folder", where=shown(path))
-    return _numbered(plain_rows(load_hub(path, split, revision)), path)
+    return _numbered(plain_rows(load_hub(path, split, revision, config)), path)
 
 
 def _numbered(rows: Iterator[dict[str, Any]], name: str) -> Iterator[Record]:

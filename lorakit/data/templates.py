@@ -11,7 +11,7 @@ from typing import Any
 from lorakit.data import template_worker
 from lorakit.data.bounded import Bounded
 from lorakit.data.chat import Message
-from lorakit.errors import DataError, ModelError
+from lorakit.errors import DataError, ModelError, RecipeError
 from lorakit.storage.checks import read_text
 
 
@@ -64,14 +64,20 @@ def _is_file(name: str) -> bool:
 def find_template(tokenizer: Any, name: str | None, setting: str) -> "ChatTemplate":
     """The tokenizer's own template (``name`` None), one of ``NAMED``, or a ``.jinja`` file's.
 
-    Raises ModelError when the tokenizer has none or lacks a mark of the named one, DataError for an unknown name;
+    Raises ModelError when the tokenizer has none or lacks a mark of the named one, RecipeError for an unknown name;
     ``setting`` is where the user names it.
     """
     if name is None:
-        if not isinstance(tokenizer.chat_template, str):
-            reason = "the tokenizer has no chat template" if not tokenizer.chat_template else "several chat templates"
-            raise ModelError(reason, where=setting, hint=f"name one: {', '.join(NAMED)}, or a .jinja file")
-        return ChatTemplate(tokenizer, tokenizer.chat_template, str(tokenizer.name_or_path) or "the tokenizer")
+        own = tokenizer.chat_template
+        if isinstance(own, dict):  # others are for tools and documents
+            own = own.get("default")
+        if not isinstance(own, str):
+            reason = (
+                "several chat templates, none of them the default" if tokenizer.chat_template else "no chat template"
+            )
+            hint = f"name one: {', '.join(NAMED)}, or a .jinja file"
+            raise ModelError(f"the tokenizer has {reason}", where=setting, hint=hint)
+        return ChatTemplate(tokenizer, own, str(tokenizer.name_or_path) or "the tokenizer")
     if name in NAMED:
         missing = [mark for mark in NAMED[name].marks if mark not in tokenizer.get_added_vocab()]
         if missing:
@@ -79,7 +85,7 @@ def find_template(tokenizer: Any, name: str | None, setting: str) -> "ChatTempla
     source = named_source(name)
     if source is None:
         hint = f"{', '.join(NAMED)}, or a .jinja file's path"
-        raise DataError(f"no template {name!r}", where=setting, hint=hint)
+        raise RecipeError(f"no template {name!r}", where=setting, hint=hint)
     return ChatTemplate(tokenizer, source, name)
 
 

@@ -4,7 +4,8 @@ A chat is rendered whole and tokenized once. What an assistant's turn adds to th
 that touches a span is labelled, up to and with the stop token. The spans come from rendering prefixes of the chat, so
 that any template will do, marked for generation or not. A template may write an answer otherwise once the chat goes on
 (reasoning models leave earlier thoughts out): such an answer is learned in a row of its own, the chat up to it, as the
-model sees it when it answers.
+model sees it when it answers. Where a template takes part of the question back once the answer is there (Mistral's
+writes the system message only into a last question), what is asked with it stands before the answer all the same.
 """
 
 from bisect import bisect_left
@@ -36,6 +37,8 @@ class Encoded:
     """Tokens that max_tokens took away."""
     alone: bool = False
     """Whether it is the chat up to an earlier answer, because the template rewrites that one later in the chat."""
+    opened: bool = False
+    """Whether the template opens an answer that is asked for with more than stands before this one."""
 
     @property
     def count(self) -> int:
@@ -138,7 +141,8 @@ class Renderer:
         for message in messages:
             for mark in self._marks:
                 if any(mark in text for text in message.texts):
-                    raise DataError(f"the {message.role}'s message contains the special token {mark!r}")
+                    reason = f"the {message.role}'s message contains the special token {mark!r}"
+                    raise DataError(reason, hint="write it otherwise; data.on_bad: skip leaves such chats out")
 
     def _labelled(self, text: str, spans: Sequence[Span], *, add_end: bool, where: str) -> Encoded:
         """Tokenize once and label what touches a span; ``add_end`` sees to it that it ends with the end's token."""
@@ -154,9 +158,9 @@ class Renderer:
 
     def _whole_chat(self, messages: Sequence[Message], where: str) -> tuple[Encoded, list[int]]:
         """The chat at any length, and the learned turns that have no label in it since the template rewrites them."""
-        text = self.template.render(messages, answer_next=False)
-        spans, rewritten = self._spans(messages, text)
-        row = self._labelled(text, spans, add_end=False, where=where)
+        text = self._rendered(messages)
+        spans, rewritten, opened = self._spans(messages, text)
+        row = replace(self._labelled(text, spans, add_end=False, where=where), opened=opened)
         stops, tokens, labels = self.stops(chat=True), row.tokens, row.labels
         starts = np.flatnonzero(labels & ~np.concatenate([[False], labels[:-1]]))
         for start in starts:
@@ -168,15 +172,39 @@ class Renderer:
                 tokens, labels = np.append(tokens, np.int32(self.tokenizer.eos_token_id)), np.append(labels, True)
         return replace(row, tokens=tokens, labels=labels), rewritten
 
-    def _spans(self, messages: Sequence[Message], whole: str) -> tuple[list[Span], list[int]]:
-        """The learned assistant turns' characters in ``whole``, and the earlier turns that the template rewrites."""
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        """The chat as text, up to its last answer, behind the whole of what is asked."""
+        whole = self.template.render(messages, answer_next=False)
+        turn = len(messages) - 1
+        lost = [m.content for m in messages[:turn] if m.role != "assistant" and not _holds(whole, m.content)]
+        if not lost:
+            return whole
+        asked = self.template.render(messages[:turn], answer_next=True)
+        if not any(_holds(asked, text) for text in lost):
+            return whole
+        begin = self._content_begins(messages, turn, whole)
+        if begin is None:
+            raise DataError("the chat template takes back what was asked once the answer is there")
+        question = messages[turn - 1].content.strip()
+        between, ending = whole[:begin].rpartition(question)[2], asked.rpartition(question)[2]
+        if between.startswith(ending):  # what the template writes before an answer, such as a blank, is part of it
+            begin -= len(between) - len(ending)
+        return asked + whole[begin:]
+
+    def _spans(self, messages: Sequence[Message], whole: str) -> tuple[list[Span], list[int], bool]:
+        """The learned assistant turns' characters in ``whole``, the earlier turns that the template rewrites, and
+        whether it opens one with more when it is asked for."""
         turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        spans, rewritten = [], []
+        spans, rewritten, opened = [], [], False
         for turn in (i for i in turns if messages[i].learned):
-            before = self.template.render(messages[:turn], answer_next=True) if turn else None
-            begin = len(before) if before is not None and whole.startswith(before) else None
+            before = self.template.render(messages[:turn], answer_next=True) if turn else ""
+            begin = len(before) if before and whole.startswith(before) else None
             if begin is None:
                 begin = self._content_begins(messages, turn, whole)
+                said = [message.content for message in messages[:turn] if _holds(before, message.content)]
+                if begin is not None and not all(_holds(whole[:begin], text) for text in said):
+                    begin = None
+                opened |= begin is not None and before.startswith(whole[:begin]) and before != whole[:begin]
             after = whole
             if turn + 1 < len(messages):
                 after = self.template.render(messages[: turn + 1], answer_next=False)
@@ -186,14 +214,15 @@ class Renderer:
             if begin is not None and (end == len(after) or all(text.strip() in whole[begin:end] for text in texts)):
                 if not all(_holds(whole[begin:end], text) for text in texts):
                     self.template.after_answer()  # raises for a template that writes no answer at all
-                    reason = "the chat template leaves out or changes some of an answer, which would go unlearned"
-                    raise DataError(reason, hint="a data.chat_template that writes all of it learns all of it")
+                    raise _unlearned()
                 spans.append(Span(begin, end))
             elif turn == turns[-1]:
+                if not all(_holds(whole, text) for text in texts):
+                    raise _unlearned()
                 raise DataError("the chat template changes the text before the last answer once the answer is there")
             else:
                 rewritten.append(turn)
-        return spans, rewritten
+        return spans, rewritten, opened
 
     def _content_begins(self, messages: Sequence[Message], turn: int, whole: str) -> int | None:
         """Where a message's content is in ``whole``: at the first character that is another one when the content is.
@@ -290,6 +319,11 @@ class Renderer:
             pieces.append(replace(found, tokens=found.tokens[part], labels=found.labels[part]))
             start += self.max_tokens - 1
         return pieces
+
+
+def _unlearned() -> DataError:
+    reason = "the chat template leaves out or changes some of an answer, which would go unlearned"
+    return DataError(reason, hint="a data.chat_template that writes all of it learns all of it")
 
 
 def _holds(text: str, content: str) -> bool:

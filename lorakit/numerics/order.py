@@ -33,7 +33,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Draw:
-    """One example of one update: its index in the data, and the seed of all its randomness (noise, crop, dropout)."""
+    """One example of one update: its index in the data, and the seed of what is drawn for it: a picture's noise, time,
+    and whether it keeps its caption."""
 
     index: int
     seed: int

@@ -133,7 +133,9 @@ def _alike(lengths: Sequence[int]) -> int:
     return len(lengths)
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int | None = None
+) -> Tensor:
     """Causal attention within each document and the tokens that it shares.
 
     Args:
@@ -141,6 +143,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: f
         k, v: [T, K, D], H a multiple of K; head ``h`` of q attends to head ``h // (H / K)``.
         packing: where the documents are.
         scale: factor of the scores, 1 / sqrt(D) as a rule.
+        window: a token sees itself and so many less one before it (Mistral's sliding window); None: all before it.
 
     Returns:
         [T, H, D] in q's dtype.
@@ -153,9 +156,33 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: f
         raise ValueError(f"a packing of {packing.tokens} tokens does not fit a row of {tokens}")
     if heads % k.shape[1]:
         raise ValueError(f"{heads} query heads cannot share {k.shape[1]} key heads")
+    if window is not None and packing.shared + max(packing.lengths) > window:
+        return _windowed(q, k, v, packing, scale, window)
     if matmuls_are_faster(q) and max(packing.lengths) + packing.shared <= LONGEST_KEPT:
         return matmul_packed_attention(q, k, v, packing, scale)
     return _fused(q, k, v, packing, scale)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float, window: int) -> Tensor:
+    """A window's queries of a document at a time, with the keys that any of them sees."""
+    begin, out, place = slice(0, packing.shared), [], 0
+    for shared, length in [(0, packing.shared)] * (packing.shared > 0) + [(packing.shared, n) for n in packing.lengths]:
+        own = slice(place, place + length)
+        keys, values = (torch.cat([x[begin], x[own]]) if shared else x[own] for x in (k, v))
+        for first in range(0, length, window):
+            last = min(first + window, length)
+            seen = slice(max(0, shared + first - window + 1), shared + last)
+            distance = torch.arange(shared + first, shared + last)[:, None] - torch.arange(seen.start, seen.stop)
+            query, key, value = (
+                x.transpose(0, 1)[None] for x in (q[place + first : place + last], keys[seen], values[seen])
+            )
+            mask = ((distance >= 0) & (distance < window)).to(q.device)
+            mixed = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            out.append(mixed[0].transpose(0, 1))
+        place += length
+    return torch.cat(out)
 
 
 def matmul_packed_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scale: float) -> Tensor:

@@ -139,8 +139,10 @@ class ChatSource(Section):
     """A jsonl, json, csv, parquet or txt file, a folder made by datasets.save_to_disk, or a hub id."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "completion", "text", "squad"] = "auto"
     """How a row is laid out; auto tells it from the first row's fields."""
+    config: str | None = None
+    """Configuration of a hub data set that has several, such as "main" of openai/gsm8k."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a folder that datasets.save_to_disk made."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     weight: Rate = 1.0
@@ -200,16 +202,16 @@ class SDOptimizer(Optimizer):
 
 class PictureData(Section):
     path: str
-    """A folder of pictures with .txt or .caption files or metadata.jsonl, a parquet file, a datasets folder, or a hub
-    id."""
+    """A folder of pictures with .txt or .caption files or metadata.jsonl or .csv, such a table itself, a parquet
+    file, a datasets folder, or a hub id."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a folder that datasets.save_to_disk made."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     image_column: str = "image"
     """Where a parquet file or data set has its pictures."""
     caption_column: str = "text"
-    """Where a parquet file, data set or metadata.jsonl has its captions."""
+    """Where a parquet file, data set, metadata.jsonl or .csv has its captions."""
     resolution: Annotated[int, Field(ge=8)] | None = None
     """Side of the square that a bucket's area stays within, in pixels; the base's own size when absent."""
     buckets: bool = True

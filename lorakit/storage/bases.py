@@ -20,11 +20,13 @@ from lorakit.storage.headers import header_bytes
 
 __all__ = [
     "BaseLocation",
+    "base_id",
     "description",
     "digest",
     "file_digest",
     "remember_digest",
     "resolve",
+    "split_base_id",
     "texts",
     "weight_files",
 ]

@@ -245,6 +245,9 @@ def check_diffusers(folder: Path) -> None:
             raise ModelError(f"{component} is missing", where=str(path))
         if not (folder / component).is_dir():
             raise ModelError(f"the folder {component} is missing", where=str(path))
+        tokens = [folder / component / file for file in ("vocab.json", "tokenizer.json")]
+        if component.startswith("tokenizer") and not any(file.is_file() for file in tokens):
+            raise ModelError("no vocab.json and no tokenizer.json", where=str(folder / component))
     for component, stem in weight_stems(folder).items():
         found = shapes(shard_files(folder / component, stem))
         config_path = folder / component / "config.json"

@@ -21,15 +21,15 @@ MOST_TIMESTEPS = 100_000
 
 
 def check_sizes(config: Mapping[str, Any], path: Path, tensors: int) -> None:
-    """Sizes are whole numbers from 1 to 2^31, no number is larger, and counts of layers and lists of blocks are no
-    longer than the ``tensors`` that the weights have. ``max_window_layers`` is exempt: small Qwen models keep the value
-    of a larger one."""
+    """Sizes are whole numbers from 1 to 2^31, no whole number is larger, and counts of layers and lists of blocks are
+    no longer than the ``tensors`` that the weights have. Exempt are ``max_window_layers``, where small Qwen models keep
+    the value of a larger one, and ``rope_theta``, no count: 4.5e10 for four million positions."""
     for key in SIZES:
         value = config.get(key)
         if value is not None and (type(value) is not int or not 0 < value < 2**31):
             raise ModelError(f"{key} is {str(value)[:40]}, not a size", where=str(path))
     for key, value in _numbers(config):
-        if not -(2**31) <= value < 2**31:
+        if isinstance(value, int) and key != "rope_theta" and not -(2**31) <= value < 2**31:
             raise ModelError(f"{key} is {str(value)[:40]}, too large a number", where=str(path))
         if "layers" in key and key != "max_window_layers" and value > tensors:
             raise ModelError(f"{key} is {value}, but the weights are only {tensors} tensors", where=str(path))

@@ -26,7 +26,7 @@ def model_errors(where: str, doing: str = "cannot be loaded") -> Iterator[None]:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            hint = "free some memory, or take a smaller model, or of a language model base.quantization: nf4"
+            hint = "free some memory, or take a smaller model; a language model trains and answers in 4 bit (nf4) too"
             raise ResourceError("not enough memory for the model", where=where, hint=hint) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         text = f"{type(error).__name__}: {lines[0]}" if not isinstance(error, OSError | RuntimeError) else lines[0]

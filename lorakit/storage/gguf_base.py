@@ -1,12 +1,20 @@
-"""What a GGUF file must be before a library builds a model from it: a known architecture, and sizes as its weights."""
+"""What a GGUF file must be before a library builds a model from it: a known architecture, and sizes as its weights.
 
+And what it says of scaled positions, which transformers' reader leaves out.
+"""
+
+import math
+import struct
 from pathlib import Path
+from typing import Any
 
 from lorakit.errors import ModelError
 from lorakit.storage.gguf_header import GgufHeader, Items, read_gguf
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-EMBEDDING, TOKENS = "token_embd.weight", "tokenizer.ggml.tokens"
+EMBEDDING, TOKENS, ROPE = "token_embd.weight", "tokenizer.ggml.tokens", "rope_freqs.weight"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Of every Llama 3.1, 3.2 and 3.3."""
 
 
 def check_gguf(path: Path) -> None:
@@ -16,6 +24,58 @@ def check_gguf(path: Path) -> None:
         _check_sizes(header, _architecture(header))
     except ValueError as error:
         raise ModelError(str(error), where=str(path)) from error
+    rope_scaling(path)
+
+
+def rope_scaling(path: Path) -> dict[str, Any]:
+    """What transformers calls ``rope_parameters``, beside the base, of a checked file whose positions are scaled; else
+    empty. The keys and the tensor are llama.cpp's: linear and YaRN by ``rope.scaling.*``, Llama 3's by what each
+    frequency is divided by. ModelError for any other scaling."""
+    header = read_gguf(path)
+    try:
+        return _rope_scaling(path, header, _architecture(header))
+    except ValueError as error:
+        raise ModelError(str(error), where=str(path), hint="take the model's safetensors folder") from error
+
+
+def _rope_scaling(path: Path, header: GgufHeader, architecture: str) -> dict[str, Any]:
+    begin = f"{architecture}.rope."
+    told: dict[str, Any] = {key[len(begin) :]: v for key, v in header.values.items() if key.startswith(begin)}
+    factor = told.get("scaling.factor", told.get("scale_linear", 0.0)) or 1.0
+    kind = told.get("scaling.type", "linear")
+    if ROPE in header.tensors:
+        _require(ROPE, kind in ("linear", "none") and factor == 1.0, f"beside a scaling of {factor}")
+        return _llama3(path, header, float(told.get("freq_base", 10000.0)))
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return {}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    _require(f"{begin}scaling.type", kind == "yarn", f"{str(kind)[:40]!r} is not known here")
+    for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
+        value = told.get(f"scaling.{key}", 1.0)
+        _require(f"{begin}scaling.{key}", value == 1.0, f"YaRN with {value} is not known here")
+    context = told.get("scaling.original_context_length", header.values.get(f"{architecture}.context_length"))
+    given = {name: told.get(f"scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+    bounds = {name: value for name, value in given.items() if value is not None}
+    return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": context, **bounds}
+
+
+def _llama3(path: Path, header: GgufHeader, base: float) -> dict[str, Any]:
+    """From what the frequencies are divided by: the factor is the largest, all else is the same for every Llama 3."""
+    tensor = header.tensors[ROPE]
+    (count,) = tensor.shape if len(tensor.shape) == 1 else (0,)
+    _require(ROPE, tensor.dtype == "F32" and 0 < count <= 4096, f"{tensor.dtype} {list(tensor.shape)}")
+    with path.open("rb") as file:
+        file.seek(tensor.begin)
+        found = struct.unpack(f"<{count}f", file.read(4 * count))
+    low, high, context = LLAMA3.values()
+    factor = max(found)
+    for number, value in enumerate(found):
+        wave = 2 * math.pi * base ** (number / count)
+        share = min(max((context / wave - low) / (high - low), 0.0), 1.0)
+        expected = 1 / ((1 - share) / factor + share)
+        _require(ROPE, math.isclose(value, expected, rel_tol=1e-4), "not Llama 3's scaling, the only one known here")
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3} if factor != 1.0 else {}
 
 
 def _architecture(header: GgufHeader) -> str:
@@ -30,7 +90,7 @@ def _architecture(header: GgufHeader) -> str:
 def _check_sizes(header: GgufHeader, architecture: str) -> None:
     """Each count that a model is built from, held against the weights: layers, width, pieces of the vocabulary."""
     for key, value in header.values.items():
-        if key.startswith((f"{architecture}.", "tokenizer.")) and isinstance(value, int | float):
+        if key.startswith((f"{architecture}.", "tokenizer.")) and isinstance(value, int):
             _require(key, -(2**31) <= value < 2**31, f"{value} is too large a number")
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
     _require(EMBEDDING, len(shapes.get(EMBEDDING, ())) == 2, "the weights lack it")

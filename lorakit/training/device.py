@@ -91,7 +91,7 @@ def _dtype(precision: str, on_cpu: bool) -> torch.dtype:
     fast = _multiplies_bf16(on_cpu)
     if precision == "auto":
         if not (fast or on_cpu):
-            log.warning("this GPU has no bf16, so fp32 is taken: compute.precision fp16 is faster, in half the memory")
+            log.warning("this GPU has no bf16, so fp32 is taken: fp16 is faster, in half the memory")
         return torch.bfloat16 if fast else torch.float32
     if precision == "fp16" and on_cpu:
         raise RecipeError("fp16 needs a GPU", where="compute.precision", hint="set it to auto, bf16 or fp32")

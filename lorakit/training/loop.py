@@ -43,7 +43,7 @@ class Plan:
     """Samples every so many steps, and before the first and after the last; 0: only those two."""
     track: Sequence[str]
     recipe: Mapping[str, Any]
-    """The whole resolved recipe as plain JSON, for checkpoints; the loop itself takes nothing from it."""
+    """The whole resolved recipe as plain JSON, for checkpoints, trackers and the adapter's metadata."""
     recipe_text: str
     """The same for people, as it stands in the run folder."""
     resume: bool = False

@@ -46,7 +46,7 @@ QUESTIONS = (
 )
 HELD_OUT = 96
 ASKED_IN_RECIPE = ("math.gcd", "os.path.isdir", "shutil.rmtree", "heapq.heappush", "random.shuffle", "textwrap.dedent")
-"""Always held out: the recipe's sample prompts and the demo ask about them."""
+"""Always held out: the recipe's sample prompts ask about the first four."""
 SHORTEST, LONGEST = 20, 600
 
 

@@ -139,7 +139,8 @@ def test_kohya_file_is_read_by_diffusers(sd: Path, tmp_path: Path, adapter: Adap
     }
     changes = {name: deltas(adapter_state(models[name]), injection) for name, injection in injections.items()}
     path = tmp_path / "style.safetensors"
-    write_kohya(path, changes, title="style", version="sd_v1", prediction_type="epsilon", resolution=64)
+    known = {"title": "style", "version": "sd_v1", "prediction_type": "epsilon", "resolution": 64}
+    write_kohya(path, changes, models=models, **known)
 
     pipeline = StableDiffusionPipeline.from_pretrained(sd)
     pipeline.load_lora_weights(path)
@@ -194,7 +195,8 @@ def test_kohya_metadata_and_names(sd: Path, tmp_path: Path) -> None:
     injection = disturbed(models["unet"], Adapter(rank=4, alpha=2), UNET)
     path = tmp_path / "style.safetensors"
     changes = {"unet": deltas(adapter_state(models["unet"]), injection)}
-    write_kohya(path, changes, title="style", version="sd_v1", prediction_type="epsilon", resolution=64)
+    known = {"title": "style", "version": "sd_v1", "prediction_type": "epsilon", "resolution": 64}
+    write_kohya(path, changes, models=models, **known)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     content = path.read_bytes()

@@ -19,11 +19,9 @@ def test_the_pins_of_the_project_keep_to_the_minimum_versions():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     requirements = {Requirement(line).name.lower(): Requirement(line).specifier for line in listed}
     for name, minimum in MINIMUM.items():
-        bounds = [s for s in requirements[name] if s.operator in (">=", ">", "==", "~=")]
-        assert bounds, f"{name} has no lower bound"
-        bound = bounds[0]
-        at_bound = bound.operator == ">" and Version(bound.version) == Version(minimum.version)
-        assert minimum.allows(bound.version) or at_bound, f"{name} {bound} admits a version that is not {minimum}"
+        (bound,) = requirements[name]
+        assert bound.operator == ">="
+        assert Version(bound.version) == Version(minimum.version), f"{name} {bound}, the doctor says {minimum}"
 
 
 def test_the_tested_set_keeps_to_the_minimum_versions():
@@ -51,7 +49,7 @@ def test_no_version_with_a_known_advisory_will_do(name):
     before = ".".join(
         map(str, [*release[:-1], release[-1] - 1] if release[-1] else [*release[:-2], release[-2] - 1, 99])
     )
-    assert MINIMUM[name].allows(fixed)
+    assert Version(MINIMUM[name].version) >= Version(fixed)
     assert not MINIMUM[name].allows(before)
     assert all(advisory in MINIMUM[name].why for advisory in advisories)
 
@@ -62,8 +60,6 @@ def test_no_version_with_a_known_advisory_will_do(name):
         (Minimum("2.10", ""), "2.10.0+cpu", True),
         (Minimum("2.10", ""), "2.9.1", False),
         (Minimum("2.10", ""), "2.10.0rc1", False),
-        (Minimum("5.2.0", "", after=True), "5.2.0", False),
-        (Minimum("5.2.0", "", after=True), "5.2.1", True),
         (Minimum("12.3", ""), "12.10", True),
     ],
 )

@@ -55,6 +55,7 @@ def kohya(tmp_path_factory: pytest.TempPathFactory) -> Path:
         version="sd_v1",
         prediction_type="epsilon",
         resolution=512,
+        models=known_models("sd_v1"),
         metadata=strings,
     )
     return path

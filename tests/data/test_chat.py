@@ -112,7 +112,7 @@ def test_nested_squad_gives_one_row_a_question():
         ({"messages": [{"role": "user", "content": "x"}]}, "messages", "no assistant message"),
         ({"messages": [{"role": "assistant", "content": " "}]}, "messages", "'content' is empty"),
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "messages", "0 or 1"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "sharegpt", "unknown speaker"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "sharegpt", "unknown role"),
         ({"messages": [ASSISTANT | {"function_call": {"name": "f"}}]}, "messages", "'function_call' is not supported"),
         (
             {"messages": [ASSISTANT | {"reasoning_content": 1}]},

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from lorakit.data.chat_set import load_chats
 from lorakit.data.show import show_row, token_histogram
 from lorakit.data.templates import NAMED
 from lorakit.data.tokens import Renderer
-from lorakit.errors import DataError, ModelError
+from lorakit.errors import DataError, ModelError, RecipeError
 from lorakit.recipe.schema import ChatData
 from tests.tiny import tiny_tokenizer
 
@@ -226,7 +227,8 @@ def test_a_template_that_leaves_earlier_answers_out_has_them_learned(tokenizer, 
 
 def test_a_template_whose_prompt_is_no_prefix_is_refused(tokenizer, tmp_path):
     path = tmp_path / "odd.jinja"
-    path.write_text("{{ messages | length }}{% for m in messages %}{{ m['content'] | upper }}{% endfor %}")
+    counted = "{% for m in messages %}{{ m['content'] | length }}{{ m['content'] }}{% endfor %}"
+    path.write_text(counted + "{% if add_generation_prompt %}?{% endif %}")
     with pytest.raises(DataError, match="changes the text") as caught:
         Renderer(tokenizer, str(path), 512).encode(chat(*TURNS))
     assert caught.value.where == "f:1"
@@ -255,6 +257,61 @@ def test_answers_alone_are_learned_whatever_the_template_adds(tokenizer, tmp_pat
     (row,) = Renderer(tokenizer, str(path), 512).encode(chat(*TURNS[begin:]))
     assert learned(row, tokenizer) == ["It returns a new list.<|im_end|>", "An iterator, 거꾸로 🙂<|im_end|>"]
     assert not row.alone
+
+
+MISTRAL = (
+    "{{ bos_token }}{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in messages if m['role'] != 'system' %}{% if m['role'] == 'user' %}"
+    "{{ '[INST]' + (system + '\n\n' if loop.last and system else '') + m['content'] + '[/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+"""Writes the system message into the last message alone, if that is a question, as Mistral's own templates do."""
+
+
+def test_what_a_template_takes_back_once_it_is_answered_stands_before_each_answer(tokenizer, tmp_path):
+    path = tmp_path / "mistral.jinja"
+    path.write_text(MISTRAL)
+    renderer = Renderer(tokenizer, str(path), 512)
+    rows = renderer.encode(chat(*TURNS))
+    assert [learned(row, tokenizer) for row in rows] == [
+        [" An iterator, 거꾸로 🙂<|im_end|>"],
+        [" It returns a new list.<|im_end|>"],
+    ]
+    assert [row.alone for row in rows] == [False, True]
+    for row, turn in zip(rows, (4, 2), strict=True):
+        first = int(np.flatnonzero(row.labels)[0])
+        asked = renderer.prompt(TURNS[:turn])
+        assert TURNS[0].content in tokenizer.decode(asked)
+        assert row.tokens[:first].tolist() == asked
+
+
+def test_a_template_that_opens_an_answer_with_more_is_told(tokenizer, tmp_path):
+    path = tmp_path / "thinks.jinja"
+    path.write_text("{% for m in messages %}" + TURN + "{% endfor %}"
+                    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")  # fmt: skip
+    (row,) = Renderer(tokenizer, str(path), 512).encode(chat(*TURNS))
+    assert row.opened
+    (row,) = Renderer(tokenizer, None, 512).encode(chat(*TURNS))
+    assert not row.opened
+
+
+def test_thoughts_that_a_template_leaves_out_are_told(tokenizer, tmp_path):
+    path = tmp_path / "thoughtless.jinja"
+    path.write_text("{% for m in messages %}" + TURN + "{% endfor %}"
+                    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")  # fmt: skip
+    answer = replace(TURNS[2], reasoning="Let me see.")
+    with pytest.raises(DataError, match="some of an answer, which would go unlearned"):
+        Renderer(tokenizer, str(path), 512).encode(chat(*TURNS[:2], answer))
+
+
+def test_of_several_templates_the_default_is_taken(tokenizer):
+    several = copy.deepcopy(tokenizer)
+    several.chat_template = {"tool_use": "{{ messages | tojson }}", "default": tokenizer.chat_template}
+    rows = [Renderer(one, None, 512).encode(chat(*TURNS)) for one in (several, tokenizer)]
+    assert [row.tokens.tolist() for row in rows[0]] == [row.tokens.tolist() for row in rows[1]]
+    several.chat_template = {"tool_use": "x", "rag": "y"}
+    with pytest.raises(ModelError, match="none of them the default"):
+        Renderer(several, None, 512).encode(chat(*TURNS))
 
 
 @pytest.mark.parametrize(
@@ -360,7 +417,7 @@ def test_missing_templates_and_marks(tokenizer):
         Renderer(bare, None, 64).encode(chat(*TURNS))
     with pytest.raises(ModelError, match="which llama3 needs"):
         Renderer(tokenizer, "llama3", 64).encode(chat(*TURNS))
-    with pytest.raises(DataError, match="no template 'chatlm'"):
+    with pytest.raises(RecipeError, match="no template 'chatlm'"):
         Renderer(tokenizer, "chatlm", 64).encode(chat(*TURNS))
     assert Renderer(bare, None, 64).encode(Completion("", "needs no template", "f:1"))
 

@@ -10,7 +10,14 @@ from lorakit.adapters.inject import adapter_parameters, inject
 from lorakit.data.tokens import Encoded
 from lorakit.errors import ModelError
 from lorakit.families.llama import packed
-from lorakit.families.llama.base import GROUPS, OWN_ATTENTION, check_trainable, logit_factor, longest_document
+from lorakit.families.llama.base import (
+    GROUPS,
+    OWN_ATTENTION,
+    check_trainable,
+    has_windows,
+    logit_factor,
+    most_positions,
+)
 from lorakit.families.llama.batch import collate, empty_batch, held_out_batches, train_batches
 from lorakit.numerics.order import Layout
 from lorakit.recipe.schema import Adapter
@@ -102,6 +109,34 @@ def test_packed_and_padded_losses_and_gradients_equal_transformers_own(kind, ali
         assert (gradient - gradients[2]).norm() <= 2e-5 * gradients[2].norm()
 
 
+WINDOWS = {
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+@pytest.mark.parametrize("alike", [0, 3, 12])
+def test_documents_longer_than_a_window(kind, alike):
+    lm = build(kind, **WINDOWS[kind])
+    inject(lm, Adapter(rank=4), GROUPS, seed=1)
+    parameters = list(adapter_parameters(lm).values())
+    for parameter in parameters:
+        draw = torch.Generator().manual_seed(len(parameter))
+        parameter.data = torch.randn(parameter.shape, generator=draw).double() / 8
+    examples, view = rows(15, 30, 14, 19, alike=alike), packed.PackedLM(lm, logit_factor(lm.config))
+    assert has_windows(lm.config)
+    assert view.plain == (kind != "gemma3_text")
+    expected = transformers_loss(lm, examples)
+    gradients = torch.autograd.grad(expected, parameters)
+    for packing in (True, False):
+        loss = run(view, collate(examples, packing=packing))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        for got, want in zip(torch.autograd.grad(loss, parameters), gradients, strict=True):
+            assert (got - want).norm() <= 2e-5 * want.norm()
+
+
 def saved(view, batch):
     """Numbers kept for the backward pass."""
     counts = []
@@ -171,8 +206,26 @@ def test_masks_caches_and_probability_dropout_are_refused():
 def test_capped_logits_and_windows_are_known():
     with pytest.raises(ModelError, match="gemma2 caps"):
         check_trainable(AutoConfig.for_model("gemma2", **SIZES))
-    assert longest_document(AutoConfig.for_model("mistral", **SIZES, sliding_window=16)) == 16
-    assert longest_document(AutoConfig.for_model("qwen2", **SIZES, sliding_window=16)) == 64
+    assert has_windows(AutoConfig.for_model("mistral", **SIZES, sliding_window=16))
+    assert not has_windows(AutoConfig.for_model("mistral", **SIZES, sliding_window=64))
+    assert not has_windows(AutoConfig.for_model("qwen2", **SIZES, sliding_window=16))
+
+
+@pytest.mark.parametrize(
+    ("rope", "most"),
+    [
+        ({}, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8}, 64),
+    ],
+)  # fmt: skip
+def test_scaled_positions_are_more(rope, most):
+    config = AutoConfig.for_model("llama", **SIZES, rope_parameters={"rope_theta": 10000.0, **rope})
+    assert most_positions(config) == most
 
 
 @pytest.mark.parametrize(("named", "kind"), LLAMA_ARCHITECTURES.items())

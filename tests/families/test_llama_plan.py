@@ -29,7 +29,7 @@ def another(kind: str, **options: Any) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 408}
-        config = AutoConfig.for_model(kind, **sizes, **heads, max_position_embeddings=256, **options)
+        config = AutoConfig.for_model(kind, **{**sizes, **heads, "max_position_embeddings": 256, **options})
         config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
@@ -99,7 +99,7 @@ def test_the_plan_is_what_load_makes(
     for adapter in ADAPTERS:
         task = llama.load(base, adapter, data, LlamaSample(), LAYOUT, PLACE, learning_rate=1e-3)
         state, lm = task.adapter_state(), task.model.lm  # type: ignore[union-attr]
-        planned = plan(base, adapter, data, LAYOUT, PLACE)
+        planned = plan(base, adapter, data, LlamaSample(), LAYOUT, PLACE)
         assert {target.name for target in planned.modules} == {key.split(".lora_")[0] for key in state}
         assert planned.trainable_parameters == sum(tensor.numel() for tensor in state.values())
         assert planned.total_parameters == sum(p.numel() for p in lm.parameters() if not p.requires_grad)
@@ -108,23 +108,23 @@ def test_the_plan_is_what_load_makes(
         assert planned.steps_per_epoch == task.steps_per_epoch
         expected.append(told(planned))
     no_libraries(monkeypatch)
-    assert [told(plan(base, adapter, data, LAYOUT, PLACE)) for adapter in ADAPTERS] == expected
+    assert [told(plan(base, adapter, data, LlamaSample(), LAYOUT, PLACE)) for adapter in ADAPTERS] == expected
     if kind != "gguf":  # which unpacks to another folder
-        half = plan(base, Adapter(rank=8), data, Layout(0, 8), Place(CPU, torch.bfloat16, True))
+        half = plan(base, Adapter(rank=8), data, LlamaSample(), Layout(0, 8), Place(CPU, torch.bfloat16, True))
         assert half.memory["base weights"] == 2 * half.total_parameters
 
 
 def test_a_recipe_that_does_not_fit_is_refused_without_libraries_too(
     tmp_path: Path, data: ChatData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = LlamaBase(model=str(another("mistral", sliding_window=32)(tmp_path / "base")))
+    base = LlamaBase(model=str(another("mistral", max_position_embeddings=32)(tmp_path / "base")))
     short = data.model_copy(update={"max_tokens": 32})
     for _ in range(2):
-        plan(base, Adapter(rank=2), short, LAYOUT, PLACE)
+        plan(base, Adapter(rank=2), short, LlamaSample(), LAYOUT, PLACE)
         with pytest.raises(RecipeError, match="more than the 32 tokens"):
-            plan(base, Adapter(rank=2), data, LAYOUT, PLACE)
+            plan(base, Adapter(rank=2), data, LlamaSample(), LAYOUT, PLACE)
         with pytest.raises(RecipeError, match="no layer of the model"):
-            plan(base, Adapter(rank=2, targets=["q_prj"]), short, LAYOUT, PLACE)
+            plan(base, Adapter(rank=2, targets=["q_prj"]), short, LlamaSample(), LAYOUT, PLACE)
         no_libraries(monkeypatch)
 
 
@@ -140,10 +140,10 @@ def test_a_base_that_changes_is_looked_at_anew(
     tmp_path: Path, data: ChatData, file: str, change: dict[str, Any], error: type[Exception]
 ) -> None:
     base = tiny_llama(tmp_path / "base")
-    plan(LlamaBase(model=str(base)), Adapter(rank=2), data, LAYOUT, PLACE)
+    plan(LlamaBase(model=str(base)), Adapter(rank=2), data, LlamaSample(), LAYOUT, PLACE)
     (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | change))
     with pytest.raises(error):
-        plan(LlamaBase(model=str(base)), Adapter(rank=2), data, LAYOUT, PLACE)
+        plan(LlamaBase(model=str(base)), Adapter(rank=2), data, LlamaSample(), LAYOUT, PLACE)
 
 
 def test_plan_and_load_refuse_the_head_alike(tmp_path: Path) -> None:
@@ -153,11 +153,21 @@ def test_plan_and_load_refuse_the_head_alike(tmp_path: Path) -> None:
     data = ChatData(train=[{"path": str(tmp_path / "chats.jsonl")}], held_out=0, max_tokens=64)  # type: ignore[list-item]
     base, adapter = LlamaBase(model=str(tmp_path / "base")), Adapter(rank=2, targets=["lm_head", "q_proj"])
     with pytest.raises(RecipeError) as caught:
-        plan(base, adapter, data, LAYOUT, PLACE)
+        plan(base, adapter, data, LlamaSample(), LAYOUT, PLACE)
     assert caught.value.where == "adapter.targets"
     with pytest.raises(RecipeError) as caught:
         llama.load(base, adapter, data, LlamaSample(), LAYOUT, PLACE, learning_rate=1e-3)
     assert caught.value.where == "adapter.targets"
+
+
+def test_plan_and_load_refuse_a_system_message_over_raw_text(tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "raw text"}\n' * 4)
+    data = ChatData(train=[{"path": str(tmp_path / "text.jsonl")}], held_out=0, max_tokens=64)  # type: ignore[list-item]
+    base, sample = LlamaBase(model=str(tiny_llama(tmp_path / "base"))), LlamaSample(system="Be kind.")
+    with pytest.raises(RecipeError, match="no system message"):
+        plan(base, Adapter(rank=2), data, sample, LAYOUT, PLACE)
+    with pytest.raises(RecipeError, match="no system message"):
+        llama.load(base, Adapter(rank=2), data, sample, LAYOUT, PLACE, learning_rate=1e-3)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -165,7 +175,7 @@ def test_dora_over_a_quantized_base_keeps_more(tmp_path: Path, dora: bool) -> No
     """PEFT's float32 copy [tokens, in] of each of its layers' input, where the base would keep it in bfloat16."""
     folder, data, where = *made(tmp_path), Place(torch.device("cpu"), torch.bfloat16)
     bases = [LlamaBase.model_validate({"model": str(folder), "quantization": kind}) for kind in ("none", "nf4")]
-    plans = [plan(base, Adapter(rank=2, dora=dora), data, LAYOUT, where) for base in bases]
+    plans = [plan(base, Adapter(rank=2, dora=dora), data, LlamaSample(), LAYOUT, where) for base in bases]
     tokens = sum(len(chat.tokens) for chat in plans[0].chats.train)
     kept = 2 * tokens * sum(target.inputs for target in plans[0].modules) * dora
     assert plans[1].memory["activations"] - plans[0].memory["activations"] == kept
@@ -183,7 +193,7 @@ def test_dora_keeps_more(tmp_path: Path) -> None:
     """[tokens, out] of each of its layers, in float32."""
     folder, data = made(tmp_path)
     base = LlamaBase(model=str(folder))
-    plain, dora = (plan(base, Adapter(rank=2, dora=on), data, LAYOUT, PLACE) for on in (False, True))
+    plain, dora = (plan(base, Adapter(rank=2, dora=on), data, LlamaSample(), LAYOUT, PLACE) for on in (False, True))
     tokens = sum(len(chat.tokens) for chat in plain.chats.train)
     kept = 4 * tokens * sum(target.outputs for target in dora.modules)
     assert dora.memory["activations"] - plain.memory["activations"] == kept

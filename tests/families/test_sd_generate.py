@@ -188,9 +188,8 @@ def test_adapters_are_laid_over_the_base_with_their_weights(base: Path, tmp_path
     state = adapter_state(plain.parts.unet)
     write_peft(tmp_path / "a" / "unet", state, injection, base_name="tiny")
     changes = {"unet": deltas(state, injection)}
-    write_kohya(
-        tmp_path / "b.safetensors", changes, title="style", version="sd_v1", prediction_type="epsilon", resolution=64
-    )
+    known = {"title": "style", "version": "sd_v1", "prediction_type": "epsilon", "resolution": 64}
+    write_kohya(tmp_path / "b.safetensors", changes, models=plain.parts.adaptable, **known)
     by_hand = open_painter(location, [], CPU, torch.float32)
     modules = dict(by_hand.parts.unet.named_modules())
     with torch.no_grad():

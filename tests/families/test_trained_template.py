@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,30 @@ def test_a_template_that_is_no_text_is_refused(base: Path, tmp_path: Path) -> No
     (trained / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(ModelError, match=r"chat_template\.jinja: not readable as text"):
         read_adapter(trained)
+
+
+def test_a_padding_token_without_an_embedding_is_left_out(base: Path, tmp_path: Path) -> None:
+    """Old trainers added one to LLaMA 2's tokenizer, and saved no embedding for it."""
+    padded = with_tokens(base, adapter(base, tmp_path / "padded", None), "[PAD]")
+    config = padded / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "[PAD]"}))
+    text = "What is [PAD]?"
+    expected = AutoTokenizer.from_pretrained(base)(text)["input_ids"]
+    chat = open_chat(resolve(str(base)), [(padded, 1.0)], PLACE)
+    assert chat.renderer.prompt(text) == expected
+    out = merged(base, [padded], tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(out)(text)["input_ids"] == expected
+
+
+def test_a_bases_own_special_token_without_an_embedding_is_left_out(base: Path, tmp_path: Path) -> None:
+    """As Gemma 3's token for pictures in its models of text alone."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    with_tokens(base, folder, "<image_soft_token>")
+    text = "See <image_soft_token>."
+    chat = open_chat(resolve(str(folder)), [], PLACE)
+    assert chat.renderer.prompt(text) == AutoTokenizer.from_pretrained(base)(text)["input_ids"]
+    template = AutoTokenizer.from_pretrained(folder)
+    template.chat_template += "<image_soft_token>"
+    template.save_pretrained(folder)
+    with pytest.raises(ModelError, match="goes up to token 400"):
+        open_chat(resolve(str(folder)), [], PLACE)

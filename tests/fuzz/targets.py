@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -99,9 +98,6 @@ def fresh(whole: Path, place: Path) -> Path:
     """A copy of a sound folder at ``place``."""
     shutil.rmtree(place, ignore_errors=True)
     return Path(shutil.copytree(whole, place))
-
-
-Breakage = Callable[[Path], None]
 
 
 def removed(path: Path) -> None:

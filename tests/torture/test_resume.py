@@ -68,6 +68,7 @@ def test_killed_at_operations_of_a_save(llama: Bench) -> None:
 def test_a_disk_that_breaks_or_is_full_in_a_save(llama: Bench, error: str) -> None:
     """The kernel's own answer to an operation of the second save; torture tries them all."""
     touched = [number for number, (_, path, _) in enumerate(llama.operations()) if "step-000004" in path]
+    assert len(touched) > 20
     for number in touched[3::16]:
         check(llama.fail_at(number, error))
 
@@ -85,6 +86,7 @@ def test_a_second_signal_in_a_save(llama: Bench) -> None:
 def test_a_merge_killed_leaves_the_old_model_or_the_new_one(llama: Bench, over: bool) -> None:
     merging = MergeBench(llama, over=over)
     operations = merging.operations()
+    assert len(operations) > 15
     assert trace.unsynced(operations, "out") == []
     for number in range(over, len(operations), 11):
         check(merging.kill_at(number, torn=number % 2 == 0))
@@ -96,6 +98,7 @@ def test_a_merge_killed_leaves_the_old_model_or_the_new_one(llama: Bench, over: 
 def test_a_merge_into_a_single_file(sd: Bench, over: bool) -> None:
     merging = MergeBench(sd, over=over, out="out.safetensors")
     operations = merging.operations()
+    assert len(operations) > 15
     assert trace.unsynced(operations, "out.safetensors") == []
     for number in range(over, len(operations), 9):
         check(merging.kill_at(number, torn=number % 2 == 0))

@@ -10,7 +10,7 @@ import torch
 from lorakit.data.cache import content_key, default_folder, versions
 from lorakit.data.chat_set import ChatSet, load_chats
 from lorakit.errors import ModelError, RecipeError
-from lorakit.recipe.schema import ChatData, LlamaBase
+from lorakit.recipe.schema import ChatData, LlamaBase, LlamaSample
 from lorakit.storage.atomic import alone, discard
 from lorakit.storage.bases import BaseLocation, description, digest, resolve
 
@@ -43,7 +43,7 @@ def find_base(base: LlamaBase, dtype: torch.dtype) -> tuple[BaseLocation, BaseLo
     return location, as_folder(location, dtype)
 
 
-UNPACKING = 2
+UNPACKING = 3
 """Counted up with every change of what is unpacked from the same file."""
 
 
@@ -96,17 +96,35 @@ def logit_factor(config: Any) -> float:
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
-def longest_document(config: Any) -> int:
-    """Tokens that a training row may have: the positions the model knows, or the shortest attention window."""
-    windows = [getattr(config, "sliding_window", None)] if getattr(config, "use_sliding_window", True) else []
-    return min([int(config.max_position_embeddings), *(int(window) for window in windows if window)])
+def most_positions(config: Any) -> int:
+    """Tokens that a model takes: those that it was made for, times the factor that a configuration scales them by
+    (linear, dynamic NTK, YaRN) where it does not count that yet, as Qwen's for long texts do not."""
+    known = int(config.max_position_embeddings)
+    scaling: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    scaling = scaling.get("full_attention", scaling)  # by the layers' kind
+    if scaling.get("rope_type") in ("linear", "dynamic", "yarn"):
+        plain = scaling.get("original_max_position_embeddings") or known
+        known = max(known, int(plain * float(scaling.get("factor") or 1.0)))
+    return known
+
+
+def has_windows(config: Any) -> bool:
+    """Whether some layer attends to fewer tokens than the model takes."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return window is not None and window < most_positions(config)
+
+
+def check_sample(sample: LlamaSample, chats: ChatSet) -> None:
+    """Raises RecipeError for samples that are asked for what the data does not teach."""
+    if chats.raw and sample.system is not None:
+        raise RecipeError("the data is raw text, which has no system message", where="sample.system")
 
 
 def read_chats(location: BaseLocation, config: Any, data: ChatData, seed: int, tokenizer: Callable[[], Any]) -> ChatSet:
     """A recipe's chats, encoded for the base in a folder; ``tokenizer`` is called for those that never were before."""
-    if data.max_tokens > longest_document(config):
+    if data.max_tokens > most_positions(config):
         raise RecipeError(
-            f"{data.max_tokens} is more than the {longest_document(config)} tokens that the model attends to",
+            f"{data.max_tokens} is more than the {most_positions(config)} tokens that the model takes",
             where="data.max_tokens",
             hint="lower it: longer chats lose their oldest turns",
         )

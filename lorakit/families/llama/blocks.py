@@ -35,6 +35,15 @@ def _norms(layer: Any) -> tuple[Any, Any]:
     return layer.input_layernorm, layer.post_attention_layernorm
 
 
+def _window(attention: Any) -> int | None:
+    """Tokens that one sees in this layer; Mistral's layers leave it to the config, Qwen2's have their own."""
+    if hasattr(attention, "sliding_window"):
+        window: int | None = attention.sliding_window
+    else:
+        window = getattr(attention.config, "sliding_window", None)
+    return window
+
+
 def hidden_states(
     decoder: Any, tokens: Tensor, positions: Tensor, packing: Packing, learned: Tensor, *, checkpointing: bool
 ) -> Tensor:
@@ -69,7 +78,8 @@ def block(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], packing: Packing, 
         projection(normed).unflatten(-1, (-1, attention.head_dim))
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    mixed = packed_attention(rotate(q, *turn), rotate(k, *turn), v, packing, attention.scaling).flatten(1)
+    turned = rotate(q, *turn), rotate(k, *turn)
+    mixed = packed_attention(*turned, v, packing, attention.scaling, _window(attention)).flatten(1)
     if learned is not None:
         x, mixed = x.index_select(0, learned), mixed.index_select(0, learned)
     x = x + attention.o_proj(mixed)

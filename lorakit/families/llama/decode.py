@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from lorakit.adapters.inference import Stacked, stackable
-from lorakit.families.llama.base import longest_document
+from lorakit.families.llama.base import has_windows, most_positions
 from lorakit.families.llama.blocks import of_llama_kind
 from lorakit.numerics.attention import causal_attention
 from lorakit.numerics.elementwise import signed
@@ -51,7 +51,7 @@ class AnyModel:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._cache: Any = None
-        self.limit, self.ends = int(model.config.max_position_embeddings), _ends(model)
+        self.limit, self.ends = most_positions(model.config), _ends(model)
 
     def start(self, row: int, prompt: Sequence[int]) -> Tensor:  # noqa: ARG002 (there is but one)
         self._cache = DynamicCache(config=self._model.config)
@@ -86,7 +86,7 @@ def _is_plain(model: Any) -> bool:
     rotary = model.model.rotary_emb
     if rotary.rope_type not in ROPES or 2 * len(rotary.inv_freq) != model.model.layers[0].self_attn.head_dim:
         return False
-    return longest_document(config) == config.max_position_embeddings and all(map(stackable, _linear(model)))
+    return not has_windows(config) and all(map(stackable, _linear(model)))
 
 
 def _linear(model: Any) -> list[nn.Module]:
@@ -109,7 +109,7 @@ class PlainLlama:
     rows = 8
 
     def __init__(self, model: Any) -> None:
-        self.limit, self.ends = int(model.config.max_position_embeddings), _ends(model)
+        self.limit, self.ends = most_positions(model.config), _ends(model)
         inner = model.model
         self._embed, self._norm, self._rotary = inner.embed_tokens, _Norm(inner.norm), inner.rotary_emb
         self._head = Stacked([model.lm_head])

@@ -18,9 +18,9 @@ from lorakit.data.chat import Message
 from lorakit.data.templates import ChatTemplate
 from lorakit.data.tokens import Renderer
 from lorakit.errors import DataError, ModelError, NonFiniteError
-from lorakit.families.llama.base import as_folder
+from lorakit.families.llama.base import as_folder, most_positions
 from lorakit.families.llama.decode import AnyModel, Decoder, decoder
-from lorakit.families.llama.library import Quantization, check_tokenizer, load_model, load_tokenizer
+from lorakit.families.llama.library import Quantization, fitted_tokenizer, load_model, load_tokenizer
 from lorakit.families.place import Place
 from lorakit.storage.bases import BaseLocation
 
@@ -197,7 +197,7 @@ def open_chat(
     model = load_model(folder, place, quantization, attention=None)
     larger = larger_vocabulary([path for path, _ in adapters], folder.path)
     tokenizer = load_tokenizer(folder if larger is None else replace(folder, path=larger))
-    check_tokenizer(tokenizer, model.config, location)
+    tokenizer = fitted_tokenizer(tokenizer, model.config, location, trained=larger is not None)
     trained = []
     for number, (path, weight) in enumerate(adapters):
         saved = read_adapter(path, {"model": model})
@@ -209,5 +209,5 @@ def open_chat(
     if chat_template is None and (source := trained_template(trained)) is not None:
         path = next(path for (path, _), own in zip(adapters, trained, strict=True) if TEMPLATE_KEY in own)
         template = ChatTemplate(tokenizer, source, f"the chat template of {path}")
-    limit = int(model.config.max_position_embeddings)
+    limit = most_positions(model.config)
     return Chat(decoder(model), Renderer(tokenizer, template, limit, setting="--chat-template"))

@@ -5,21 +5,21 @@ Reading a GGUF file's header and de-quantizing its weights takes transformers lo
 each weight is rounded once, from the de-quantized float32.
 """
 
-import json
 import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
 
 from lorakit.errors import ConflictError
+from lorakit.families.llama.library import first_tokens
 from lorakit.families.llama.readable import readable
 from lorakit.storage.atomic import new_folder
 from lorakit.storage.bases import BaseLocation
 from lorakit.storage.foreign import check_complete
+from lorakit.storage.gguf_base import rope_scaling
 
 log = logging.getLogger("lorakit")
 
@@ -47,20 +47,14 @@ def unpack(location: BaseLocation, folder: Path, dtype: torch.dtype) -> None:
         )
         check_complete(report, location.name)
         _clear_mark(model)
+        model.config.rope_parameters |= rope_scaling(location.path)
         model.should_save_on_this_rank = lambda _: True  # the first that comes, and not rank 0 alone
         with suppress(ConflictError), new_folder(folder, manifest=False) as out:  # one without locks may be faster
             model.save_pretrained(out)
-            _its_own_tokens(tokenizer).save_pretrained(out)
-
-
-def _its_own_tokens(tokenizer: Any) -> Any:
-    """The tokenizer without what the file lacks: transformers adds GPT-2's ``<|endoftext|>`` to each vocabulary of that
-    kind, LLaMA 3's too, behind the last token that the model has an embedding for."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
-    rules["added_tokens"] = [token for token in rules["added_tokens"] if token["id"] < size]
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(rules))
-    return tokenizer
+            # transformers adds GPT-2's <|endoftext|> to each vocabulary of that kind, LLaMA 3's too, behind the last
+            # token that the file has.
+            size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+            first_tokens(tokenizer, size).save_pretrained(out)
 
 
 def _clear_mark(model: Any) -> None:

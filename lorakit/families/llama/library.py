@@ -1,7 +1,9 @@
 """LLaMA-type bases by transformers, which takes seconds to import: tokenizer, config and weights of a folder."""
 
+import json
 from typing import Any, Literal
 
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lorakit.data.encoder import check_loads
@@ -31,20 +33,42 @@ def load_config(location: BaseLocation) -> Any:
 
 
 def load_fitting_tokenizer(location: BaseLocation, config: Any) -> Any:
-    """``load_tokenizer``, its tokens held against the model's embeddings as ``check_tokenizer`` does."""
-    tokenizer = load_tokenizer(location)
-    check_tokenizer(tokenizer, config, location)
-    return tokenizer
+    """``load_tokenizer``, brought to the model's embeddings as ``fitted_tokenizer`` does."""
+    return fitted_tokenizer(load_tokenizer(location), config, location)
 
 
-def check_tokenizer(tokenizer: Any, config: Any, location: BaseLocation) -> None:
-    """Raises ModelError when the tokenizer has tokens that the model has no embedding for."""
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= config.vocab_size:
+def fitted_tokenizer(tokenizer: Any, config: Any, location: BaseLocation, *, trained: bool = False) -> Any:
+    """The tokenizer without what the model has no embedding for and chats do without: a padding token that a trainer
+    added, and where it is the base's own special tokens such as Gemma 3's for pictures; those of an adapter that was
+    ``trained`` with more tokens were added to be used.
+
+    Raises ModelError for any other token without an embedding.
+    """
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size}
+    if not beyond:
+        return tokenizer
+    spare = {tokenizer.pad_token}
+    if not trained:
+        written = json.dumps(tokenizer.chat_template)
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        spare |= {token for token in special if token not in written}
+    if beyond.keys() - spare or beyond.keys() & {tokenizer.bos_token, tokenizer.eos_token}:
         raise ModelError(
-            f"the tokenizer goes up to token {highest}, the model has {config.vocab_size} embeddings",
+            f"the tokenizer goes up to token {max(beyond.values())}, the model has {config.vocab_size} embeddings",
             where=location.name,
         )
+    return first_tokens(tokenizer, config.vocab_size)
+
+
+def first_tokens(tokenizer: Any, size: int) -> Any:
+    """The tokenizer without added tokens from number ``size`` on."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    gone = {token["content"] for token in rules["added_tokens"] if token["id"] >= size}
+    rules["added_tokens"] = [token for token in rules["added_tokens"] if token["id"] < size]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(rules))
+    if tokenizer.pad_token in gone:
+        tokenizer.pad_token = None
+    return tokenizer
 
 
 def load_model(

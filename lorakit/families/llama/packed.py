@@ -30,7 +30,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D], key and value [B, K, T, D] -> [B, T, H, D].
 
-    ``packing`` among the options says where the documents are; without it each row is one.
+    ``packing`` among the options says where the documents are; without it each row is one. ``sliding_window``: tokens
+    that one sees, itself among them.
     Raises ModelError for what training never has: a mask, a cache, or dropout of probabilities.
     """
     batch, _, tokens, _ = query.shape
@@ -40,7 +41,8 @@ def attend(
         raise ModelError("the base drops attention probabilities out, which packed attention does not do")
     packing = options.get("packing") or Packing.of([tokens] * batch, device=query.device)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    return packed_attention(q, k, v, packing, scaling).view(batch, tokens, query.shape[1], -1), None
+    window = options.get("sliding_window")
+    return packed_attention(q, k, v, packing, scaling, window).view(batch, tokens, query.shape[1], -1), None
 
 
 def no_mask(**_: Any) -> None:

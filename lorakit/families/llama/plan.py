@@ -12,6 +12,7 @@ from lorakit.data.cache import content_key, remembered, versions
 from lorakit.data.chat_set import ChatSet
 from lorakit.families.llama.base import (
     GROUPS,
+    check_sample,
     check_trainable,
     find_base,
     head_has_an_adapter,
@@ -20,7 +21,7 @@ from lorakit.families.llama.base import (
 from lorakit.families.place import Place
 from lorakit.numerics.cross_entropy import CHUNK_NUMBERS, EXACT_NUMBERS
 from lorakit.numerics.order import Layout
-from lorakit.recipe.schema import Adapter, ChatData, LlamaBase
+from lorakit.recipe.schema import Adapter, ChatData, LlamaBase, LlamaSample
 from lorakit.storage.bases import BaseLocation, description
 
 BITS = {"nf4": 4.13, "int8": 8.0}
@@ -52,7 +53,9 @@ class LlamaPlan:
         return self.chats.notes()
 
 
-def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, place: Place) -> LlamaPlan:
+def plan(
+    base: LlamaBase, adapter: Adapter, data: ChatData, sample: LlamaSample, layout: Layout, place: Place
+) -> LlamaPlan:
     """Raises what ``load`` would raise, but for weights that cannot be read."""
     _, folder = find_base(base, place.dtype)
     config, outline = _known(folder)
@@ -64,6 +67,7 @@ def plan(base: LlamaBase, adapter: Adapter, data: ChatData, layout: Layout, plac
         return load_fitting_tokenizer(folder, config)
 
     chats = read_chats(folder, config, data, layout.seed, tokenizer)
+    check_sample(sample, chats)
     targets = injection(outline, adapter, GROUPS).targets
     if any(outline.layers[target.name].head for target in targets):
         raise head_has_an_adapter()

@@ -21,14 +21,15 @@ from lorakit.data.chat import Message
 from lorakit.data.chat_set import ChatSet
 from lorakit.data.templates import named_source
 from lorakit.data.tokens import Renderer
-from lorakit.errors import RecipeError
 from lorakit.families.llama import packed
 from lorakit.families.llama.base import (
     GROUPS,
+    check_sample,
     check_trainable,
     find_base,
     head_has_an_adapter,
     logit_factor,
+    most_positions,
     read_chats,
 )
 from lorakit.families.llama.batch import ChatBatch, held_out_batches, train_batches
@@ -188,8 +189,7 @@ def load(
     check_trainable(config)
     tokenizer = load_fitting_tokenizer(folder, config)
     chats = read_chats(folder, config, data, layout.seed, lambda: tokenizer)
-    if chats.raw and sample.system is not None:
-        raise RecipeError("the data is raw text, which has no system message", where="sample.system")
+    check_sample(sample, chats)
     for note in chats.notes():
         log.warning("%s", note)
     if base.quantization == "int8" and place.gradient_checkpointing:
@@ -199,7 +199,7 @@ def load(
     injection = inject(lm, adapter, GROUPS, seed=mix(layout.seed, 6))
     if not packed.head_is_frozen(lm):
         raise head_has_an_adapter()
-    renderer = Renderer(tokenizer, data.chat_template, int(config.max_position_embeddings))
+    renderer = Renderer(tokenizer, data.chat_template, most_positions(config))
     template, factor = named_source(data.chat_template), logit_factor(config)
     how = place.gradient_checkpointing, base.quantization
     loaded = Loaded(location, lm, injection, chats, renderer, template, factor, *how)

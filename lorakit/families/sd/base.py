@@ -109,8 +109,6 @@ def _load_folder(location: BaseLocation, dtype: torch.dtype) -> Parts:
 
 
 def _load_tokenizer(path: Path) -> CLIPTokenizer:
-    if not any((path / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise ModelError("no vocab.json and no tokenizer.json", where=str(path))
     with model_errors(str(path), "the base does not load"):
         return cast(CLIPTokenizer, CLIPTokenizer.from_pretrained(path, local_files_only=True))
 

@@ -32,16 +32,19 @@ def identity(location: BaseLocation) -> str:
 
 
 def facts_of(location: BaseLocation) -> Facts:
-    """Raises: ModelError when a config does not make a model, or the noise schedule cannot be trained with."""
+    """Raises: ModelError when a config does not make a model, the noise schedule cannot be trained with, or a text
+    encoder, tokenizer or UNet does not fit the others."""
 
     def make() -> dict[str, Any]:
         import torch
 
-        from lorakit.families.sd.base import noise_schedule  # with diffusers
+        from lorakit.families.sd.base import load_conditioning, noise_schedule  # with diffusers
+        from lorakit.families.sd.conditioning import check_widths
         from lorakit.families.sd.skeleton import skeleton
 
         bones = skeleton(location, torch.float32)
         noise_schedule(bones.schedule, location.name)
+        check_widths(load_conditioning(location, bones.conditioning.encoders), bones.unet, location.name)
         return {
             "outlines": {name: Outline.of(model).as_table() for name, model in bones.adaptable.items()},
             "vae_parameters": Outline.of(bones.vae).parameters,
@@ -49,7 +52,7 @@ def facts_of(location: BaseLocation) -> Facts:
             "size": bones.size,
         }
 
-    table = remembered("outlines", content_key("sd 1", identity(location)), make)
+    table = remembered("outlines", content_key("sd 2", identity(location)), make)
     outlines = {name: Outline.from_table(outline) for name, outline in table["outlines"].items()}
     width, height = table["size"]
     return Facts(outlines, table["vae_parameters"], table["factor"], (width, height))

@@ -42,7 +42,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """A data set, split in two. Every training picture stands there once; mirrored ones are examples of their own."""
+    """A data set, split in two. A training picture stands there as often as it is repeated; mirrored ones are
+    examples of their own."""
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]

@@ -195,7 +195,8 @@ def test_stable_diffusion(sd: Path, tmp_path: Path, form: str, dtype: torch.dtyp
     if form == "kohya":
         path = tmp_path / "style.safetensors"
         changes = {name: deltas(states[name], injections[name]) for name in models}
-        write_kohya(path, changes, title="style", version="sd_v1", prediction_type="epsilon", resolution=64)
+        known = {"title": "style", "version": "sd_v1", "prediction_type": "epsilon", "resolution": 64}
+        write_kohya(path, changes, models=models, **known)
     else:
         for name in models:
             write_peft(path / name, states[name], injections[name], base_name="x")
