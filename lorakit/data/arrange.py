@@ -37,11 +37,11 @@ def sizes_of(data: PictureData, factor: int, native: Size) -> tuple[Size, ...]:
 def held_out_ids(pictures: Sequence[Picture], share: float, seed: int) -> set[str]:
     """Which pictures are set aside: those whose name hashes lowest, so that adding others changes little.
 
-    At least one when ``share`` is above 0 and there are two pictures; never all. One that has several captions counts
-    once, and goes to one side with all of them.
+    Never all; of a few pictures none, unless ``share`` of them is half a picture at least. One that has several
+    captions counts once, and goes to one side with all of them.
     """
     names = {picture.id for picture in pictures}
-    count = min(len(names) - 1, max(1, round(share * len(names)))) if share else 0
+    count = min(len(names) - 1, round(share * len(names)))
     return set(sorted(names, key=lambda name: content_key(seed, name))[:count])
 
 

@@ -26,8 +26,9 @@ def decoded(data: bytes, where: str) -> str:
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """``trigger`` and a comma in front of the caption, unless it is the first tag there."""
-    if caption.partition(",")[0].strip() == trigger:
+    """``trigger`` and a comma in front of the caption, unless it stands there already, as its first tags."""
+    wanted = [tag.strip() for tag in trigger.split(",")]
+    if [tag.strip() for tag in caption.split(",")[: len(wanted)]] == wanted:
         return caption
     return ", ".join(part for part in (trigger, caption) if part)
 

@@ -163,12 +163,17 @@ def _from_folder(root: Path, rejects: Rejects, *, warn: bool) -> Iterator[Pictur
             rejects(error)
             continue
         several += b"\n" in said.strip()
-        times = next((number for part in reversed(path.parts[:-1]) if (number := _repeats(part))), 1)
-        yield Picture(label, text, _FileReader(root, name, label), times)
+        yield Picture(label, text, _FileReader(root, name, label), _times(root, name))
     if masks:
         logger.warning("%d masks (%s) are left out: the whole of each picture is learned", masks, ", ".join(MASKS))
     if several:
         logger.warning("%d captions have several lines, which are read as one caption", several)
+
+
+def _times(root: Path, name: str) -> int:
+    """By kohya's folder names: the innermost that has a number, the data's own folder at last."""
+    parts = [root.resolve().name, *Path(name).parts[:-1]]
+    return next((number for part in reversed(parts) if (number := _repeats(part))), 1)
 
 
 def _repeats(folder: str) -> int:
@@ -193,7 +198,7 @@ def _from_metadata(path: Path, column: str, rejects: Rejects) -> Iterator[Pictur
         except DataError as error:
             rejects(error)
             continue
-        yield Picture(shown(name), caption, _FileReader(path.parent, name, where))
+        yield Picture(shown(name), caption, _FileReader(path.parent, name, where), _times(path.parent, name))
 
 
 def _from_table(table: Table, rejects: Rejects) -> Iterator[Picture]:

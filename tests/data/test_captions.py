@@ -31,6 +31,10 @@ def test_trigger() -> None:
     assert captions.with_trigger("", "zwx") == "zwx"
     assert captions.with_trigger("zwx , a cat", "zwx") == "zwx , a cat"
     assert captions.with_trigger("zwxy, a cat", "zwx") == "zwx, zwxy, a cat"
+    assert (
+        captions.with_trigger("sks dog, studio photo, grass", "sks dog, studio photo") == "sks dog, studio photo, grass"
+    )
+    assert captions.with_trigger("sks dog, grass", "sks dog, photo") == "sks dog, photo, sks dog, grass"
 
 
 def test_shuffling_keeps_the_first_tags_and_loses_none() -> None:

@@ -258,6 +258,18 @@ def test_kohyas_folders_say_how_often_a_picture_comes(tmp_path: Path, caplog: py
     found = survey(data, [(32, 32)], 0, lambda _: (40, 40))
     assert found.examples == {(32, 32): 3 * (10 + 2 + 1 + 1)}
     assert "repeat" not in caplog.text
+    inside = data.model_copy(update={"path": str(tmp_path / "10_cat")})
+    assert survey(inside, [(32, 32)], 0, lambda _: (40, 40)).examples == {(32, 32): 3 * 10}
+    rows = [{"file_name": f"10_cat/{next(iter(NAMES))}", "text": "a"}, {"file_name": f"plain/{next(iter(NAMES))}", "text": "b"}]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert survey(data, [(32, 32)], 0, lambda _: (40, 40)).examples == {(32, 32): 10 + 1}
+
+
+def test_of_a_few_pictures_none_is_held_out_unasked() -> None:
+    pictures = [Picture(str(number), "", bytes) for number in range(30)]
+    assert [len(held_out_ids(pictures[:count], 0.05, 0)) for count in (2, 5, 9, 11, 30)] == [0, 0, 0, 1, 2]
+    assert len(held_out_ids(pictures[:4], 0.25, 0)) == 1
+    assert len(held_out_ids(pictures[:2], 0.9, 0)) == 1
 
 
 def test_masks_are_no_pictures_and_lines_of_a_caption_are_told(

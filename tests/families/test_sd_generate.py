@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def difference(ours: Image.Image, theirs: Image.Image) -> int:
     return int(np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max())
 
 
-@pytest.mark.parametrize("name", [None, "ddim", "pndm", "heun", "euler", "dpm++2m", "dpm++2m_karras", "unipc"])
+@pytest.mark.parametrize(
+    "name", [None, "ddim", "pndm", "heun", "euler", "euler_trailing", "dpm++2m", "dpm++2m_karras", "unipc"]
+)
 def test_pictures_equal_the_pipelines(painter: Painter, name: str | None) -> None:
     settings = DrawSettings(negative_prompt="a drawing", steps=5, guidance_scale=6.0, seed=7, scheduler=name)
     latents, theirs = reference(
@@ -94,7 +97,7 @@ def test_a_v_prediction_base_another_size_and_no_guidance(v_base: Path) -> None:
     assert difference(ours, theirs) <= 1
 
 
-@pytest.mark.parametrize("name", ["euler", "euler_a", "ddpm", "dpm++2m_sde"])
+@pytest.mark.parametrize("name", ["euler", "euler_a", "ddpm", "dpm++2m_sde", "lcm"])
 def test_a_picture_depends_on_its_seed_and_not_on_the_batch(painter: Painter, name: str) -> None:
     many = painter.draw(PROMPTS, DrawSettings(steps=4, seed=3, count=2, scheduler=name))
     assert [m["seed"] for _, m in many] == [3, 4] * 3
@@ -102,6 +105,60 @@ def test_a_picture_depends_on_its_seed_and_not_on_the_batch(painter: Painter, na
     assert metadata == many[3][1]
     assert difference(alone, many[3][0]) <= 1
     assert difference(many[2][0], many[3][0]) > 1
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_guidance_of_one_or_less_draws_from_the_prompt_alone(painter: Painter, scale: float) -> None:
+    """As diffusers' pipeline, which models of a few steps are told a scale of 0."""
+    settings = DrawSettings(steps=3, guidance_scale=scale, negative_prompt="a cat", scheduler="euler_trailing")
+    options = {"prompt": "a dog", "negative_prompt": "a cat", "num_inference_steps": 3, "guidance_scale": scale}
+    expected, _ = reference(painter, "euler_trailing", **options, latents=noise([0]))
+    torch.testing.assert_close(painter._denoise(["a dog"], [0], settings), expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm++2m", "unipc"])
+def test_a_scheduler_is_what_its_name_says_whatever_the_base_sets(base: Path, tmp_path: Path, name: str) -> None:
+    path = shutil.copytree(base, tmp_path / "base")
+    config = path / "scheduler/scheduler_config.json"
+    more = {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++", "solver_order": 3}
+    config.write_text(json.dumps(json.loads(config.read_text()) | more))
+    drawn = [
+        open_painter(resolve(str(one)), [], CPU, torch.float32)._denoise(
+            ["a cat"], [1], DrawSettings(steps=5, scheduler=name)
+        )
+        for one in (base, path)
+    ]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("name", ["pndm", "heun"])
+def test_schedulers_that_cannot_end_in_noise_alone(base: Path, tmp_path: Path, name: str) -> None:
+    path = shutil.copytree(base, tmp_path / "base")
+    config = path / "scheduler/scheduler_config.json"
+    more = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | more))
+    painter = open_painter(resolve(str(path)), [], CPU, torch.float32)
+    with pytest.raises(RecipeError, match=f"{name} has no schedule that ends in noise alone") as caught:
+        painter.draw(["a cat"], DrawSettings(steps=2, scheduler=name))
+    assert "ddim" in caught.value.hint
+    painter.draw(["a cat"], DrawSettings(steps=2, scheduler="ddim"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("a (red:1.3) cat", "(red:1.3)"),
+        ("a cat <lora:style:0.8>", "<lora:style:0.8>"),
+        ("a cat --n blurry", "--n"),
+        ("a cat (red) at 10:30, a dog - no", None),
+    ],
+)
+def test_other_programs_syntax_is_told(
+    painter: Painter, caplog: pytest.LogCaptureFixture, prompt: str, told: str | None
+) -> None:
+    painter.draw([prompt], DrawSettings(steps=1))
+    assert ("is read as words" in caplog.text) == (told is not None)
+    assert (told or "") in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -115,6 +172,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_the_batch(painter: Painter, na
         (DrawSettings(count=100_000), "count"),
         (DrawSettings(guidance_scale=float("nan")), "guidance_scale"),
         (DrawSettings(scheduler="eular"), "scheduler"),
+        (DrawSettings(scheduler="lcm", steps=51), "steps"),
     ],
 )
 @pytest.mark.fault(67)

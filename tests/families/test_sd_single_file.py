@@ -146,13 +146,18 @@ def test_it_computes_what_the_models_compute(models: dict[str, Any], tmp_path: P
     assert float(1 - alphas[0]) == pytest.approx(0.00085, rel=1e-4)
 
 
-def test_prediction_types(models: dict[str, Any], tmp_path: Path) -> None:
+def test_prediction_types(models: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, models)
     assert read_configs(path).schedule["prediction_type"] == "epsilon"
     (tmp_path / "tiny.yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
     assert read_configs(path).schedule["prediction_type"] == "v_prediction"
     save_file(load_file(path), path, metadata={"modelspec.prediction_type": "epsilon"})
+    assert read_configs(path).schedule["prediction_type"] == "v_prediction"
+    assert "says that it predicts epsilon, but v_prediction is taken" in caplog.text
+    (tmp_path / "tiny.yaml").unlink()
     assert read_configs(path).schedule["prediction_type"] == "epsilon"
+    save_file(load_file(path), path, metadata={"modelspec.prediction_type": "v"})
+    assert read_configs(path).schedule["prediction_type"] == "v_prediction"
 
 
 def test_no_vocabulary_a_missing_tensor_and_another_shape(

@@ -7,19 +7,31 @@ from lorakit.data.images import Size
 from lorakit.errors import RecipeError
 from lorakit.recipe.schema import SDSample
 
+_SIGMAS: dict[str, Any] = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_DPM = {**_SIGMAS, "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "thresholding": False}
+_UNIPC = {**_SIGMAS, "solver_order": 2, "solver_type": "bh2", "predict_x0": True, "thresholding": False}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "thresholding": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False, "thresholding": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {**_SIGMAS, "clip_sample": False}),
+    "euler": ("EulerDiscreteScheduler", {**_SIGMAS, "interpolation_type": "linear"}),
+    "euler_trailing": (
+        "EulerDiscreteScheduler", {**_SIGMAS, "interpolation_type": "linear", "timestep_spacing": "trailing"},
+    ),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
-    "dpm++2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "dpm++2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-"""Scheduler names: diffusers' class, and what is set beside the base's own schedule."""
+    "dpm++2m": ("DPMSolverMultistepScheduler", _DPM),
+    "dpm++2m_karras": ("DPMSolverMultistepScheduler", {**_DPM, "use_karras_sigmas": True}),
+    "dpm++2m_sde": ("DPMSolverMultistepScheduler", {**_DPM, "algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", _UNIPC),
+    "lcm": ("LCMScheduler", {"clip_sample": False, "thresholding": False}),
+}  # fmt: skip
+"""Scheduler names: diffusers' class, and what is set beside the base's own schedule, whose file may set a solver too.
+``euler_trailing`` and ``lcm`` are for models and adapters that draw in a few steps (Turbo, Lightning, LCM)."""
+UNSCALED = ("pndm", "heun")
+"""Those that diffusers cannot give a schedule without signal at its end (zero terminal SNR)."""
+LCM_STEPS = 50
+"""That consistency models are distilled at, of which ``lcm`` takes some."""
 
 SIDE_CAP = 2048
 STEPS_CAP = 500
@@ -34,7 +46,7 @@ class DrawSettings:
     negative_prompt: str = ""
     steps: int = 25
     guidance_scale: float = 7.5
-    """u + scale (c - u); 1 draws from the prompt alone."""
+    """u + scale (c - u); 1 or less draws from the prompt alone, as in diffusers."""
     width: int | None = None
     height: int | None = None
     seed: int = 0
@@ -76,3 +88,5 @@ class DrawSettings:
             raise RecipeError(
                 f"no scheduler {self.scheduler!r}", where=where + "scheduler", hint=f"one of {', '.join(SCHEDULERS)}"
             )
+        if self.scheduler == "lcm" and self.steps > LCM_STEPS:
+            raise RecipeError(f"lcm takes at most {LCM_STEPS}, as a rule 4 to 8", where=where + "steps")

@@ -5,6 +5,7 @@ Legend: B prompts at once, C latent channels, H and W latent height and width.
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -18,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from lorakit.adapters.pieces import identity
-from lorakit.errors import NonFiniteError
+from lorakit.errors import NonFiniteError, RecipeError
 from lorakit.families.place import Place
 from lorakit.families.sd.attention import text_once
 from lorakit.families.sd.base import Parts, from_latents
 from lorakit.families.sd.conditioning import ids_of, unread
-from lorakit.families.sd.drawing import SCHEDULERS, DrawSettings
+from lorakit.families.sd.drawing import SCHEDULERS, UNSCALED, DrawSettings
 from lorakit.families.sd.stored import load_with
 from lorakit.families.sd.walk import Walk, can_walk
 from lorakit.numerics.diffusion import guide
@@ -32,6 +33,8 @@ from lorakit.storage.foreign import model_errors
 
 logger = logging.getLogger("lorakit")
 
+SYNTAX = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>|[(\[][^()\[\]]*:\s*-?[\d.]+\s*[)\]]|(?:^|\s)--[a-z]\s+\S+")
+"""Weights and adapters as AUTOMATIC1111 and others take them in a prompt, options as kohya's scripts do."""
 PIXELS_AT_ONCE = 2**19
 """Pictures are drawn together up to so many pixels, at least one and at most 16."""
 
@@ -74,11 +77,11 @@ class Painter:
         """A picture for each prompt and seed, with the settings that draw it again, as they are finished.
 
         A picture's noise follows from its seed alone. A prompt longer than the text encoder reads gives a warning with
-        the part that is lost.
+        the part that is lost, and one in other programs' syntax too.
         Raises: RecipeError for settings out of bounds, NonFiniteError when latents are not finite.
         """
         settings.check(self.parts.size, self.parts.factor)
-        self._warn_of_cut([*(prompt for prompt, _ in jobs), settings.negative_prompt])
+        self._warn([*(prompt for prompt, _ in jobs), settings.negative_prompt])
         width, height = settings.size(self.parts.size)
         at_once = max(1, min(16, PIXELS_AT_ONCE // (width * height)))
         training = [module for module in self.parts.adaptable.values() if module.training]
@@ -106,7 +109,7 @@ class Painter:
         shape = (1, channels, height // self.parts.factor, width // self.parts.factor)
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
         latents: Tensor = noise.to(self.device) * scheduler.init_noise_sigma
-        guided = settings.guidance_scale != 1
+        guided = settings.guidance_scale > 1
         texts = [*([settings.negative_prompt] * len(prompts) if guided else []), *prompts]
         conditioning = self.parts.conditioning
         text = conditioning.encode(ids_of(conditioning, texts).to(self.device))
@@ -158,6 +161,10 @@ class Painter:
     def _scheduler(self, name: str | None) -> Any:
         """The named scheduler over the base's own noise schedule and prediction type."""
         schedule = dict(self.parts.schedule)
+        if name in UNSCALED and schedule.get("rescale_betas_zero_snr"):
+            others = ", ".join(other for other in SCHEDULERS if other not in UNSCALED)
+            reason = f"{name} has no schedule that ends in noise alone, which this base was trained on"
+            raise RecipeError(reason, where="scheduler", hint=f"one of {others}")
         kind, options = (schedule["_class_name"], {}) if name is None else SCHEDULERS[name]
         with model_errors(self.base, "its scheduler cannot be made"):
             return getattr(diffusers, kind).from_config(schedule, **options)
@@ -179,8 +186,10 @@ class Painter:
             "adapters": self.adapters,
         }
 
-    def _warn_of_cut(self, prompts: Sequence[str]) -> None:
+    def _warn(self, prompts: Sequence[str]) -> None:
         for prompt in dict.fromkeys(prompts):
+            if found := SYNTAX.search(prompt):
+                logger.warning("%r is read as words: prompts have no weights, adapters or options here", found[0])
             if lost := unread(self.parts.conditioning, prompt):
                 room = self.parts.conditioning.tokenizers[0].model_max_length - 2
                 logger.warning("the prompt is longer than %d tokens; its end is not read: %r", room, lost)

@@ -4,6 +4,7 @@ The names are mapped to diffusers' by diffusers. What such a file does not hold 
 taken from a folder ``tokenizer`` beside the file, or from the hub's cache on this machine.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from lorakit.families.sd.kinds import UNET, VAE, Kind, kind_of
 from lorakit.storage.checks import read_text
 from lorakit.storage.headers import read_header
 
+log = logging.getLogger("lorakit")
 CLIP = "openai/clip-vit-large-patch14"
 # diffusers has no types
 _unet: Any = UNet2DConditionModel
@@ -176,14 +178,21 @@ def _added(shapes: Shapes, texts: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
 
 def _prediction_type(path: Path, metadata: Mapping[str, str], kind: Kind, shapes: Shapes) -> str:
-    """From the file's metadata, a tensor that says it, or a .yaml beside it; else what the kind does for the most."""
-    if "modelspec.prediction_type" in metadata:
-        return {"v": "v_prediction"}.get(metadata["modelspec.prediction_type"], metadata["modelspec.prediction_type"])
-    if kind.told and "v_pred" in shapes:
-        return "v_prediction"
-    settings = path.with_suffix(".yaml")
+    """From a .yaml beside the file, a tensor that says it, or the metadata; else what the kind does for the most.
+
+    The metadata comes after them: kohya's merges write "epsilon" whatever the base predicts.
+    """
+    told = metadata.get("modelspec.prediction_type")
+    told = "v_prediction" if told == "v" else told
+    settings, found = path.with_suffix(".yaml"), None
     if settings.is_file():
-        return "v_prediction" if re.search(r"parameterization:\s*[\"']?v\b", read_text(settings)) else "epsilon"
+        found = "v_prediction" if re.search(r"parameterization:\s*[\"']?v\b", read_text(settings)) else "epsilon"
+    elif kind.told and "v_pred" in shapes:
+        found = "v_prediction"
+    if found is not None and told not in (None, found):
+        log.warning("%s: its metadata says that it predicts %s, but %s is taken", path, told, found)
+    if found or told:
+        return str(found or told)
     if kind.guess is None:
         reason = "an SD 2.x file does not tell whether it predicts epsilon or v"
         hint = f"put its {settings.name} beside it, or convert it to a diffusers folder"

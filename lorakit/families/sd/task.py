@@ -138,7 +138,7 @@ class SDTask:
         prompts = self._sampling.prompts
         if not prompts:
             return
-        painter = Painter(self.parts, self.base_id, ())
+        painter = Painter(self.parts, self.base_id, [{"adapter": "in training"}])
         with _on(painter.device, self._loaded.idle):
             drawn = painter.draw(prompts, self._loaded.drawing)
         for number, (picture, settings) in enumerate(drawn):
