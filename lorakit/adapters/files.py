@@ -235,7 +235,7 @@ def _check_targets(config: Mapping[str, Any], model: nn.Module, found: Collectio
     """A layer that PEFT's configuration targets but the file has no tensors for is an error; PEFT saves one that it
     trains whole in ``modules_to_save``."""
     targets, whole = config.get("target_modules"), tuple(config.get("modules_to_save") or ())
-    if not targets or any(config.get(key) for key in ("layers_to_transform", "exclude_modules")):
+    if not targets or config.get("exclude_modules") or config.get("layers_to_transform") not in (None, []):
         return
     for name in [name for name in adaptable(model) if name not in found]:
         if targeted(targets, name, CONFIG) and not name.endswith(whole):

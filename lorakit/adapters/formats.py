@@ -6,6 +6,7 @@ would be ambiguous.
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Literal, NamedTuple
 
 from lorakit.adapters.sgm import original_paths
@@ -31,6 +32,9 @@ _PREFIXES: dict[Format, dict[str, str]] = {
         "lora_te_": "text_encoder",
         "lora_te1_": "text_encoder",
         "lora_te2_": "text_encoder_2",
+        "diffusion_model.": "unet",
+        "text_encoders.clip_l.transformer.": "text_encoder",
+        "text_encoders.clip_g.transformer.": "text_encoder_2",
     },
     "diffusers": {
         "unet.": "unet",
@@ -42,7 +46,8 @@ _PREFIXES: dict[Format, dict[str, str]] = {
     },
     "gguf": {"blk.": "model", "output.": "model", "token_embd.": "model"},
 }
-"""How keys begin, and the component that this means. Before diffusers 0.17 a UNet's had no name in front."""
+"""How keys begin, and the component that this means. Before diffusers 0.17 a UNet's had no name in front. The last
+three of kohya's are ComfyUI's own, with dots in place of ``_``."""
 
 _SUFFIXES: dict[Format, dict[str, Part]] = {
     "peft": {
@@ -57,6 +62,8 @@ _SUFFIXES: dict[Format, dict[str, Part]] = {
     "kohya": {
         ".lora_down.weight": "A",
         ".lora_up.weight": "B",
+        ".lora_A.weight": "A",
+        ".lora_B.weight": "B",
         ".alpha": "alpha",
         ".dora_scale": "magnitude",
     },
@@ -106,7 +113,10 @@ def detect(keys: Iterable[str]) -> Format:
     for key in keys:
         found = next((form for form, prefixes in _PREFIXES.items() if key.startswith(tuple(prefixes))), None)
         if found is None:
-            raise ModelError("a key of no known adapter format (PEFT, diffusers, kohya, GGUF)", where=key)
+            reason = "a key of no known adapter format (PEFT, diffusers, kohya, GGUF)"
+            if key.startswith("bundle_emb."):
+                reason = "an embedding is bundled with the adapter, which lorakit does not read"
+            raise ModelError(reason, where=key)
         first.setdefault(found, key)
     if len(first) > 1:
         raise ModelError(f"keys of several formats ({', '.join(sorted(first))})", where=", ".join(first.values()))
@@ -127,7 +137,10 @@ def split(key: str, form: Format, component: str | None = None) -> Key:
     suffix = next((s for s in sorted(_SUFFIXES[form], key=len, reverse=True) if path.endswith(s)), None)
     if suffix is None:
         raise ModelError("not a part of LoRA", where=key)
-    return Key(component, path.removesuffix(suffix), _SUFFIXES[form][suffix])
+    module = path.removesuffix(suffix)
+    if form == "kohya" and "." in prefix:
+        module = f"{_CONVERTED[component][-1]}_{module.removeprefix(prefix).replace('.', '_')}"
+    return Key(component, module, _SUFFIXES[form][suffix])
 
 
 def refuse_other_kinds(keys: Iterable[str]) -> None:
@@ -179,8 +192,12 @@ def _long(component: str, path: str) -> str:
 
 def kohya_table(layers: Mapping[str, Collection[str]]) -> dict[str, tuple[str, str]]:
     """Flat name -> (component, path), for all layers of a base, and the names that diffusers' own converter gives: of
-    SDXL's UNet diffusers' paths, of a single text encoder those of SDXL's first, of both without ``text_model.``."""
+    SDXL's UNet diffusers' paths, of a single text encoder those of SDXL's first, of both without ``text_model.``; and
+    every UNet's original names, which ComfyUI writes."""
     table: dict[str, tuple[str, str]] = {}
+    with suppress(ModelError):  # a UNet of another make
+        originals = original_paths(layers.get("unet", ()))
+        table |= {f"lora_unet_{name.replace('.', '_')}": ("unet", path) for path, name in originals.items()}
     for component, spellings in _CONVERTED.items():
         for path in layers.get(component, ()):
             names = {path, bare(path), _long(component, path)}

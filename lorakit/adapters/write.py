@@ -5,6 +5,7 @@ Tensors keep their dtype. Where a format has no room for a module's own scale, t
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -22,6 +23,8 @@ from lorakit.adapters.pieces import CONFIG, TEMPLATE, TEMPLATE_KEY, WEIGHTS
 from lorakit.adapters.targets import Injection, Target, suffixes
 from lorakit.errors import ModelError
 from lorakit.recipe.schema import Adapter
+
+log = logging.getLogger("lorakit")
 
 
 def deltas(state: Mapping[str, Tensor], injection: Injection) -> dict[str, Delta]:
@@ -187,9 +190,10 @@ def write_kohya(
     """Write SD's changes as the one file that A1111, ComfyUI and InvokeAI load.
 
     ``version``: sd_v2 for a base with the 1024-wide text encoder. ``resolution``: training pixels a side. ``models``:
-    the base's components, on meta if need be: SDXL's names count all blocks. One alpha
-    for all modules, the commonest one, with what differs taken into ``lora_up``, because diffusers 0.42 drops some
-    modules' own alphas. ModelError for NaN or infinity.
+    the base's components, on meta if need be: SDXL's names count all blocks. One alpha for all modules, the commonest
+    one, with what differs taken into ``lora_up``, because diffusers 0.42 drops some modules' own alphas. DoRA's
+    magnitudes, of the outputs, are LyCORIS' ``dora_scale``, which is warned of: A1111 (1.10) takes them for those of
+    the inputs, ComfyUI divides by the base's norms. ModelError for NaN or infinity.
     """
     names = kohya_names({name: list(adaptable(model)) for name, model in models.items()})
     alpha, even = with_one_alpha(components)
@@ -204,9 +208,15 @@ def write_kohya(
             if delta.magnitude is not None:
                 ones = [1] * (delta.A.dim() - 1)
                 tensors[f"{name}.dora_scale"] = delta.magnitude.reshape(-1, *ones).contiguous()
+    if any(name.endswith(".dora_scale") for name in tensors):
+        told = (
+            "%s: AUTOMATIC1111 and ComfyUI compute DoRA otherwise than it was trained: for them, merge it with its base"
+        )
+        log.warning(told, title)
     _check_finite(tensors)
-    plain = save(tensors)
-    body = plain[8 + int.from_bytes(plain[:8], "little") :]
+    plain = memoryview(save(tensors))
+    size = int.from_bytes(plain[:8], "little")
+    listed, body = json.loads(bytes(plain[8 : 8 + size])), plain[8 + size :]
     strings = {
         "format": "pt",
         **(metadata or {}),
@@ -221,7 +231,18 @@ def write_kohya(
         "modelspec.title": title,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    path.write_bytes(save(tensors, strings))
+    header = json.dumps({"__metadata__": strings, **listed}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.writelines((len(header).to_bytes(8, "little"), header, body))
+
+
+_EVER = (
+    "base_model_name_or_path", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora",
+    "use_rslora",
+)  # fmt: skip
+"""Of PEFT's configuration what a file needs: diffusers gives all of it to PEFT's class, and an older one refuses fields
+that it does not know."""
 
 
 def write_diffusers(
@@ -241,7 +262,7 @@ def write_diffusers(
         even = {module: rescaled(delta, 1.0) for module, delta in changes.items()}
         state, injection = taken_apart({bare(module): d for module, d in even.items()}, None)
         tensors |= {diffusers_name(component, key): tensor.contiguous() for key, tensor in state.items()}
-        table = peft_config(injection, base_name)
+        table = {key: value for key, value in peft_config(injection, base_name).items() if key in _EVER}
         for patterns in ("rank_pattern", "alpha_pattern"):  # text_model. may come in front, so nothing is anchored
             table[patterns] = {module.removeprefix("^"): value for module, value in table[patterns].items()}
         config |= {f"{component}.{key}": value for key, value in table.items()}

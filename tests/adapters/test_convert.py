@@ -1,6 +1,7 @@
 """Adapters from format to format: every change comes back, whatever the rank, alpha and dtype, and nothing is lost."""
 
 import itertools
+import json
 import resource
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
@@ -21,6 +23,7 @@ from lorakit.adapters.delta import Delta, SavedAdapter
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.pieces import open_pieces
+from lorakit.adapters.write import write_diffusers
 from lorakit.commands.adapters import named_base
 from lorakit.errors import ConflictError, ModelError, RecipeError, ResourceError
 from tests.tiny import tiny_sd_unet, tiny_sdxl_unet
@@ -216,6 +219,17 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no DoRA"):
         convert(dora, tmp_path / "a.gguf", "gguf", models=MODELS["llama"], base_name="")
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_diffusers_file_says_nothing_that_an_older_peft_does_not_know(tmp_path: Path) -> None:
+    """diffusers gives all of it to LoraConfig; these were there before DoRA, PEFT 0.9, but for use_dora."""
+    path = tmp_path / "style.safetensors"
+    delta = Delta(torch.randn(2, 8), torch.randn(8, 2), 1.0)
+    write_diffusers(path, {"unet": {"mid_block.attentions.0.proj_in": delta}}, "tiny")
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+    old = {"base_model_name_or_path", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}
+    assert {key.partition(".")[2] for key in said} == old | {"use_dora", "use_rslora"}
 
 
 def test_a_folders_name_may_hold_dots_and_a_diffusers_file_names_its_base(tmp_path: Path) -> None:

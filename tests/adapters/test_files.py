@@ -220,11 +220,41 @@ def test_names_of_stable_diffusion_1_5() -> None:
         unet = UNet2DConditionModel(cross_attention_dim=768)
         text = CLIPTextModel(CLIPTextConfig(hidden_size=768, num_hidden_layers=12))
     table = kohya_table({"unet": adaptable(unet), "text_encoder": adaptable(text)})
-    attention = [n for n, (c, p) in table.items() if c == "unet" and p.endswith(("to_q", "to_k", "to_v", "to_out.0"))]
-    assert len(attention) == 128
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    attention = [n for n, (c, p) in table.items() if c == "unet" and p.endswith(ends) and "put_blocks" not in n]
+    assert len([name for name in attention if "middle_block" not in name]) == 128
     assert len([n for n in table if n.startswith("lora_te_text_model_encoder_layers_")]) == 72
     assert set(kohya_names({"text_encoder": ["text_model.encoder.layers.3.mlp.fc1"]}).values()) <= set(table)
     assert table["lora_unet_mid_block_attentions_0_proj_in"] == ("unet", "mid_block.attentions.0.proj_in")
+
+
+COMFY = {
+    "diffusion_model.input_blocks.1.1.proj_in": ("unet", "down_blocks.0.attentions.0.proj_in"),
+    "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q": (
+        "unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+    ),
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj": (
+        "text_encoder", "encoder.layers.0.self_attn.q_proj",
+    ),
+}  # fmt: skip
+"""ComfyUI's names of layers, which OneTrainer writes too."""
+
+
+@pytest.mark.parametrize("ends", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
+def test_comfyuis_own_names(sd: Path, tmp_path: Path, ends: tuple[str, str]) -> None:
+    path, models, tensors = tmp_path / "x.safetensors", parts(sd), {}
+    for name, (component, module) in COMFY.items():
+        layer = adaptable(models[component])[module]
+        down, up = (torch.randn(shape) for shape in ((2, layer.weight.shape[1]), (layer.weight.shape[0], 2)))
+        tensors |= {f"{name}.{ends[0]}.weight": down, f"{name}.{ends[1]}.weight": up}
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, path)
+    found = read_adapter(path, models).components
+    assert {(c, m.removeprefix("text_model.")) for c in found for m in found[c]} == set(COMFY.values())
+    assert {delta.scale for deltas in found.values() for delta in deltas.values()} == {0.5}
+    save_file(tensors | {"bundle_emb.dog.clip_l": torch.zeros(1, 32)}, path)
+    with pytest.raises(ModelError, match="an embedding is bundled"):
+        read_adapter(path, models)
 
 
 def test_kohya_linear_for_a_convolution_and_dora(sd: Path, tmp_path: Path) -> None:
@@ -366,7 +396,7 @@ def test_not_adapters(tmp_path: Path, written: Path, sd: Path) -> None:
     path = tmp_path / "x.safetensors"
     for key, message in (
         ("lora_te2_text_model_x.alpha", "XL"),
-        ("lora_unet_input_blocks_1_1_proj_in.alpha", "XL"),
+        ("lora_unet_input_blocks_8_1_transformer_blocks_9_attn1_to_q.alpha", "XL"),
         ("lora_unet_x.hada_w1_a", r"LoHa \(LyCORIS\)"),
         ("lora_unet_x.lokr_w1", r"LoKr \(LyCORIS\)"),
         ("lycoris_unet_x.lokr_w1", r"LoKr \(LyCORIS\)"),

@@ -260,7 +260,10 @@ def test_kohyas_folders_say_how_often_a_picture_comes(tmp_path: Path, caplog: py
     assert "repeat" not in caplog.text
     inside = data.model_copy(update={"path": str(tmp_path / "10_cat")})
     assert survey(inside, [(32, 32)], 0, lambda _: (40, 40)).examples == {(32, 32): 3 * 10}
-    rows = [{"file_name": f"10_cat/{next(iter(NAMES))}", "text": "a"}, {"file_name": f"plain/{next(iter(NAMES))}", "text": "b"}]
+    rows = [
+        {"file_name": f"10_cat/{next(iter(NAMES))}", "text": "a"},
+        {"file_name": f"plain/{next(iter(NAMES))}", "text": "b"},
+    ]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert survey(data, [(32, 32)], 0, lambda _: (40, 40)).examples == {(32, 32): 10 + 1}
 

@@ -95,6 +95,11 @@ def test_scaled_positions_are_those_of_the_folder(
     found = LlamaForCausalLM.from_pretrained(unpacked)(ids).logits
     assert float((expected - unscaled).detach().abs().max()) > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    # Where transformers before 5, and mlx-lm, look for them.
+    config = json.loads((unpacked / "config.json").read_text())
+    assert (config["rope_theta"], config["torch_dtype"]) == (rope["rope_theta"], "float32")
+    assert {**config["rope_scaling"], "rope_theta": rope["rope_theta"]} == pytest.approx(rope)
+    assert json.loads((unpacked / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,7 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(folder, tmp_pat
 def test_the_plan_counts_what_loading_makes(folder):
     adapter = LlamaAdapter(rank=4, dora=True, targets="attention+mlp", layers=[1], rank_pattern={"down_proj": 2})
     data = ChatData(train=[{"path": str(folder / "chats.jsonl")}], held_out=0.2, max_tokens=128)
-    plan = plan_llama(LlamaBase(model=str(folder / "base")), adapter, data, Layout(0, 4), PLACE)
+    plan = plan_llama(LlamaBase(model=str(folder / "base")), adapter, data, LlamaSample(), Layout(0, 4), PLACE)
     task = load(folder, adapter=adapter)
     trainable = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
     assert plan.trainable_parameters == trainable
@@ -312,5 +312,6 @@ def test_the_plan_counts_what_loading_makes(folder):
     assert plan.memory["adapter"] == trainable * 4
     assert plan.chats.fingerprint().digest == task.fingerprint.digest
     assert 0 < plan.chats.label_share < 1
-    small = plan_llama(LlamaBase(model=str(folder / "base"), quantization="nf4"), adapter, data, Layout(0, 4), PLACE)
+    base = LlamaBase(model=str(folder / "base"), quantization="nf4")
+    small = plan_llama(base, adapter, data, LlamaSample(), Layout(0, 4), PLACE)
     assert small.memory["base weights"] < plan.memory["base weights"]

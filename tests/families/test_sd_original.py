@@ -183,6 +183,12 @@ def test_single_file_to_folder_and_diffusers_reads_both(base: BaseLocation, adap
     for component in ("unet", "text_encoder", "vae"):
         equal(getattr(single, component), pieces(wanted)[component])
     assert json.loads((folder / "model_index.json").read_text())["text_encoder"] == ["transformers", "CLIPTextModel"]
+    # Older versions of transformers know CLIP by these names and files alone.
+    assert all(name.startswith("text_model.") for name in load_file(folder / "text_encoder/model.safetensors"))
+    vocabulary = json.loads((folder / "tokenizer/vocab.json").read_text())
+    assert vocabulary == {piece: i for piece, i in tiny_clip_tokenizer().get_vocab().items() if piece in vocabulary}
+    assert len(vocabulary) > 200
+    assert (folder / "tokenizer/merges.txt").is_file()
 
 
 def test_what_is_refused(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Reading a GGUF file's header and de-quantizing its weights takes transformers lo
 each weight is rounded once, from the de-quantized float32.
 """
 
+import json
 import logging
 from contextlib import suppress
 from pathlib import Path
@@ -51,10 +52,25 @@ def unpack(location: BaseLocation, folder: Path, dtype: torch.dtype) -> None:
         model.should_save_on_this_rank = lambda _: True  # the first that comes, and not rank 0 alone
         with suppress(ConflictError), new_folder(folder, manifest=False) as out:  # one without locks may be faster
             model.save_pretrained(out)
+            _for_older_readers(out / "config.json")
             # transformers adds GPT-2's <|endoftext|> to each vocabulary of that kind, LLaMA 3's too, behind the last
             # token that the file has.
             size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
             first_tokens(tokenizer, size).save_pretrained(out)
+            _set(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+
+
+def _for_older_readers(path: Path) -> None:
+    """Positions and dtype where transformers before 5 and others look for them, and take their defaults otherwise."""
+    table = json.loads(path.read_text())
+    rope = dict(table["rope_parameters"])
+    theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
+    scaling = None if kind == "default" else rope
+    _set(path, rope_theta=theta, rope_scaling=scaling, torch_dtype=table["dtype"])
+
+
+def _set(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2))
 
 
 def _clear_mark(model: Any) -> None:

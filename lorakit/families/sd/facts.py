@@ -52,7 +52,8 @@ def facts_of(location: BaseLocation) -> Facts:
             "size": bones.size,
         }
 
-    table = remembered("outlines", content_key("sd 2", identity(location)), make)
+    beside = location.layout == "single-file" and (location.path.parent / "tokenizer").is_dir()
+    table = remembered("outlines", content_key("sd 2", identity(location), int(beside)), make)
     outlines = {name: Outline.from_table(outline) for name, outline in table["outlines"].items()}
     width, height = table["size"]
     return Facts(outlines, table["vae_parameters"], table["factor"], (width, height))

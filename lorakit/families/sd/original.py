@@ -46,6 +46,8 @@ def open_original(location: BaseLocation) -> Original:
             encoder.config.save_pretrained(out / name)  # type: ignore[operator,union-attr]
         for name, part in (*tokenizers.items(), ("scheduler", scheduler)):
             part.save_pretrained(out / name)
+        for name, tokenizer in tokenizers.items():  # older versions of transformers read nothing else of CLIP's
+            tokenizer.backend_tokenizer.model.save(str(out / name))
 
     return Original(models, original_names(kind, shapes, models, location.name), write_rest)
 
