@@ -94,9 +94,13 @@ def _section(what: str, settings: Settings, plan: Plan, results: Sequence[Result
     work = sum(plan.work[plan.warmup :])
     operations = sum(plan.flops[plan.warmup :]) / work
     size = f"{work / settings.steps:.0f} real tokens a step on average, " if plan.family == "llama" else ""
+    runs = "one run each" if settings.repeats == 1 else f"{settings.repeats} runs each"
+    spread = f"Runs of one contender differ by up to {max(one.spread for one in results):.0%}. " * (
+        settings.repeats > 1
+    )
     lines = [
         f"{TITLES[what]}; batch {plan.batch}, {size}{plan.precision}, torch AdamW, {settings.steps} timed steps after "
-        f"{plan.warmup}, {settings.repeats} runs each, in turn. Medians.",
+        f"{plan.warmup}, {runs}, in turn. Medians.",
         "",
         *table(
             (
@@ -106,8 +110,7 @@ def _section(what: str, settings: Settings, plan: Plan, results: Sequence[Result
             [_row(one, results[0], operations / roof[plan.precision]) for one in results],
         ),
         "",
-        f"Runs of one contender differ by up to {max(one.spread for one in results):.0%}. "
-        f"Roof: a matmul reaches {roof['fp32'] / GIGA:.0f} GFLOP/s in fp32, {roof['bf16'] / GIGA:.0f} in bf16; "
+        f"{spread}Roof: a matmul reaches {roof['fp32'] / GIGA:.0f} GFLOP/s in fp32, {roof['bf16'] / GIGA:.0f} in bf16; "
         f"the work needs {operations / GIGA:.2f} GFLOP a {'token' if plan.family == 'llama' else 'picture'} "
         "(tests/benchmarks/flops.py says what counts). The loss difference is the largest over all steps where both "
         "train on the same batches." + (CACHED if plan.family == "sd" else UNPACKED),
