@@ -28,9 +28,13 @@ def _halves(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> tuple[Tensor, Tensor
 def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best B A of ``rank`` for a matrix [out, in]: B [out, r], A [r, in], float64, and the share kept.
 
-    A large one by ``_leading``, which keeps less by a few millionths at most, for a small part of the work.
+    A large one by ``_leading``, which keeps less by a few millionths at most, for a small part of the work; where many
+    values are asked for, by ``_by_gram``, in the memory of its narrow side's square.
     """
-    if min(matrix.shape) > LARGE >= 4 * rank and (found := _leading(matrix, rank)) is not None:
+    if min(matrix.shape) > LARGE:
+        found = _leading(matrix, rank) if 4 * rank <= LARGE else None
+        if found is None:
+            return _by_gram(matrix, rank)
         u, s, vh = found
         b, a, _ = _halves(u, s, vh, rank)
         total = sum(float(rows.double().square().sum()) for rows in matrix.split(BLOCK))
@@ -61,6 +65,22 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
             return outputs @ u, s, vh
         before = kept
     return None
+
+
+def _by_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """As ``factor``, from the eigenvectors V of M^T M (of M M^T for a wide M), float64: M V V^T is the best there is,
+    whatever rounding does to the small singular values."""
+    if matrix.shape[0] < matrix.shape[1]:
+        a, b, share = _by_gram(matrix.T, rank)
+        return b.T, a.T, share
+    gram = sum((rows.double().T @ rows.double() for rows in matrix.split(BLOCK)), torch.zeros((), dtype=torch.float64))
+    values, vectors = torch.linalg.eigh(gram)
+    s, v = values[-rank:].flip(0).clamp_min(0).sqrt(), vectors[:, -rank:].flip(1)
+    root = s.sqrt()
+    seen = torch.cat([rows.double() @ v for rows in matrix.split(BLOCK)])
+    kept, total = float(seen.square().sum()), float(gram.trace())
+    b = torch.where(root > 0, seen / root, 0.0)
+    return b, root[:, None] * v.T, kept / total if total else 1.0
 
 
 def thin(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

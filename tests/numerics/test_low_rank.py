@@ -62,3 +62,19 @@ def test_a_large_matrix_keeps_what_all_singular_values_allow(
     assert share == pytest.approx(values[:rank].sum() / values.sum(), rel=3e-6)
     left = float((matrix - b @ a).square().sum())
     assert left == pytest.approx((1 - share) * values.sum(), abs=1e-9 * values.sum())
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+@pytest.mark.parametrize("rank", [90, 250])
+def test_many_values_of_a_large_matrix(shape: tuple[int, int], rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As good as all singular values allow, also where the last of those asked for are nothing but rounding."""
+    monkeypatch.setattr(low_rank, "LARGE", 100)
+    generator = torch.Generator().manual_seed(rank)
+    full = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    for matrix in (full, full[:, :50] @ full[:50], torch.zeros(shape, dtype=torch.float64)):
+        values = np.linalg.svd(matrix.numpy(), compute_uv=False) ** 2
+        b, a, share = factor(matrix, rank)
+        assert (b.shape, a.shape) == ((shape[0], min(rank, 200)), (min(rank, 200), shape[1]))
+        left, total = float((matrix - b @ a).square().sum()), float(values.sum())
+        assert left == pytest.approx(values[rank:].sum(), rel=1e-9, abs=1e-9 * total)
+        assert share == pytest.approx(values[:rank].sum() / total if total else 1.0, abs=1e-12)
