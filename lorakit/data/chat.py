@@ -1,6 +1,6 @@
 """Rows to chats: six layouts of training rows read into one form.
 
-``messages``    {"messages": [{"role": "user", "content": "..."}, ...]}, OpenAI's
+``messages``    {"messages": [{"role": "user", "content": "..."}, ...]}, OpenAI's, tools and their calls too
 ``sharegpt``    {"conversations": [{"from": "human", "value": "..."}, ...]}
 ``alpaca``      {"instruction": "...", "input": "...", "output": "..."}, or a question and an answer by other names
 ``completion``  {"prompt": "...", "completion": "..."}, raw text without a template, or two lists of messages
@@ -8,17 +8,21 @@
 ``squad``       {"context", "question", "answers"}, or SQuAD's and KorQuAD's nested {"paragraphs": [{"qas": ...}]}
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorakit.data.records import Record
+from lorakit.data.tools import as_calls, calls_of, tools_of
 from lorakit.errors import DataError
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 ROLES: dict[str, Role] = {
     "system": "system", "developer": "system", "human": "user", "user": "user",
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "function_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
 
 
@@ -30,6 +34,12 @@ class Message:
     """Whether an assistant's message is trained on (OpenAI's ``weight: 0`` says no)."""
     reasoning: str = ""
     """What an assistant thought before it answered (``reasoning_content``), for templates that write it."""
+    calls: str = ""
+    """What an assistant calls: a JSON list of tool calls."""
+    answers: str = ""
+    """Of a tool's message: a JSON object with the call that it answers, and the tool's name."""
+    tools: str = ""
+    """What may be called in the chat: a JSON list, the same in each of its messages."""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -125,26 +135,20 @@ def _chat(messages: list[Message], where: str) -> Chat:
     return Chat(tuple(messages), where)
 
 
-UNREAD = ("tool_calls", "function_call", "tools", "functions")
-"""Fields of a message or a row that say what no chat template is given here."""
-
-
-def _refuse_unread(fields: Mapping[str, Any], where: str) -> None:
-    for field in UNREAD:
-        if fields.get(field) not in (None, "", "[]", [], {}):
-            raise DataError(f"{field!r} is not supported", where=where, hint="leave such rows out: data.on_bad: skip")
-
-
 def _message(item: Mapping[str, Any], where: str, *, learned: bool = True) -> Message:
     """OpenAI's {"role", "content"} or ShareGPT's {"from", "value"}."""
     said, content = ("from", "value") if "from" in item else ("role", "content")
     name = _text(item, said, where)
     if name not in ROLES:
         raise DataError(f"unknown role {name!r}", where=where, hint=f"known: {', '.join(ROLES)}")
-    _refuse_unread(item, where)
     if isinstance(item.get(content), list):
         parts = [_text(part, "text", where) for part in _list(item, content, where)]
         item = {**item, content: "".join(parts)}
+    calls = as_calls(item.get(content), name, where) if name == "function_call" else calls_of(item, where)
+    if calls and ROLES[name] != "assistant":
+        raise DataError("a call of another role than the assistant's", where=where)
+    if name == "function_call" or (calls and item.get(content) is None):
+        item = {**item, content: ""}
     weight = item["weight"] if item.get("weight") is not None else 1
     if weight not in (0, 1):
         raise DataError(f"a message's weight is 0 or 1, not {weight!r}", where=where)
@@ -154,19 +158,32 @@ def _message(item: Mapping[str, Any], where: str, *, learned: bool = True) -> Me
     thoughts = _text(item, "reasoning_content", where) if _said(item, "reasoning_content") else ""
     if thoughts and not answer:
         raise DataError("'reasoning_content' of another role than the assistant's", where=where)
-    return Message(role, _text(item, content, where, empty=not answer), not answer or chosen, thoughts)
+    said = _text(item, content, where, empty=bool(calls) or not answer)
+    reply = {key: item[key] for key in ("tool_call_id", "name") if role == "tool" and item.get(key)}
+    return Message(
+        role,
+        said,
+        not answer or chosen,
+        thoughts,
+        json.dumps(calls, ensure_ascii=False) if calls else "",
+        json.dumps(reply, ensure_ascii=False) if reply else "",
+    )
 
 
 def _conversation(row: Mapping[str, Any], field: str, where: str) -> Example:
     """A list of messages, behind the row's own system prompt if it has one."""
-    _refuse_unread(row, where)
     messages = [_message(item, where) for item in _list(row, field, where)]
     system = _system(row, where)
     if system and messages and messages[0].role == "system":
         if messages[0] != system[0]:
             raise DataError("the row and its first message are two different system prompts", where=where)
         system = []
-    return _chat([*system, *messages], where)
+    return _chat(_with_tools([*system, *messages], row, where), where)
+
+
+def _with_tools(messages: list[Message], row: Mapping[str, Any], where: str) -> list[Message]:
+    tools = tools_of(row, where)
+    return [replace(message, tools=tools) for message in messages] if tools else messages
 
 
 def _messages(row: Mapping[str, Any], where: str) -> Example:
@@ -209,7 +226,8 @@ def _alpaca(row: Mapping[str, Any], where: str) -> Example:
 def _completion(row: Mapping[str, Any], where: str) -> Example:
     if isinstance(row.get("prompt"), list):
         prompt = [_message(item, where, learned=False) for item in _list(row, "prompt", where)]
-        return _chat([*prompt, *(_message(item, where) for item in _list(row, "completion", where))], where)
+        messages = [*prompt, *(_message(item, where) for item in _list(row, "completion", where))]
+        return _chat(_with_tools(messages, row, where), where)
     return Completion(_text(row, "prompt", where, empty=True), _text(row, "completion", where), where)
 
 

@@ -51,9 +51,8 @@ def encode(
 def _content(example: Example) -> str:
     """A key for all that an example's rows depend on."""
     if isinstance(example, Chat):
-        return content_key(
-            *(part for m in example.messages for part in (m.role, m.reasoning, m.content, int(m.learned)))
-        )
+        said = ((m.role, m.reasoning, m.content, int(m.learned), m.calls, m.answers) for m in example.messages)
+        return content_key(example.messages[0].tools, *(part for parts in said for part in parts))
     return content_key(example.prompt, example.completion)
 
 

@@ -3,6 +3,7 @@
 A tokenizer's template is untrusted: it runs in a process of its own, which ``lorakit.data.template_worker`` bounds.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ class ChatTemplate:
         table = {
             **self._tokens,
             "messages": [_as_table(message) for message in messages],
-            "tools": None,
+            "tools": json.loads(messages[0].tools or "null") if messages else None,
             "documents": None,
             "add_generation_prompt": answer_next,
         }
@@ -134,6 +135,10 @@ class ChatTemplate:
         return text[text.rindex("answer") + len("answer") :]
 
 
-def _as_table(message: Message) -> dict[str, str]:
-    table = {"role": message.role, "content": message.content}
-    return {**table, "reasoning_content": message.reasoning} if message.reasoning else table
+def _as_table(message: Message) -> dict[str, Any]:
+    table: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        table["reasoning_content"] = message.reasoning
+    if message.calls:
+        table["tool_calls"] = json.loads(message.calls)
+    return {**table, **json.loads(message.answers or "{}")}

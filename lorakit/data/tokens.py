@@ -18,6 +18,7 @@ import numpy as np
 from lorakit.data.chat import Chat, Completion, Example, Message
 from lorakit.data.encoder import Encoder
 from lorakit.data.templates import ChatTemplate, find_template
+from lorakit.data.tools import names
 from lorakit.errors import DataError, ModelError
 
 QUESTION_SHARE = 4
@@ -140,9 +141,17 @@ class Renderer:
     def _refuse_marks(self, messages: Sequence[Message]) -> None:
         for message in messages:
             for mark in self._marks:
-                if any(mark in text for text in message.texts):
+                if any(mark in text for text in (*message.texts, message.calls, message.answers, message.tools)):
                     reason = f"the {message.role}'s message contains the special token {mark!r}"
                     raise DataError(reason, hint="write it otherwise; data.on_bad: skip leaves such chats out")
+
+    def _check_tools(self, messages: Sequence[Message]) -> None:
+        """Raises DataError for a template that leaves out what may be called."""
+        if messages[0].tools:
+            text = self.template.render(messages, answer_next=False)
+            if not all(name in text for name in names(messages[0].tools)):
+                hint = "name a data.chat_template that does, or leave such rows out: data.on_bad: skip"
+                raise DataError("the chat template does not write what may be called (tools)", hint=hint)
 
     def _labelled(self, text: str, spans: Sequence[Span], *, add_end: bool, where: str) -> Encoded:
         """Tokenize once and label what touches a span; ``add_end`` sees to it that it ends with the end's token."""
@@ -212,7 +221,7 @@ class Renderer:
             end = _shared(whole, after)
             texts = messages[turn].texts
             if begin is not None and (end == len(after) or all(text.strip() in whole[begin:end] for text in texts)):
-                if not all(_holds(whole[begin:end], text) for text in texts):
+                if not all(_holds(whole[begin:end], text) for text in (*texts, *names(messages[turn].calls))):
                     self.template.after_answer()  # raises for a template that writes no answer at all
                     raise _unlearned()
                 spans.append(Span(begin, end))
@@ -240,6 +249,7 @@ class Renderer:
     def _chat(self, chat: Chat) -> list[Encoded]:
         """The chat up to its last learned answer, and up to each that it leaves unlearned."""
         self._refuse_marks(chat.messages)
+        self._check_tools(chat.messages)
         last = max(i for i, message in enumerate(chat.messages) if message.role == "assistant" and message.learned)
         messages = chat.messages[: last + 1]  # nothing learned sees what comes behind
         whole, rewritten = self._whole_chat(messages, chat.where)

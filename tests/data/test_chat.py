@@ -108,12 +108,19 @@ def test_nested_squad_gives_one_row_a_question():
     [
         ({"messages": "hello"}, "messages", "list of objects"),
         ({"messages": [{"role": "user"}]}, "messages", "'content' is missing"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "unknown role 'tool'"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "messages", "unknown role 'alien'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages", "no assistant message"),
         ({"messages": [{"role": "assistant", "content": " "}]}, "messages", "'content' is empty"),
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "messages", "0 or 1"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "sharegpt", "unknown role"),
-        ({"messages": [ASSISTANT | {"function_call": {"name": "f"}}]}, "messages", "'function_call' is not supported"),
+        ({"messages": [ASSISTANT | {"function_call": {"arguments": {}}}]}, "messages", "one without a name"),
+        ({"messages": [ASSISTANT | {"tool_calls": "[{"}]}, "messages", "'tool_calls' is no JSON"),
+        ({"messages": [ASSISTANT | {"tool_calls": [{"name": "f", "arguments": "{"}]}]}, "messages", "are no JSON"),
+        (
+            {"messages": [ASSISTANT | {"role": "user", "tool_calls": [{"name": "f"}]}]},
+            "messages",
+            "a call of another role",
+        ),
         (
             {"messages": [ASSISTANT | {"reasoning_content": 1}]},
             "messages",
@@ -124,7 +131,8 @@ def test_nested_squad_gives_one_row_a_question():
             "messages",
             "of another role than the assistant's",
         ),
-        ({"messages": [ASSISTANT], "tools": [{"name": "f"}]}, "messages", "'tools' is not supported"),
+        ({"messages": [ASSISTANT], "tools": [{"type": "function"}]}, "messages", "'tools' has one without a name"),
+        ({"messages": [ASSISTANT], "tools": "f"}, "messages", "'tools' is no JSON"),
         ({"system": "a", "messages": [{"role": "system", "content": "b"}, ASSISTANT]}, "messages", "two different"),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "alpaca", "a list of .question, answer"),
         ({"instruction": "x"}, "alpaca", "'output' is missing"),
@@ -217,3 +225,59 @@ def test_a_weight_that_leaves_nothing_of_a_source(tmp_path):
 def test_content_keys_tell_prompt_from_completion():
     assert said(Completion("a", "b", "x")) == said(Completion("a", "b", "y"))
     assert said(Completion("a", "b", "")) != said(Completion("b", "a", ""))
+
+
+WEATHER = {"name": "weather", "description": "of a place", "parameters": {"type": "object", "properties": {}}}
+CALL = {"name": "weather", "arguments": {"place": "Oslo"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        ({"tools": [{"type": "function", "function": WEATHER}], "messages": [
+            {"role": "user", "content": "Rain in Oslo?"},
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
+            {"role": "tool", "content": "dry"},
+            {"role": "assistant", "content": "No."},
+        ]}, "messages"),
+        ({"functions": json.dumps([WEATHER]), "messages": [
+            {"role": "user", "content": "Rain in Oslo?"},
+            {"role": "assistant", "content": None, "function_call": {**CALL, "arguments": '{"place": "Oslo"}'}},
+            {"role": "function", "content": "dry"},
+            {"role": "assistant", "content": "No."},
+        ]}, "messages"),
+        ({"tools": json.dumps([WEATHER]), "conversations": [
+            {"from": "human", "value": "Rain in Oslo?"},
+            {"from": "function_call", "value": json.dumps(CALL)},
+            {"from": "observation", "value": "dry"},
+            {"from": "gpt", "value": "No."},
+        ]}, "sharegpt"),
+        ({"tools": [WEATHER], "prompt": [{"role": "user", "content": "Rain in Oslo?"}], "completion": [
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "dry"},
+            {"role": "assistant", "content": "No."},
+        ]}, "completion"),
+    ],
+    ids=["OpenAI", "OpenAI's older form", "ShareGPT", "prompt and completion"],
+)  # fmt: skip
+def test_tools_and_their_calls(row, layout):
+    record = Record(row, "f:1")
+    assert tell(record) == layout
+    question, call, answer, last = parse(record, layout).messages
+    assert [m.role for m in (question, call, answer, last)] == ["user", "assistant", "tool", "assistant"]
+    assert {m.tools for m in (question, call, answer, last)} == {question.tools}
+    assert json.loads(question.tools) == [{"type": "function", "function": WEATHER}]
+    assert json.loads(call.calls) == [{"type": "function", "function": CALL}]
+    assert (call.content, call.learned, answer.content, last.content) == ("", True, "dry", "No.")
+
+
+def test_a_calls_number_goes_with_its_answer():
+    row = {"messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "abc123def", "type": "function", "function": CALL}]},
+        {"role": "tool", "content": "dry", "tool_call_id": "abc123def", "name": "weather"},
+        {"role": "assistant", "content": "No."},
+    ]}  # fmt: skip
+    _, call, answer, _ = parse(Record(row, "f:1"), "messages").messages
+    assert json.loads(call.calls)[0]["id"] == "abc123def"
+    assert json.loads(answer.answers) == {"tool_call_id": "abc123def", "name": "weather"}

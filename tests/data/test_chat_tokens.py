@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from lorakit.data.chat import Chat, Completion, Message
+from lorakit.data.chat import Chat, Completion, Message, parse
 from lorakit.data.chat_set import load_chats
+from lorakit.data.records import Record
 from lorakit.data.show import show_row, token_histogram
 from lorakit.data.templates import NAMED
 from lorakit.data.tokens import Renderer
@@ -457,3 +458,42 @@ def test_histogram_counts_every_row(tokenizer):
     assert sum(bar.rows for bar in bars) == len(rows)
     for bar in bars:
         assert bar.rows == sum(bar.low <= len(row.tokens) <= bar.high for row in rows)
+
+
+CALLING = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "<tool_call>\n{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}\n</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALLED = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": "", "tool_calls": [
+        {"type": "function", "function": {"name": "weather", "arguments": {"place": "Oslo"}}}]},
+    {"role": "tool", "content": "dry"},
+    {"role": "assistant", "content": "No."},
+]  # fmt: skip
+
+
+def test_calls_are_learned_and_what_may_be_called_is_written(tokenizer, tmp_path):
+    path = tmp_path / "calling.jinja"
+    path.write_text(CALLING)
+    example = parse(Record({"messages": CALLED, "tools": [TOOL]}, "f:1"), "messages")
+    (row,) = Renderer(tokenizer, str(path), 512).encode(example)
+    whole = tokenizer.apply_chat_template(CALLED, tools=[TOOL], chat_template=CALLING, tokenize=False)
+    assert tokenizer.decode(row.tokens) == whole
+    call = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call><|im_end|>'
+    assert learned(row, tokenizer) == [call, "No.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"messages": CALLED, "tools": [TOOL]}, "does not write what may be called"),
+        ({"messages": CALLED}, "leaves out or changes some of an answer"),
+    ],
+)
+def test_a_template_without_tools_is_told(tokenizer, row, told):
+    with pytest.raises(DataError, match=told):
+        Renderer(tokenizer, "chatml", 512).encode(parse(Record(row, "f:1"), "messages"))
