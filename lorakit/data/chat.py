@@ -8,13 +8,12 @@
 ``squad``       {"context", "question", "answers"}, or SQuAD's and KorQuAD's nested {"paragraphs": [{"qas": ...}]}
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lorakit.data.records import Record
-from lorakit.data.tools import as_calls, calls_of, tools_of
+from lorakit.data.tools import as_calls, as_json, calls_of, tools_of
 from lorakit.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -165,8 +164,8 @@ def _message(item: Mapping[str, Any], where: str, *, learned: bool = True) -> Me
         said,
         not answer or chosen,
         thoughts,
-        json.dumps(calls, ensure_ascii=False) if calls else "",
-        json.dumps(reply, ensure_ascii=False) if reply else "",
+        as_json(calls) if calls else "",
+        as_json(reply) if reply else "",
     )
 
 

@@ -22,7 +22,7 @@ def tools_of(row: Mapping[str, Any], where: str) -> str:
     for function in functions:
         _name(function, str(field), where)
     tools = [{"type": "function", "function": function} for function in functions]
-    return json.dumps(tools, ensure_ascii=False) if tools else ""
+    return as_json(tools) if tools else ""
 
 
 def calls_of(item: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -40,11 +40,16 @@ def as_calls(value: Any, field: str, where: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"the arguments of a call are no JSON: {error}", where=where) from error
         made = {"type": "function", "function": {"name": _name(function, field, where), "arguments": arguments}}
         calls.append({"id": call["id"], **made} if call.get("id") else made)
     return calls
+
+
+def as_json(value: Any) -> str:
+    """What a data set of columns has besides, such as dates, as text."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def names(listed: str) -> tuple[str, ...]:
@@ -56,7 +61,7 @@ def _list(value: Any, field: str, where: str) -> list[Mapping[str, Any]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{field!r} is no JSON: {error}", where=where) from error
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):

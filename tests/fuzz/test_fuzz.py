@@ -77,11 +77,16 @@ def test_recipes(place: Path, llama_recipe: Path, cuts: list[Cut]) -> None:
 
 
 @cases(20)
-@given(rows=st.lists(TREE, max_size=2), cuts=CUTS, sound=st.booleans())
-def test_chats(place: Path, llama_recipe: Path, rows: list[object], cuts: list[Cut], sound: bool) -> None:
+@given(rows=st.lists(TREE, max_size=2), calls=TREE, tools=TREE, cuts=CUTS, sound=st.booleans())
+def test_chats(
+    place: Path, llama_recipe: Path, rows: list[object], calls: object, tools: object, cuts: list[Cut], sound: bool
+) -> None:
     CASES["chats"] += 1
     path = place / "chats.jsonl"
-    lines = [row(i) for i in range(4)] + [json.dumps({"messages": item}) + "\n" for item in rows]
+    asked = {"role": "user", "content": "a"}
+    called = {"role": "assistant", "content": "b", "tool_calls": calls}
+    extra = [{"messages": item} for item in rows] + [{"messages": [asked, called], "tools": tools}]
+    lines = [row(i) for i in range(4)] + [json.dumps(item) + "\n" for item in extra]
     path.write_text("".join(lines))
     if not sound:
         spoil(path, cuts)
