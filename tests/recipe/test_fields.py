@@ -57,6 +57,7 @@ LLAMA = BOTH | {
     "adapter.layers": None,
     "data.train.0.path": "a",
     "data.train.0.format": "auto",
+    "data.train.0.config": None,
     "data.train.0.split": "train",
     "data.train.0.revision": None,
     "data.train.0.weight": 1.0,
