@@ -133,15 +133,14 @@ def check_data(run: RunFolder, old: State, data: Fingerprint) -> None:
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted names of the fields that differ between two plain recipes, in order. A list of sections (``data.train``)
-    is compared item by item under its index, any other list as a whole."""
+    is compared item by item under its index, any other list as a whole. A field that one of them has not, as it is newer
+    than the run, is None there."""
     changed = []
     for key in dict.fromkeys([*old, *new]):
         before, after = _sections(old.get(key)), _sections(new.get(key))
-        if key not in old or key not in new:
-            changed.append(key)
-        elif before is not None and after is not None:
+        if before is not None and after is not None:
             changed += [f"{key}.{below}" for below in changed_fields(before, after)]
-        elif old[key] != new[key]:
+        elif old.get(key) != new.get(key):
             changed.append(key)
     return changed
 

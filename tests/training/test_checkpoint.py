@@ -132,7 +132,11 @@ def test_changed_fields_of_real_recipes() -> None:
         "train.checkpoint_every",
     ]
     assert changed_fields({"a": {"b": 1}}, {"a": 2}) == ["a"]
-    assert changed_fields({"a": None}, {}) == ["a"]
+    assert changed_fields({"a": 0}, {}) == ["a"]
+    # A field that is newer than the run, and that nobody gave.
+    assert (
+        changed_fields({"data": {"train": [{"path": "a"}]}}, {"data": {"train": [{"path": "a", "config": None}]}}) == []
+    )
 
 
 @pytest.mark.parametrize(
