@@ -37,7 +37,7 @@ def sizes_of(data: PictureData, factor: int, native: Size) -> tuple[Size, ...]:
 def held_out_ids(pictures: Sequence[Picture], share: float, seed: int) -> set[str]:
     """Which pictures are set aside: those whose name hashes lowest, so that adding others changes little.
 
-    Never all; of a few pictures none, unless ``share`` of them is half a picture at least. One that has several
+    Never all; of a few pictures none, unless ``share`` of them is more than half a picture. One that has several
     captions counts once, and goes to one side with all of them.
     """
     names = {picture.id for picture in pictures}

@@ -63,7 +63,7 @@ class ChatSet:
             )
         if opened := sum(row.opened for row in self.train):
             lines.append(
-                f"{opened} chats are learned without what the chat template opens an answer with when it is asked for "
+                f"{opened} rows are learned without what the chat template opens an answer with when it is asked for "
                 "one (a thought, say): answers may differ from what was learned; a data.chat_template without it helps"
             )
         if self.repeated:

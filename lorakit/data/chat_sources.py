@@ -78,9 +78,9 @@ def _unfolded(record: Record, on_bad: OnBad) -> Iterator[Record]:
 def said(example: Example) -> str:
     """A key for what an example says, wherever it stands."""
     if isinstance(example, Chat):
-        return content_key(
-            *(part for message in example.messages for part in (message.role, message.reasoning, message.content))
-        )
+        said = [part for m in example.messages for part in (m.role, m.reasoning, m.content)]
+        called = [part for m in example.messages for part in (m.calls, m.answers) if part]
+        return content_key(*said, *called, *filter(None, [example.messages[0].tools]))
     return content_key("", example.prompt, example.completion)
 
 

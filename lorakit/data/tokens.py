@@ -148,8 +148,9 @@ class Renderer:
     def _check_tools(self, messages: Sequence[Message]) -> None:
         """Raises DataError for a template that leaves out what may be called."""
         if messages[0].tools:
-            text = self.template.render(messages, answer_next=False)
-            if not all(name in text for name in names(messages[0].tools)):
+            without = [replace(message, tools="") for message in messages]
+            one, other = (self.template.render(said, answer_next=False) for said in (messages, without))
+            if one == other:
                 hint = "name a data.chat_template that does, or leave such rows out: data.on_bad: skip"
                 raise DataError("the chat template does not write what may be called (tools)", hint=hint)
 
@@ -194,34 +195,36 @@ class Renderer:
         begin = self._content_begins(messages, turn, whole)
         if begin is None:
             raise DataError("the chat template takes back what was asked once the answer is there")
-        question = messages[turn - 1].content.strip()
-        between, ending = whole[:begin].rpartition(question)[2], asked.rpartition(question)[2]
-        if between.startswith(ending):  # what the template writes before an answer, such as a blank, is part of it
-            begin -= len(between) - len(ending)
+        if question := messages[turn - 1].content.strip():
+            between, ending = whole[:begin].rpartition(question)[2], asked.rpartition(question)[2]
+            if between.startswith(ending):  # what the template writes before an answer, a blank say, is part of it
+                begin -= len(between) - len(ending)
         return asked + whole[begin:]
 
     def _spans(self, messages: Sequence[Message], whole: str) -> tuple[list[Span], list[int], bool]:
         """The learned assistant turns' characters in ``whole``, the earlier turns that the template rewrites, and
         whether it opens one with more when it is asked for."""
         turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        contents = [_squeezed(message.content) for message in messages]
         spans, rewritten, opened = [], [], False
         for turn in (i for i in turns if messages[i].learned):
             before = self.template.render(messages[:turn], answer_next=True) if turn else ""
             begin = len(before) if before and whole.startswith(before) else None
             if begin is None:
                 begin = self._content_begins(messages, turn, whole)
-                said = [message.content for message in messages[:turn] if _holds(before, message.content)]
-                if begin is not None and not all(_holds(whole[:begin], text) for text in said):
-                    begin = None
+                if begin is not None:
+                    asked, there = _squeezed(before), _squeezed(whole[:begin])
+                    if any(text not in there and text in asked for text in contents[:turn]):
+                        begin = None
                 opened |= begin is not None and before.startswith(whole[:begin]) and before != whole[:begin]
             after = whole
             if turn + 1 < len(messages):
                 after = self.template.render(messages[: turn + 1], answer_next=False)
             # A template may end what it writes with a mark that gives way to the next message.
             end = _shared(whole, after)
-            texts = messages[turn].texts
+            texts = (*messages[turn].texts, *names(messages[turn].calls))
             if begin is not None and (end == len(after) or all(text.strip() in whole[begin:end] for text in texts)):
-                if not all(_holds(whole[begin:end], text) for text in (*texts, *names(messages[turn].calls))):
+                if not all(_holds(whole[begin:end], text) for text in texts):
                     self.template.after_answer()  # raises for a template that writes no answer at all
                     raise _unlearned()
                 spans.append(Span(begin, end))
@@ -338,7 +341,11 @@ def _unlearned() -> DataError:
 
 def _holds(text: str, content: str) -> bool:
     """Whether ``content`` is in ``text``, but for blanks, which templates trim."""
-    return "".join(content.split()) in "".join(text.split())
+    return _squeezed(content) in _squeezed(text)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _shared(one: str, other: str) -> int:

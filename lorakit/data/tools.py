@@ -39,7 +39,7 @@ def as_calls(value: Any, field: str, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments", function.get("parameters", {}))
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = json.loads(arguments.strip() or "{}")
             except (ValueError, RecursionError) as error:
                 raise DataError(f"the arguments of a call are no JSON: {error}", where=where) from error
         made = {"type": "function", "function": {"name": _name(function, field, where), "arguments": arguments}}

@@ -4,6 +4,7 @@ A hub id is downloaded as safetensors and JSON, never as pickles or code; no oth
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Literal
 
 from lorakit.errors import ModelError, first_line
 from lorakit.storage import checks
-from lorakit.storage.gguf_base import check_gguf
+from lorakit.storage.gguf_base import check_gguf, rope_scaling
 from lorakit.storage.headers import header_bytes
 
 __all__ = [
@@ -206,7 +207,12 @@ def description(location: BaseLocation) -> str:
 
 def texts(location: BaseLocation) -> Mapping[str, str]:
     """SHA-256, in hex, of each file that says how a base computes (configurations, vocabularies, chat templates), by
-    its name in the base, of those that the hub would be asked for. What a GGUF file says is in ``digest``."""
+    its name in the base, of those that the hub would be asked for. What a GGUF file says is in ``digest``, but for the
+    scaled positions, which were not always read."""
+    if location.layout == "gguf":
+        scaling = rope_scaling(location.path)
+        told = hashlib.sha256(json.dumps(scaling, sort_keys=True).encode()).hexdigest()
+        return {"rope scaling": told} if scaling else {}
     return {
         name: file_digest(file).hex()
         for name, file in _files(location)

@@ -133,8 +133,8 @@ def check_data(run: RunFolder, old: State, data: Fingerprint) -> None:
 
 def changed_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted names of the fields that differ between two plain recipes, in order. A list of sections (``data.train``)
-    is compared item by item under its index, any other list as a whole. A field that one of them has not, as it is newer
-    than the run, is None there."""
+    is compared item by item under its index, any other list as a whole. A field that one of them has not, as it is
+    newer than the run, is None there."""
     changed = []
     for key in dict.fromkeys([*old, *new]):
         before, after = _sections(old.get(key)), _sections(new.get(key))

@@ -271,6 +271,12 @@ def test_tools_and_their_calls(row, layout):
     assert (call.content, call.learned, answer.content, last.content) == ("", True, "dry", "No.")
 
 
+def test_a_call_without_arguments_has_none():
+    row = {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": ""}]}]}
+    (call,) = parse(Record(row, "f:1"), "messages").messages
+    assert json.loads(call.calls)[0]["function"] == {"name": "f", "arguments": {}}
+
+
 def test_a_calls_number_goes_with_its_answer():
     row = {"messages": [
         {"role": "user", "content": "a"},

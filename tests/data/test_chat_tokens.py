@@ -497,3 +497,30 @@ def test_calls_are_learned_and_what_may_be_called_is_written(tokenizer, tmp_path
 def test_a_template_without_tools_is_told(tokenizer, row, told):
     with pytest.raises(DataError, match=told):
         Renderer(tokenizer, "chatml", 512).encode(parse(Record(row, "f:1"), "messages"))
+
+
+def test_a_call_that_is_rewritten_later_is_learned_alone(tokenizer, tmp_path):
+    """Qwen 3 opens the last answer with an empty thought, and earlier ones without."""
+    path = tmp_path / "qwen3.jinja"
+    thought = "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+    path.write_text(CALLING.replace("{{ m.content }}", thought))
+    example = parse(Record({"messages": CALLED, "tools": [TOOL]}, "f:1"), "messages")
+    rows = Renderer(tokenizer, str(path), 512).encode(example)
+    assert [row.alone for row in rows] == [False, True]
+    call = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call><|im_end|>'
+    assert [learned(row, tokenizer)[-1].rpartition("</think>")[2].strip() for row in rows] == ["No.<|im_end|>", call]
+
+
+def test_a_template_without_tools_is_told_whatever_the_chat_speaks_of(tokenizer):
+    chats = [{"role": "user", "content": "weather?"}, {"role": "assistant", "content": "dry"}]
+    with pytest.raises(DataError, match="does not write what may be called"):
+        Renderer(tokenizer, "chatml", 512).encode(
+            parse(Record({"messages": chats, "tools": [TOOL]}, "f:1"), "messages")
+        )
+
+
+def test_an_empty_question_behind_what_is_taken_back(tokenizer, tmp_path):
+    path = tmp_path / "mistral.jinja"
+    path.write_text(MISTRAL)
+    (row,) = Renderer(tokenizer, str(path), 512).encode(chat(TURNS[0], Message("user", ""), TURNS[2]))
+    assert learned(row, tokenizer)[0].strip() == "It returns a new list.<|im_end|>"

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lorakit.errors import ModelError
 from lorakit.families.llama.base import as_folder
-from lorakit.storage.bases import resolve
+from lorakit.storage.bases import resolve, texts
 from tests.raw_gguf import U32, Entry, RawGguf, number, real, string
 from tests.tiny import LINES, tiny_gguf, tiny_llama
 
@@ -91,6 +91,7 @@ def test_scaled_positions_are_those_of_the_folder(
     unscaled = LlamaForCausalLM.from_pretrained(folder)(ids).logits
     path = scaled(folder, rope)
     expected = LlamaForCausalLM.from_pretrained(folder)(ids).logits
+    assert texts(resolve(str(path)))  # for a run that was started before they were read
     unpacked = as_folder(resolve(str(path)), torch.float32).path
     found = LlamaForCausalLM.from_pretrained(unpacked)(ids).logits
     assert float((expected - unscaled).detach().abs().max()) > 1e-3

@@ -242,7 +242,7 @@ def test_a_bases_own_special_token_without_an_embedding_is_left_out(base: Path, 
     chat = open_chat(resolve(str(folder)), [], PLACE)
     assert chat.renderer.prompt(text) == AutoTokenizer.from_pretrained(base)(text)["input_ids"]
     template = AutoTokenizer.from_pretrained(folder)
-    template.chat_template += "<image_soft_token>"
+    template.chat_template += "{# 꾸 #}<image_soft_token>"
     template.save_pretrained(folder)
     with pytest.raises(ModelError, match="goes up to token 400"):
         open_chat(resolve(str(folder)), [], PLACE)

@@ -203,9 +203,12 @@ class Bench:
         done = self.start(cwd, {"trace": trace})
         call = done.operations[number] if number < len(done.operations) else "never met"
         told = done.err.count("lorakit: error:") == 1 and "Traceback" not in done.err
-        if done.code not in (0, 6) or (done.code == 6 and not told):
+        if done.code not in (0, 6) or (done.code == 6 and not told) or call == "never met":
             tally.lost += 1
             tally.told.append(f"{name} {call}: ended with {done.code}: {done.err[-2000:]}")
+        if done.code == 0 and (faults := check.divergent(cwd / "runs/run", self.reference)):
+            tally.divergent += 1
+            tally.told += [f"{name} {call}: ended with 0: {fault}" for fault in faults]
         self.after(f"{name} {call}", cwd, tally)
         self.end(f"{name} {call}", cwd, tally, 1)
         return tally
@@ -217,7 +220,7 @@ class Bench:
         cwd = self.fresh(f"operation-{number}-twice")
         trace = {"root": str(cwd / "runs"), "kill_at": number, "number": signal.SIGINT, "again": 1.2 * AT_ONCE}
         done = self.start(cwd, {"trace": trace})
-        if done.code != 130:
+        if done.code != 130 or "and saved" in done.err:  # by one signal it would be saved
             tally.lost += 1
             tally.told.append(f"{name}: ended with {done.code}: {done.err[-2000:]}")
         self.after(f"{name} {done.operations[-1]}", cwd, tally)

@@ -98,11 +98,11 @@ def logit_factor(config: Any) -> float:
 
 def most_positions(config: Any) -> int:
     """Tokens that a model takes: those that it was made for, times the factor that a configuration scales them by
-    (linear, dynamic NTK, YaRN) where it does not count that yet, as Qwen's for long texts do not."""
+    (linear, YaRN) where it does not count that yet, as Qwen's for long texts do not."""
     known = int(config.max_position_embeddings)
     scaling: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     scaling = scaling.get("full_attention", scaling)  # by the layers' kind
-    if scaling.get("rope_type") in ("linear", "dynamic", "yarn"):
+    if scaling.get("rope_type") in ("linear", "yarn"):  # dynamic NTK depends on the texts before
         plain = scaling.get("original_max_position_embeddings") or known
         known = max(known, int(plain * float(scaling.get("factor") or 1.0)))
     return known

@@ -36,11 +36,10 @@ def _norms(layer: Any) -> tuple[Any, Any]:
 
 
 def _window(attention: Any) -> int | None:
-    """Tokens that one sees in this layer; Mistral's layers leave it to the config, Qwen2's have their own."""
-    if hasattr(attention, "sliding_window"):
-        window: int | None = attention.sliding_window
-    else:
-        window = getattr(attention.config, "sliding_window", None)
+    """Tokens that one sees in this layer: Mistral's leave it to the config, Qwen2's have their own, LLaMA's have none
+    whatever the config says."""
+    holder = attention.config if attention.config.model_type == "mistral" else attention
+    window: int | None = getattr(holder, "sliding_window", None)
     return window
 
 

@@ -47,11 +47,9 @@ def fitted_tokenizer(tokenizer: Any, config: Any, location: BaseLocation, *, tra
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= config.vocab_size}
     if not beyond:
         return tokenizer
-    spare = {tokenizer.pad_token}
-    if not trained:
-        written = json.dumps(tokenizer.chat_template)
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        spare |= {token for token in special if token not in written}
+    written = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spare = {token for token in ([tokenizer.pad_token] if trained else special) if token and token not in written}
     if beyond.keys() - spare or beyond.keys() & {tokenizer.bos_token, tokenizer.eos_token}:
         raise ModelError(
             f"the tokenizer goes up to token {max(beyond.values())}, the model has {config.vocab_size} embeddings",

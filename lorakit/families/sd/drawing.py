@@ -7,27 +7,27 @@ from lorakit.data.images import Size
 from lorakit.errors import RecipeError
 from lorakit.recipe.schema import SDSample
 
-_SIGMAS: dict[str, Any] = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-_DPM = {**_SIGMAS, "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "thresholding": False}
-_UNIPC = {**_SIGMAS, "solver_order": 2, "solver_type": "bh2", "predict_x0": True, "thresholding": False}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"clip_sample": False, "thresholding": False}),
-    "ddpm": ("DDPMScheduler", {"clip_sample": False, "thresholding": False}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "heun": ("HeunDiscreteScheduler", {**_SIGMAS, "clip_sample": False}),
-    "euler": ("EulerDiscreteScheduler", {**_SIGMAS, "interpolation_type": "linear"}),
-    "euler_trailing": (
-        "EulerDiscreteScheduler", {**_SIGMAS, "interpolation_type": "linear", "timestep_spacing": "trailing"},
-    ),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpm++2m": ("DPMSolverMultistepScheduler", _DPM),
-    "dpm++2m_karras": ("DPMSolverMultistepScheduler", {**_DPM, "use_karras_sigmas": True}),
-    "dpm++2m_sde": ("DPMSolverMultistepScheduler", {**_DPM, "algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", _UNIPC),
-    "lcm": ("LCMScheduler", {"clip_sample": False, "thresholding": False}),
-}  # fmt: skip
-"""Scheduler names: diffusers' class, and what is set beside the base's own schedule, whose file may set a solver too.
-``euler_trailing`` and ``lcm`` are for models and adapters that draw in a few steps (Turbo, Lightning, LCM)."""
+    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
+    "dpm++2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {"clip_sample": False}),
+}
+"""Scheduler names: diffusers' class, and what is set beside the ``NOISE`` of the base's own. ``euler_trailing`` and
+``lcm`` are for models and adapters that draw in a few steps (Turbo, Lightning, LCM)."""
+NOISE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr",
+)  # fmt: skip
+"""What a named scheduler takes of the base's: the noise and its timesteps. How another solver would go is its own."""
 UNSCALED = ("pndm", "heun")
 """Those that diffusers cannot give a schedule without signal at its end (zero terminal SNR)."""
 LCM_STEPS = 50

@@ -24,7 +24,7 @@ from lorakit.families.place import Place
 from lorakit.families.sd.attention import text_once
 from lorakit.families.sd.base import Parts, from_latents
 from lorakit.families.sd.conditioning import ids_of, unread
-from lorakit.families.sd.drawing import SCHEDULERS, UNSCALED, DrawSettings
+from lorakit.families.sd.drawing import NOISE, SCHEDULERS, UNSCALED, DrawSettings
 from lorakit.families.sd.stored import load_with
 from lorakit.families.sd.walk import Walk, can_walk
 from lorakit.numerics.diffusion import guide
@@ -33,7 +33,9 @@ from lorakit.storage.foreign import model_errors
 
 logger = logging.getLogger("lorakit")
 
-SYNTAX = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>|[(\[][^()\[\]]*:\s*-?[\d.]+\s*[)\]]|(?:^|\s)--[a-z]\s+\S+")
+SYNTAX = re.compile(
+    r"<(?:lora|lyco|hypernet):[^>]*>|[(\[][^()\[\]:]*[^\s\d:]:-?\d?(?:\.\d+)?[)\]]|(?:^|\s)--[a-z]\s+\S+"
+)
 """Weights and adapters as AUTOMATIC1111 and others take them in a prompt, options as kohya's scripts do."""
 PIXELS_AT_ONCE = 2**19
 """Pictures are drawn together up to so many pixels, at least one and at most 16."""
@@ -166,6 +168,8 @@ class Painter:
             reason = f"{name} has no schedule that ends in noise alone, which this base was trained on"
             raise RecipeError(reason, where="scheduler", hint=f"one of {others}")
         kind, options = (schedule["_class_name"], {}) if name is None else SCHEDULERS[name]
+        if name is not None:
+            schedule = {key: schedule[key] for key in NOISE if key in schedule}
         with model_errors(self.base, "its scheduler cannot be made"):
             return getattr(diffusers, kind).from_config(schedule, **options)
 
