@@ -225,16 +225,21 @@ class Renderer:
             texts = (*messages[turn].texts, *names(messages[turn].calls))
             if begin is not None and (end == len(after) or all(text.strip() in whole[begin:end] for text in texts)):
                 if not all(_holds(whole[begin:end], text) for text in texts):
-                    self.template.after_answer()  # raises for a template that writes no answer at all
-                    raise _unlearned()
+                    raise self._unlearned()
                 spans.append(Span(begin, end))
             elif turn == turns[-1]:
                 if not all(_holds(whole, text) for text in texts):
-                    raise _unlearned()
+                    raise self._unlearned()
                 raise DataError("the chat template changes the text before the last answer once the answer is there")
             else:
                 rewritten.append(turn)
         return spans, rewritten, opened
+
+    def _unlearned(self) -> DataError:
+        """Raises ModelError for a template that writes no answer at all."""
+        self.template.after_answer()
+        reason = "the chat template leaves out or changes some of an answer, which would go unlearned"
+        return DataError(reason, hint="a data.chat_template that writes all of it learns all of it")
 
     def _content_begins(self, messages: Sequence[Message], turn: int, whole: str) -> int | None:
         """Where a message's content is in ``whole``: at the first character that is another one when the content is.
@@ -332,11 +337,6 @@ class Renderer:
             pieces.append(replace(found, tokens=found.tokens[part], labels=found.labels[part]))
             start += self.max_tokens - 1
         return pieces
-
-
-def _unlearned() -> DataError:
-    reason = "the chat template leaves out or changes some of an answer, which would go unlearned"
-    return DataError(reason, hint="a data.chat_template that writes all of it learns all of it")
 
 
 def _holds(text: str, content: str) -> bool:

@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
 from tests.faults.catalogue import FAULTS
 from tests.faults.harness import Told
@@ -50,6 +53,24 @@ def whole_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_sd(tmp_path_factory.mktemp("whole") / "sd")
 
 
+@pytest.fixture(scope="session")
+def llama_adapter(tmp_path_factory: pytest.TempPathFactory, whole_llama: Path) -> Path:
+    """By PEFT."""
+    folder = tmp_path_factory.mktemp("adapters") / "llama"
+    model = AutoModelForCausalLM.from_pretrained(whole_llama)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd_adapter(tmp_path_factory: pytest.TempPathFactory, whole_sd: Path) -> Path:
+    """By PEFT, of the UNet."""
+    folder = tmp_path_factory.mktemp("adapters") / "sd"
+    model = UNet2DConditionModel.from_pretrained(whole_sd / "unet")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["to_q"])).save_pretrained(folder / "unet")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -75,18 +96,20 @@ def row(number: int) -> str:
 
 
 @pytest.fixture
-def llama(tmp_path: Path, whole_llama: Path) -> Path:
-    """A folder with ``base`` (four shards), ``chats.jsonl`` of eight rows and ``recipe.yaml``."""
+def llama(tmp_path: Path, whole_llama: Path, llama_adapter: Path) -> Path:
+    """A folder with ``base`` (four shards), ``adapter``, ``chats.jsonl`` of eight rows and ``recipe.yaml``."""
     shutil.copytree(whole_llama, tmp_path / "base")
+    shutil.copytree(llama_adapter, tmp_path / "adapter")
     (tmp_path / "chats.jsonl").write_text("".join(row(i) for i in range(8)))
     (tmp_path / "recipe.yaml").write_text(LLAMA.format(folder=tmp_path))
     return tmp_path
 
 
 @pytest.fixture
-def sd(tmp_path: Path, whole_sd: Path) -> Path:
-    """A folder with ``base``, ``pictures`` (four PNGs with captions) and ``recipe.yaml``."""
+def sd(tmp_path: Path, whole_sd: Path, sd_adapter: Path) -> Path:
+    """A folder with ``base``, ``adapter``, ``pictures`` (four PNGs with captions) and ``recipe.yaml``."""
     shutil.copytree(whole_sd, tmp_path / "base")
+    shutil.copytree(sd_adapter, tmp_path / "adapter")
     (tmp_path / "pictures").mkdir()
     for i in range(4):
         noise = np.random.default_rng(i).integers(0, 255, (40, 40, 3), np.uint8)

@@ -21,13 +21,15 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% en
 
 def commands(folder: Path) -> list[tuple[object, ...]]:
     """Every command that opens the base of ``folder``."""
-    train = "train-llama" if (folder / "chats.jsonl").exists() else "train-sd"
+    llama = (folder / "chats.jsonl").exists()
+    train, file, form = ("train-llama", "lora.gguf", "gguf") if llama else ("train-sd", "lora.safetensors", "kohya")
     return [
         (train, folder / "recipe.yaml"),
         (train, folder / "recipe.yaml", "--dry-run"),
         ("data", folder / "recipe.yaml"),
         ("merge", folder / "base", folder / "adapter", folder / "merged"),
         ("extract", folder / "base", folder / "base", folder / "extracted", "--rank", 2),
+        ("convert", folder / "adapter", folder / file, "--to", form, "--base", folder / "base"),
         ("verify", folder / "recipe.yaml"),
         ("generate", "--base", folder / "base", "--prompt", "a", "--out", folder / "out"),
     ]

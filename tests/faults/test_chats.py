@@ -30,9 +30,15 @@ def refuse(folder: Path, *words: str, source: str | Path | None = None) -> Told:
 
 
 def skipped(folder: Path, *words: str, rows: int = 7, source: str | Path | None = None) -> None:
-    """With ``on_bad: skip`` the row is named, counted and left out."""
-    changes = ["data.on_bad=skip", *([f"data.train.0.path={source}"] if source else [])]
-    told = lorakit("data", folder / "recipe.yaml", *(word for change in changes for word in ("--set", change)))
+    """With ``on_bad: skip`` the row is named, counted and left out, by training too."""
+    name = f"skipped{len(list((folder / 'runs').glob('*')))}"
+    changes = ["data.on_bad=skip", "train.steps=1", f"output.name={name}"]
+    changes += [f"data.train.0.path={source}"] if source else []
+    settings = [word for change in changes for word in ("--set", change)]
+    trained = lorakit("train-llama", folder / "recipe.yaml", *settings)
+    assert trained.code == 0, trained.err
+    assert [word for word in ("skipped ", *words) if word not in trained.err.replace("\n", "")] == []
+    told = lorakit("data", folder / "recipe.yaml", *settings)
     assert told.code == 0, told.err
     out = told.out.replace("\n", "")
     assert [word for word in (f"{rows} training rows", "skipped ", *words) if word not in out] == []
