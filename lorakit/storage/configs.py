@@ -58,9 +58,9 @@ def claimed(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
     heads, size = config.get("num_attention_heads"), config.get("head_dim")
     if heads and size:
-        wide, narrow = heads * size, (config.get("num_key_value_heads") or heads) * size
-        shapes |= {"self_attn.q_proj": (wide, hidden), "self_attn.o_proj": (hidden, wide)}
-        shapes |= {"self_attn.k_proj": (narrow, hidden), "self_attn.v_proj": (narrow, hidden)}
+        shapes |= {"self_attn.q_proj": (heads * size, hidden), "self_attn.o_proj": (hidden, heads * size)}
+        if pairs := config.get("num_key_value_heads"):
+            shapes |= {"self_attn.k_proj": (pairs * size, hidden), "self_attn.v_proj": (pairs * size, hidden)}
     return {f"model.layers.0.{name}.weight": shape for name, shape in shapes.items()}
 
 
