@@ -38,7 +38,7 @@ _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 _libc.ptrace.restype = ctypes.c_long
 _TRACEME, _CONT, _GETREGS, _POKEUSER, _SYSCALL, _SETOPTIONS = 0, 7, 12, 6, 24, 0x4200
 _OPTIONS = 0x2 | 0x4 | 0x8 | 0x10 | 0x80 | 0x100000  # fork, vfork, clone, exec, seccomp; kill the child with the tracer
-_EVENT_SECCOMP = 7
+_EVENT_SECCOMP, _TGKILL = 7, 234
 _WALL = 0x40000000
 _REGISTERS = struct.Struct("27Q")
 _DI, _SI, _DX, _R10, _AX, _ORIG_AX = 14, 13, 12, 7, 10, 15
@@ -126,15 +126,20 @@ class Tracer:
             return _CONT
         if late == 1 and self.again:
             time.sleep(self.again)
-            os.kill(self.pid, self.number)
+            self._signal()
         if late != 0:
             return _CONT
         if self.torn and name == "write" and registers[_DX] > 1:
             _libc.ptrace(_POKEUSER, pid, 8 * _DX, registers[_DX] // 2)
             _libc.ptrace(_SYSCALL, pid, None, None)
             os.waitpid(pid, _WALL)
-        os.kill(self.pid, self.number)
+        self._signal()
         return _CONT
+
+    def _signal(self) -> None:
+        """To the main thread, which the kernel passes over while it is stopped: by another one Python would hear of a
+        signal late, and of two at once."""
+        _check(_libc.syscall(_TGKILL, self.pid, self.pid, self.number))
 
     def _local(self, path: str) -> str:
         return path.removeprefix(self.root).lstrip("/")
