@@ -9,6 +9,7 @@ writes the system message only into a last question), what is asked with it stan
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -186,13 +187,13 @@ class Renderer:
         """The chat as text, up to its last answer, behind the whole of what is asked."""
         whole = self.template.render(messages, answer_next=False)
         turn = len(messages) - 1
-        lost = [m.content for m in messages[:turn] if m.role != "assistant" and not _holds(whole, m.content)]
-        if not lost:
-            return whole
-        asked = self.template.render(messages[:turn], answer_next=True)
-        if not any(_holds(asked, text) for text in lost):
+        asked = self.template.render(messages[:turn], answer_next=True) if turn else ""
+        if whole.startswith(asked):
             return whole
         begin = self._content_begins(messages, turn, whole)
+        said = [_squeezed(message.content) for message in messages[:turn] if message.role != "assistant"]
+        if not _lost(said, asked, whole if begin is None else whole[:begin]):
+            return whole
         if begin is None:
             raise DataError("the chat template takes back what was asked once the answer is there")
         if question := messages[turn - 1].content.strip():
@@ -212,20 +213,22 @@ class Renderer:
             begin = len(before) if before and whole.startswith(before) else None
             if begin is None:
                 begin = self._content_begins(messages, turn, whole)
-                if begin is not None:
-                    asked, there = _squeezed(before), _squeezed(whole[:begin])
-                    if any(text not in there and text in asked for text in contents[:turn]):
-                        begin = None
-                opened |= begin is not None and before.startswith(whole[:begin]) and before != whole[:begin]
+                if begin is not None and _lost(contents[:turn], before, whole[:begin]):
+                    begin = None
             after = whole
             if turn + 1 < len(messages):
                 after = self.template.render(messages[: turn + 1], answer_next=False)
             # A template may end what it writes with a mark that gives way to the next message.
             end = _shared(whole, after)
-            texts = (*messages[turn].texts, *names(messages[turn].calls))
-            if begin is not None and (end == len(after) or all(text.strip() in whole[begin:end] for text in texts)):
-                if not all(_holds(whole[begin:end], text) for text in texts):
+            texts, called = messages[turn].texts, Counter(names(messages[turn].calls))
+            there = whole[begin:end] if begin is not None else ""
+            written = all(text.strip() in there for text in texts) and all(there.count(c) >= called[c] for c in called)
+            if begin is not None and (end == len(after) or written):
+                opening = before[before.rfind(messages[turn - 1].content.strip()) :] if begin == len(before) else ""
+                held = all(_holds(opening + there, text) for text in texts)  # a thought may be opened before the answer
+                if not held or any(there.count(name) < count for name, count in called.items()):
                     raise self._unlearned()
+                opened |= before.startswith(whole[:begin]) and before != whole[:begin]
                 spans.append(Span(begin, end))
             elif turn == turns[-1]:
                 if not all(_holds(whole, text) for text in texts):
@@ -342,6 +345,12 @@ class Renderer:
 def _holds(text: str, content: str) -> bool:
     """Whether ``content`` is in ``text``, but for blanks, which templates trim."""
     return _squeezed(content) in _squeezed(text)
+
+
+def _lost(said: Sequence[str], asked: str, there: str) -> bool:
+    """Whether one of the squeezed texts stands more often in what is asked than in what is ``there``."""
+    asked, there = _squeezed(asked), _squeezed(there)
+    return any(asked.count(text) > there.count(text) for text in said if text)
 
 
 def _squeezed(text: str) -> str:

@@ -36,7 +36,8 @@ def as_calls(value: Any, field: str, where: str) -> list[dict[str, Any]]:
     calls = []
     for call in _list(value, field, where):
         function = call["function"] if isinstance(call.get("function"), dict) else call
-        arguments = function.get("arguments", function.get("parameters", {}))
+        given = (function[key] for key in ("arguments", "parameters") if function.get(key) is not None)
+        arguments: Any = next(given, {})
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments.strip() or "{}")

@@ -275,6 +275,10 @@ def test_a_call_without_arguments_has_none():
     row = {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": ""}]}]}
     (call,) = parse(Record(row, "f:1"), "messages").messages
     assert json.loads(call.calls)[0]["function"] == {"name": "f", "arguments": {}}
+    for more in ({}, {"parameters": {"a": 1}}):
+        row["messages"][0]["tool_calls"] = [{"name": "f", "arguments": None, **more}]
+        (call,) = parse(Record(row, "f:1"), "messages").messages
+        assert json.loads(call.calls)[0]["function"]["arguments"] == more.get("parameters", {})
 
 
 def test_a_calls_number_goes_with_its_answer():

@@ -524,3 +524,36 @@ def test_an_empty_question_behind_what_is_taken_back(tokenizer, tmp_path):
     path.write_text(MISTRAL)
     (row,) = Renderer(tokenizer, str(path), 512).encode(chat(TURNS[0], Message("user", ""), TURNS[2]))
     assert learned(row, tokenizer)[0].strip() == "It returns a new list.<|im_end|>"
+
+
+@pytest.mark.parametrize("question", ["¿Qué hora es? Be brief.", "Who are you?"])
+def test_a_system_message_that_others_repeat_is_not_lost(tokenizer, tmp_path, question):
+    path = tmp_path / "mistral.jinja"
+    path.write_text(MISTRAL)
+    renderer = Renderer(tokenizer, str(path), 512)
+    messages = [TURNS[0], Message("user", question), Message("assistant", "Be brief.")]
+    (row,) = renderer.encode(chat(*messages))
+    first = int(np.flatnonzero(row.labels)[0])
+    assert row.tokens[:first].tolist() == renderer.prompt(messages[:2])
+    assert learned(row, tokenizer) == [" Be brief.<|im_end|>"]
+
+
+def test_a_thought_that_the_template_opens_may_stand_in_the_answer(tokenizer, tmp_path):
+    """Qwen 3's thinking models ask with an opened thought, and write what an answer has."""
+    path = tmp_path / "thinking.jinja"
+    path.write_text("{% for m in messages %}" + TURN + "{{ '\n' }}{% endfor %}"
+                    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")  # fmt: skip
+    answer = Message("assistant", "<think>\nEasy.\n</think>\n\nTwo.")
+    (row,) = Renderer(tokenizer, str(path), 512).encode(chat(*TURNS[:2], answer))
+    assert learned(row, tokenizer) == ["Easy.\n</think>\n\nTwo.<|im_end|>"]
+    assert not row.opened
+
+
+def test_a_second_call_that_a_template_drops_is_told(tokenizer, tmp_path):
+    path = tmp_path / "first.jinja"
+    path.write_text(CALLING.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"))
+    twice = [CALLED[0], CALLED[1] | {"tool_calls": CALLED[1]["tool_calls"] * 2}, *CALLED[2:]]
+    with pytest.raises(DataError, match="would go unlearned"):
+        Renderer(tokenizer, str(path), 512).encode(
+            parse(Record({"messages": twice, "tools": [TOOL]}, "f:1"), "messages")
+        )

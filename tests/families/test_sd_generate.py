@@ -120,7 +120,12 @@ def test_guidance_of_one_or_less_draws_from_the_prompt_alone(painter: Painter, s
 def test_a_scheduler_is_what_its_name_says_whatever_the_base_sets(base: Path, tmp_path: Path, name: str) -> None:
     path = shutil.copytree(base, tmp_path / "base")
     config = path / "scheduler/scheduler_config.json"
-    more = {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++", "solver_order": 3, "euler_at_final": True}
+    more = {
+        "use_karras_sigmas": True,
+        "algorithm_type": "sde-dpmsolver++",
+        "solver_order": 3,
+        "final_sigmas_type": "sigma_min",
+    }
     config.write_text(json.dumps(json.loads(config.read_text()) | more))
     drawn = [
         open_painter(resolve(str(one)), [], CPU, torch.float32)._denoise(
@@ -142,6 +147,7 @@ def test_schedulers_that_cannot_end_in_noise_alone(base: Path, tmp_path: Path, n
         painter.draw(["a cat"], DrawSettings(steps=2, scheduler=name))
     assert "ddim" in caught.value.hint
     painter.draw(["a cat"], DrawSettings(steps=2, scheduler="ddim"))
+    painter.draw(["a cat"], DrawSettings(steps=25, scheduler="dpm++2m_karras"))  # which has its first timestep twice
 
 
 @pytest.mark.parametrize(
@@ -151,6 +157,9 @@ def test_schedulers_that_cannot_end_in_noise_alone(base: Path, tmp_path: Path, n
         ("a cat <lora:style:0.8>", "<lora:style:0.8>"),
         ("a cat --n blurry", "--n"),
         ("a [red:0.5] cat", "[red:0.5]"),
+        ("(score_9:1.2), a cat", "(score_9:1.2)"),
+        ("a (red: 1) cat", "(red: 1)"),
+        ("a cat (note:)", None),
         ("a cat (red) at 10:30 (showing 10:30, aspect 16:9), (Genesis 1:1) - no", None),
     ],
 )

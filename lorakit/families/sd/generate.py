@@ -34,7 +34,10 @@ from lorakit.storage.foreign import model_errors
 logger = logging.getLogger("lorakit")
 
 SYNTAX = re.compile(
-    r"<(?:lora|lyco|hypernet):[^>]*>|[(\[][^()\[\]:]*[^\s\d:]:-?\d?(?:\.\d+)?[)\]]|(?:^|\s)--[a-z]\s+\S+"
+    r"<(?:lora|lyco|hypernet):[^>]*>"
+    r"|[(\[][^()\[\]]*[^()\[\]\s\d]\s*:\s*-?\d+\s*[)\]]"
+    r"|[(\[][^()\[\]]*:\s*-?\d*\.\d+\s*[)\]]"
+    r"|(?:^|\s)--[a-z]\s+\S+"
 )
 """Weights and adapters as AUTOMATIC1111 and others take them in a prompt, options as kohya's scripts do."""
 PIXELS_AT_ONCE = 2**19
@@ -105,6 +108,8 @@ class Painter:
         """Latents, float32 [B, C, H, W], from each seed's noise."""
         scheduler = self._scheduler(settings.scheduler)
         scheduler.set_timesteps(settings.steps)  # on the CPU, where a step that looks into them waits for no GPU
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)  # Karras' sigmas may have the first timestep twice, and it is looked for
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         width, height = settings.size(self.parts.size)
         channels = cast(Any, self.parts.unet).config.in_channels
