@@ -16,7 +16,7 @@ from typing import Literal
 
 from lorakit.errors import ModelError, first_line
 from lorakit.storage import checks
-from lorakit.storage.gguf_base import check_gguf, rope_scaling
+from lorakit.storage.gguf_base import check_gguf
 from lorakit.storage.headers import header_bytes
 
 __all__ = [
@@ -210,7 +210,7 @@ def texts(location: BaseLocation) -> Mapping[str, str]:
     its name in the base, of those that the hub would be asked for. What a GGUF file says is in ``digest``, but for the
     scaled positions, which were not always read."""
     if location.layout == "gguf":
-        scaling = rope_scaling(location.path)
+        scaling = check_gguf(location.path)
         told = hashlib.sha256(json.dumps(scaling, sort_keys=True).encode()).hexdigest()
         return {"rope scaling": told} if scaling else {}
     return {

@@ -15,32 +15,36 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 EMBEDDING, TOKENS, ROPE = "token_embd.weight", "tokenizer.ggml.tokens", "rope_freqs.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Of every Llama 3.1, 3.2 and 3.3."""
+_NUMBERS = {
+    "freq_base", "scale_linear", "scaling.factor", "scaling.original_context_length", "scaling.yarn_beta_fast",
+    "scaling.yarn_beta_slow",
+}  # fmt: skip
 
 
-def check_gguf(path: Path) -> None:
-    """A whole GGUF file of a LLaMA-like architecture. Raises ModelError, with the key that is at fault."""
+def check_gguf(path: Path) -> dict[str, Any]:
+    """A whole GGUF file of a LLaMA-like architecture; how its positions are scaled, as ``rope_parameters`` of
+    transformers, empty where they are not. Raises ModelError, with the key that is at fault."""
     header = read_gguf(path)
     try:
-        _check_sizes(header, _architecture(header))
+        architecture = _architecture(header)
+        _check_sizes(header, architecture)
+        return _rope_scaling(path, header, architecture)
     except ValueError as error:
         raise ModelError(str(error), where=str(path)) from error
-    rope_scaling(path)
-
-
-def rope_scaling(path: Path) -> dict[str, Any]:
-    """What transformers calls ``rope_parameters``, beside the base, of a checked file whose positions are scaled; else
-    empty. The keys and the tensor are llama.cpp's: linear and YaRN by ``rope.scaling.*``, Llama 3's by what each
-    frequency is divided by. ModelError for any other scaling."""
-    header = read_gguf(path)
-    try:
-        return _rope_scaling(path, header, _architecture(header))
-    except ValueError as error:
-        raise ModelError(str(error), where=str(path), hint="take the model's safetensors folder") from error
 
 
 def _rope_scaling(path: Path, header: GgufHeader, architecture: str) -> dict[str, Any]:
+    """What transformers calls ``rope_parameters``, beside the base, where positions are scaled; else empty.
+
+    The keys and the tensor are llama.cpp's: linear and YaRN by ``rope.scaling.*``, Llama 3's by what each frequency is
+    divided by.
+    """
     begin = f"{architecture}.rope."
     told: dict[str, Any] = {key[len(begin) :]: v for key, v in header.values.items() if key.startswith(begin)}
+    for key in _NUMBERS & told.keys():
+        value, least = told[key], 0.0 if key in ("scaling.factor", "scale_linear") else 1e-9
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(begin + key, number and least <= value, f"{str(value)[:40]} is no such number")
     factor = told.get("scaling.factor", told.get("scale_linear", 0.0)) or 1.0
     kind = told.get("scaling.type", "linear")
     if ROPE in header.tensors:
@@ -53,7 +57,7 @@ def _rope_scaling(path: Path, header: GgufHeader, architecture: str) -> dict[str
     _require(f"{begin}scaling.type", kind == "yarn", f"{str(kind)[:40]!r} is not known here")
     for key in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
         value = told.get(f"scaling.{key}", 1.0)
-        _require(f"{begin}scaling.{key}", value == 1.0, f"YaRN with {value} is not known here")
+        _require(f"{begin}scaling.{key}", value == 1.0, f"YaRN with {str(value)[:40]} is not known here")
     context = told.get("scaling.original_context_length", header.values.get(f"{architecture}.context_length"))
     given = {name: told.get(f"scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
     bounds = {name: value for name, value in given.items() if value is not None}
@@ -70,6 +74,7 @@ def _llama3(path: Path, header: GgufHeader, base: float) -> dict[str, Any]:
         found = struct.unpack(f"<{count}f", file.read(4 * count))
     low, high, context = LLAMA3.values()
     factor = max(found)
+    _require(ROPE, all(1 <= value < math.inf for value in found), "not what frequencies are divided by")
     for number, value in enumerate(found):
         wave = 2 * math.pi * base ** (number / count)
         share = min(max((context / wave - low) / (high - low), 0.0), 1.0)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from lorakit.errors import ModelError
 from lorakit.families.llama.base import as_folder
 from lorakit.storage.bases import resolve, texts
-from tests.raw_gguf import U32, Entry, RawGguf, number, real, string
+from tests.raw_gguf import U32, Entry, RawGguf, array, number, real, string
 from tests.tiny import LINES, tiny_gguf, tiny_llama
 
 TEXTS = (*LINES, "<|im_start|>user\nHi, 거꾸로 🙂<|im_end|>", "one <s> and two <|endoftext|>  ")
@@ -114,6 +115,38 @@ def test_another_scaling_is_refused(tmp_path: Path, key: str, value: bytes, told
     path = scaled(tiny_llama(tmp_path / "folder"), YARN)
     RawGguf.read(path).set(key, value).write(path)
     with pytest.raises(ModelError, match=told):
+        resolve(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.rope.freq_base", real(0.0)),
+        ("llama.rope.freq_base", real(-2.0)),
+        ("llama.rope.freq_base", array(0, 0)),
+        ("llama.rope.scaling.factor", real(-4.0)),
+        ("llama.rope.scaling.factor", string("2")),
+        ("llama.rope.scaling.type", array(0, 0)),
+        ("llama.rope.scaling.original_context_length", string("long")),
+        ("llama.rope.scaling.yarn_beta_fast", string("fast")),
+    ],
+)
+@pytest.mark.parametrize("rope", [LLAMA3, YARN], ids=["llama3", "yarn"])
+def test_hostile_positions_are_refused(tmp_path: Path, rope: dict[str, Any], key: str, value: bytes) -> None:
+    path = scaled(tiny_llama(tmp_path / "folder"), rope)
+    RawGguf.read(path).set(key, value).write(path)
+    with pytest.raises(ModelError, match=rf"{key}|rope_freqs\.weight: beside"):
+        resolve(str(path))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_hostile_frequencies_are_refused(tmp_path: Path, value: float) -> None:
+    path = scaled(tiny_llama(tmp_path / "folder"), LLAMA3)
+    raw = RawGguf.read(path)
+    place = raw.tensor("rope_freqs.weight").offset
+    raw.data = raw.data[:place] + np.full(4, value, np.float32).tobytes() + raw.data[place + 16 :]
+    raw.write(path)
+    with pytest.raises(ModelError, match=r"rope_freqs\.weight"):
         resolve(str(path))
 
 

@@ -70,7 +70,7 @@ class MergeBench:
             faults.append("the model that was there is gone")
         if self._inputs() != before:
             faults.append("the base or the adapter has changed")
-        if done.code == 0 and ((cwd / self.out).exists() is False or self._differing(cwd, self.expected)):
+        if done.code == 0 and (not (cwd / self.out).exists() or self._differing(cwd, self.expected)):
             faults.append("ended with 0, and OUT is not what was merged")
         if number >= len(done.operations):
             faults.append("the operation never came")

@@ -20,7 +20,7 @@ from lorakit.families.llama.readable import readable
 from lorakit.storage.atomic import new_folder
 from lorakit.storage.bases import BaseLocation
 from lorakit.storage.foreign import check_complete
-from lorakit.storage.gguf_base import rope_scaling
+from lorakit.storage.gguf_base import check_gguf
 
 log = logging.getLogger("lorakit")
 
@@ -48,7 +48,7 @@ def unpack(location: BaseLocation, folder: Path, dtype: torch.dtype) -> None:
         )
         check_complete(report, location.name)
         _clear_mark(model)
-        model.config.rope_parameters |= rope_scaling(location.path)
+        model.config.rope_parameters |= check_gguf(location.path)
         model.should_save_on_this_rank = lambda _: True  # the first that comes, and not rank 0 alone
         with suppress(ConflictError), new_folder(folder, manifest=False) as out:  # one without locks may be faster
             model.save_pretrained(out)
@@ -57,20 +57,18 @@ def unpack(location: BaseLocation, folder: Path, dtype: torch.dtype) -> None:
             # token that the file has.
             size = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
             first_tokens(tokenizer, size).save_pretrained(out)
-            _set(out / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+            settings = json.loads((out / "tokenizer_config.json").read_text())
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # TokenizersBackend is new in transformers 5
+            (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
 def _for_older_readers(path: Path) -> None:
     """Positions and dtype where transformers before 5 and others look for them, and take their defaults otherwise."""
     table = json.loads(path.read_text())
     rope = dict(table["rope_parameters"])
-    theta, kind = rope.pop("rope_theta"), rope.get("rope_type", "default")
-    scaling = None if kind == "default" else rope
-    _set(path, rope_theta=theta, rope_scaling=scaling, torch_dtype=table["dtype"])
-
-
-def _set(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values, indent=2))
+    table |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": table["dtype"]}
+    table["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    path.write_text(json.dumps(table, indent=2))
 
 
 def _clear_mark(model: Any) -> None:
