@@ -1,25 +1,20 @@
 """Examples to tokens with labels: the one render path of training, evaluation and generation.
 
-A chat is rendered whole and tokenized once. What an assistant's turn adds to the text before it is its span; a token
-that touches a span is labelled, up to and with the stop token. The spans come from rendering prefixes of the chat, so
-that any template will do, marked for generation or not. A template may write an answer otherwise once the chat goes on
-(reasoning models leave earlier thoughts out): such an answer is learned in a row of its own, the chat up to it, as the
-model sees it when it answers. Where a template takes part of the question back once the answer is there (Mistral's
-writes the system message only into a last question), what is asked with it stands before the answer all the same.
+A chat is rendered whole and tokenized once. A token that touches an assistant's turn, as ``turns`` finds it, is
+labelled, up to and with the stop token.
 """
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from lorakit.data.chat import Chat, Completion, Example, Message
 from lorakit.data.encoder import Encoder
 from lorakit.data.templates import ChatTemplate, find_template
-from lorakit.data.tools import names
+from lorakit.data.turns import Span, check_tools, find_turns
 from lorakit.errors import DataError, ModelError
 
 QUESTION_SHARE = 4
@@ -46,13 +41,6 @@ class Encoded:
     def count(self) -> int:
         """Labelled tokens that have one before them."""
         return int(self.labels[1:].sum())
-
-
-class Span(NamedTuple):
-    """Characters of one assistant turn in the rendered text."""
-
-    start: int
-    end: int
 
 
 class Renderer:
@@ -146,15 +134,6 @@ class Renderer:
                     reason = f"the {message.role}'s message contains the special token {mark!r}"
                     raise DataError(reason, hint="write it otherwise; data.on_bad: skip leaves such chats out")
 
-    def _check_tools(self, messages: Sequence[Message]) -> None:
-        """Raises DataError for a template that leaves out what may be called."""
-        if messages[0].tools:
-            without = [replace(message, tools="") for message in messages]
-            one, other = (self.template.render(said, answer_next=False) for said in (messages, without))
-            if one == other:
-                hint = "name a data.chat_template that does, or leave such rows out: data.on_bad: skip"
-                raise DataError("the chat template does not write what may be called (tools)", hint=hint)
-
     def _labelled(self, text: str, spans: Sequence[Span], *, add_end: bool, where: str) -> Encoded:
         """Tokenize once and label what touches a span; ``add_end`` sees to it that it ends with the end's token."""
         found, places = self._encoder.encode(text)
@@ -167,11 +146,10 @@ class Renderer:
         labels = np.concatenate([np.zeros(len(whole) - len(tokens), bool), labels])
         return Encoded(np.array(whole, np.int32), labels, where)
 
-    def _whole_chat(self, messages: Sequence[Message], where: str) -> tuple[Encoded, list[int]]:
+    def _whole_chat(self, messages: Sequence[Message], where: str) -> tuple[Encoded, Sequence[int]]:
         """The chat at any length, and the learned turns that have no label in it since the template rewrites them."""
-        text = self._rendered(messages)
-        spans, rewritten, opened = self._spans(messages, text)
-        row = replace(self._labelled(text, spans, add_end=False, where=where), opened=opened)
+        turns = find_turns(self.template, messages)
+        row = replace(self._labelled(turns.text, turns.spans, add_end=False, where=where), opened=turns.opened)
         stops, tokens, labels = self.stops(chat=True), row.tokens, row.labels
         starts = np.flatnonzero(labels & ~np.concatenate([[False], labels[:-1]]))
         for start in starts:
@@ -181,86 +159,12 @@ class Renderer:
                 labels[ends[-1] + 1 : end] = False
             elif end == len(labels):
                 tokens, labels = np.append(tokens, np.int32(self.tokenizer.eos_token_id)), np.append(labels, True)
-        return replace(row, tokens=tokens, labels=labels), rewritten
-
-    def _rendered(self, messages: Sequence[Message]) -> str:
-        """The chat as text, up to its last answer, behind the whole of what is asked."""
-        whole = self.template.render(messages, answer_next=False)
-        turn = len(messages) - 1
-        asked = self.template.render(messages[:turn], answer_next=True) if turn else ""
-        if whole.startswith(asked):
-            return whole
-        begin = self._content_begins(messages, turn, whole)
-        said = [_squeezed(message.content) for message in messages[:turn] if message.role != "assistant"]
-        if not _lost(said, asked, whole if begin is None else whole[:begin]):
-            return whole
-        if begin is None:
-            raise DataError("the chat template takes back what was asked once the answer is there")
-        if question := messages[turn - 1].content.strip():
-            between, ending = whole[:begin].rpartition(question)[2], asked.rpartition(question)[2]
-            if between.startswith(ending):  # what the template writes before an answer, a blank say, is part of it
-                begin -= len(between) - len(ending)
-        return asked + whole[begin:]
-
-    def _spans(self, messages: Sequence[Message], whole: str) -> tuple[list[Span], list[int], bool]:
-        """The learned assistant turns' characters in ``whole``, the earlier turns that the template rewrites, and
-        whether it opens one with more when it is asked for."""
-        turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        contents = [_squeezed(message.content) for message in messages]
-        spans, rewritten, opened = [], [], False
-        for turn in (i for i in turns if messages[i].learned):
-            before = self.template.render(messages[:turn], answer_next=True) if turn else ""
-            begin = len(before) if before and whole.startswith(before) else None
-            if begin is None:
-                begin = self._content_begins(messages, turn, whole)
-                if begin is not None and _lost(contents[:turn], before, whole[:begin]):
-                    begin = None
-            after = whole
-            if turn + 1 < len(messages):
-                after = self.template.render(messages[: turn + 1], answer_next=False)
-            # A template may end what it writes with a mark that gives way to the next message.
-            end = _shared(whole, after)
-            texts, called = messages[turn].texts, Counter(names(messages[turn].calls))
-            there = whole[begin:end] if begin is not None else ""
-            written = all(text.strip() in there for text in texts) and all(there.count(c) >= called[c] for c in called)
-            if begin is not None and (end == len(after) or written):
-                opening = before[before.rfind(messages[turn - 1].content.strip()) :] if begin == len(before) else ""
-                held = all(_holds(opening + there, text) for text in texts)  # a thought may be opened before the answer
-                if not held or any(there.count(name) < count for name, count in called.items()):
-                    raise self._unlearned()
-                opened |= before.startswith(whole[:begin]) and before != whole[:begin]
-                spans.append(Span(begin, end))
-            elif turn == turns[-1]:
-                if not all(_holds(whole, text) for text in texts):
-                    raise self._unlearned()
-                raise DataError("the chat template changes the text before the last answer once the answer is there")
-            else:
-                rewritten.append(turn)
-        return spans, rewritten, opened
-
-    def _unlearned(self) -> DataError:
-        """Raises ModelError for a template that writes no answer at all."""
-        self.template.after_answer()
-        reason = "the chat template leaves out or changes some of an answer, which would go unlearned"
-        return DataError(reason, hint="a data.chat_template that writes all of it learns all of it")
-
-    def _content_begins(self, messages: Sequence[Message], turn: int, whole: str) -> int | None:
-        """Where a message's content is in ``whole``: at the first character that is another one when the content is.
-
-        For a chat that an assistant begins, whose opening nobody asks for, and for a template that opens an answer
-        with more than it writes before one. None when that is not the content's place.
-        """
-        texts = [text.strip() for text in messages[turn].texts]
-        changed_texts = ["n" if text[:1] == "y" else "y" for text in texts]
-        other = replace(messages[turn], content=changed_texts[-1], reasoning=changed_texts[0] if texts[1:] else "")
-        changed = self.template.render([*messages[:turn], other, *messages[turn + 1 :]], answer_next=False)
-        begin = _shared(whole, changed)
-        return begin if whole[begin:].lstrip().startswith(texts[0]) else None
+        return replace(row, tokens=tokens, labels=labels), turns.rewritten
 
     def _chat(self, chat: Chat) -> list[Encoded]:
         """The chat up to its last learned answer, and up to each that it leaves unlearned."""
         self._refuse_marks(chat.messages)
-        self._check_tools(chat.messages)
+        check_tools(self.template, chat.messages)
         last = max(i for i, message in enumerate(chat.messages) if message.role == "assistant" and message.learned)
         messages = chat.messages[: last + 1]  # nothing learned sees what comes behind
         whole, rewritten = self._whole_chat(messages, chat.where)
@@ -340,23 +244,3 @@ class Renderer:
             pieces.append(replace(found, tokens=found.tokens[part], labels=found.labels[part]))
             start += self.max_tokens - 1
         return pieces
-
-
-def _holds(text: str, content: str) -> bool:
-    """Whether ``content`` is in ``text``, but for blanks, which templates trim."""
-    return _squeezed(content) in _squeezed(text)
-
-
-def _lost(said: Sequence[str], asked: str, there: str) -> bool:
-    """Whether one of the squeezed texts stands more often in what is asked than in what is ``there``."""
-    asked, there = _squeezed(asked), _squeezed(there)
-    return any(asked.count(text) > there.count(text) for text in said if text)
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
-def _shared(one: str, other: str) -> int:
-    """How many characters two texts have in common from their beginning."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
