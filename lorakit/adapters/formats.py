@@ -168,9 +168,7 @@ def kohya_names(layers: Mapping[str, Collection[str]]) -> dict[tuple[str, str], 
     owners: dict[str, str] = {}
     for component in (name for name in prefixes if name in layers):
         paths = layers[component]
-        spelt = (
-            original_paths(paths) if xl and component == "unet" else {path: _long(component, path) for path in paths}
-        )
+        spelt = original_paths(paths) if xl and component == "unet" else {path: long(component, path) for path in paths}
         for path, spelling in spelt.items():
             name = f"{prefixes[component]}_{spelling.replace('.', '_')}"
             if name in owners:
@@ -184,10 +182,11 @@ def bare(name: str) -> str:
     return name.removeprefix("text_model.")
 
 
-def _long(component: str, path: str) -> str:
-    """CLIP's paths with the ``text_model.`` in front that newer versions of transformers leave out."""
-    whole = component == "unet" or path.startswith(("text_model.", "text_projection"))
-    return path if whole else f"text_model.{path}"
+def long(component: str, name: str) -> str:
+    """A module's or a tensor's name, CLIP's with the ``text_model.`` in front that newer versions of transformers leave
+    out: the opposite of ``bare``."""
+    whole = not component.startswith("text_encoder") or name.startswith(("text_model.", "text_projection"))
+    return name if whole else f"text_model.{name}"
 
 
 def kohya_table(layers: Mapping[str, Collection[str]]) -> dict[str, tuple[str, str]]:
@@ -200,7 +199,7 @@ def kohya_table(layers: Mapping[str, Collection[str]]) -> dict[str, tuple[str, s
         table |= {f"lora_unet_{name.replace('.', '_')}": ("unet", path) for path, name in originals.items()}
     for component, spellings in _CONVERTED.items():
         for path in layers.get(component, ()):
-            names = {path, bare(path), _long(component, path)}
+            names = {path, bare(path), long(component, path)}
             table |= {f"{start}_{name.replace('.', '_')}": (component, path) for start in spellings for name in names}
     return table | {name: place for place, name in kohya_names(layers).items()}
 
@@ -219,4 +218,4 @@ def diffusers_name(component: str, path: str) -> str:
     """A tensor's name in a diffusers file; CLIP's with the ``text_model.`` that all readers know, and its magnitudes as
     transformers' ``load_adapter`` finds them, which a text encoder goes through and a UNet does not."""
     end = ".weight" if path.endswith(".lora_magnitude_vector") and component.startswith("text_encoder") else ""
-    return f"{component}.{_long(component, path)}{end}"
+    return f"{component}.{long(component, path)}{end}"

@@ -10,6 +10,7 @@ import torch
 
 from lorakit.adapters.delta import Delta, SavedAdapter
 from lorakit.adapters.files import assemble
+from lorakit.adapters.formats import long
 from lorakit.adapters.merging.base import Home, OpenBase, Packed
 from lorakit.adapters.merging.change import Change, Rows, Term, Whole, not_alone
 from lorakit.adapters.merging.source import FLOATS, FileSource, Slot, Source
@@ -268,10 +269,8 @@ def _unpacked(base: OpenBase, changes: Changes, dtype: torch.dtype | None) -> di
             home = base.homes[component][name]
             source = base.sources[home.file]
             slot = _converted(Slot(source.slots[home.name].dtype, tuple(tensor.shape)), dtype)
-            # Versions of transformers before 5.6 would fill CLIP at random without the name in front.
-            old = component.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection"))
-            stored = f"text_model.{name}" if old else name
-            tensors[stored] = Target(slot, (_span(source, home, changes.get(home), turn=home.turned),))
+            # Versions of transformers before 5.6 would fill CLIP at random without the long names.
+            tensors[long(component, name)] = Target(slot, (_span(source, home, changes.get(home), turn=home.turned),))
         files[f"{component}/{checks.WEIGHTS[component]}.safetensors"] = OutFile(tensors, {"format": "pt"})
     return files
 
