@@ -74,6 +74,7 @@ def _commands(base: Path, adapter: Path, out: Path) -> Iterator[tuple[str, list[
 
 def _section(size: int, repeats: int, ran: dict[str, list[runner.Ran]]) -> str:
     seconds = {name: statistics.median(one.seconds for one in runs) for name, runs in ran.items()}
+    times = "one run" if repeats == 1 else f"{repeats} runs"
     copies = seconds["cp -r"], seconds["cp -r, then sync"]
     rows = [
         [
@@ -87,8 +88,8 @@ def _section(size: int, repeats: int, ran: dict[str, list[runner.Ran]]) -> str:
     return "\n".join(
         [
             f"A Llama of {size / 2e9:.2f} B parameters in bfloat16 ({size / 1e9:.1f} GB in shards of 5 GB), LoRA r=16 "
-            f"on every linear layer of its blocks. {repeats} runs each, in turn, from a cold cache; the process from "
-            "start to end.",
+            f"on every linear layer of its blocks. {times} each, in turn, from a cold cache; the process from start to "
+            "end.",
             "",
             *table(("", "median, s", "times cp", "times cp and sync", "peak GB"), rows),
             "",
