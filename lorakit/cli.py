@@ -17,8 +17,9 @@ from lorakit.errors import RecipeError
 
 app = typer.Typer(
     help="Fine-tune Stable Diffusion and LLaMA with LoRA, merge the result, and generate with it.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # the boxes around a help text take longer to import than all else
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -46,6 +47,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[  # noqa: ARG001 (read by its callback)
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -53,6 +55,9 @@ def _root(
 ) -> None:
     if debug:
         os.environ["LORAKIT_DEBUG"] = "1"
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(RecipeError.exit_code)
 
 
 @app.command("train-sd")
@@ -160,7 +165,7 @@ def generate(
         typer.Option(help="LLaMA: 4- or 8-bit weights, as base.quantization of a recipe."),
     ] = "none",
     fuse: Annotated[
-        bool, typer.Option("--fuse", help="LLaMA: add the adapters to the weights first: no extra work a token.")
+        bool, typer.Option("--fuse", help="Add the adapters to the weights first; pictures always are drawn so.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after what a stopped batch has finished.")] = False,
     negative_prompt: Annotated[str, typer.Option(help="SD: what the picture should not show.")] = "",
@@ -348,8 +353,6 @@ def _run(arguments: Sequence[str] | None) -> object:
         return app(arguments, prog_name="lorakit", standalone_mode=False)
     except typer.TyperException as error:
         told = " ".join((error.format_message() if hasattr(error, "format_message") else str(error)).split())
-        if not told:  # the command line was empty, and the help is shown
-            return RecipeError.exit_code
         path = getattr(getattr(error, "ctx", None), "command_path", "lorakit")
         told = told.rstrip(".").replace("Input should be", "must be").replace("Value error, ", "")
         raise RecipeError(told, hint=f"see {path} --help") from error
