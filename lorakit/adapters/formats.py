@@ -43,11 +43,16 @@ _PREFIXES: dict[Format, dict[str, str]] = {
         "down_blocks.": "unet",
         "mid_block.": "unet",
         "up_blocks.": "unet",
+        "conv_in.": "unet",
+        "conv_out.": "unet",
+        "time_embedding.": "unet",
+        "add_embedding.": "unet",
     },
     "gguf": {"blk.": "model", "output.": "model", "token_embd.": "model"},
 }
-"""How keys begin, and the component that this means. Before diffusers 0.17 a UNet's had no name in front. The last
-three of kohya's are ComfyUI's own, with dots in place of ``_``."""
+"""How keys begin, and the component that this means. Before diffusers 0.17 a UNet's had no name in front, and
+``UNet2DConditionModel.save_lora_adapter`` still writes none. The last three of kohya's are ComfyUI's own, with dots in
+place of ``_``."""
 
 _SUFFIXES: dict[Format, dict[str, Part]] = {
     "peft": {

@@ -142,6 +142,8 @@ def named_by_base(deltas: Mapping[str, Delta], model: nn.Module, architecture: s
     for name, delta in deltas.items():
         if name not in paths:
             raise ModelError("the base has no such module", where=name)
-        b = _halve(delta.B, layout.heads[name]) if name in layout.heads else delta.B
+        rows = model.get_submodule(paths[name]).out_features
+        fits = len(delta.B) == rows  # what does not is refused with all other shapes
+        b = _halve(delta.B, layout.heads[name]) if name in layout.heads and fits else delta.B
         found[paths[name]] = Delta(delta.A, b, delta.scale)
     return found

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorakit.adapters import formats, gguf_lora
 from lorakit.adapters.targets import matches
-from lorakit.adapters.whole import Tokens, embeddings_as_layers, take_biases, take_tokens, whole_tensors
+from lorakit.adapters.whole import Tokens, embeddings_as_layers, second_copies, take_biases, take_tokens, whole_tensors
 from lorakit.errors import ModelError
 from lorakit.storage.bases import file_digest, split_base_id
 from lorakit.storage.checks import PICKLES, check_link, read_json, read_text
@@ -79,7 +79,9 @@ class Piece:
         if self.format == "peft":
             return self.config
         prefix = f"{component}."
-        return {k.removeprefix(prefix): v for k, v in self.config.items() if k.startswith(prefix)} or None
+        if any(key.startswith(prefix) for key in self.keys):
+            return {k.removeprefix(prefix): v for k, v in self.config.items() if k.startswith(prefix)} or None
+        return {k: v for k, v in self.config.items() if "." not in k} or None  # a UNet's that was saved alone
 
 
 def trained_template(adapters: Iterable[Mapping[str, str]]) -> str | None:
@@ -196,8 +198,9 @@ def _open_peft(component: str, folder: Path) -> Piece:
         reason = f"only {pickles[0]}, a pickle, which is never opened" if pickles else f"no {WEIGHTS}"
         raise ModelError(reason, where=str(folder))
     config = read_json(folder / CONFIG)
-    whole = whole_tensors(read_header(folder / WEIGHTS).tensors, config)
-    tensors, metadata = _tensors(folder / WEIGHTS, set(whole.values()))
+    names = read_header(folder / WEIGHTS).tensors
+    whole = whole_tensors(names, config)
+    tensors, metadata = _tensors(folder / WEIGHTS, {*whole.values(), *second_copies(names, whole)})
     if component == "model" and (folder / TEMPLATE).is_file():
         check_link(folder / TEMPLATE, folder)
         metadata[TEMPLATE_KEY] = read_text(folder / TEMPLATE)

@@ -14,6 +14,7 @@ from lorakit.errors import ModelError
 PREFIX = "base_model.model."
 EMBEDDINGS = ("embed_tokens", "lm_head")
 """The modules that PEFT saves whole of its own accord when they get LoRA or the vocabulary grew."""
+_TRAINED, _UNTRAINED = ".modules_to_save.", ".original_module."
 _BIAS, _TOKENS = ".lora_B.bias", ".token_adapter.trainable_tokens_delta"
 _LORA = {".lora_embedding_A": ".lora_B.weight", ".lora_embedding_B": ".lora_A.weight"}
 
@@ -26,20 +27,32 @@ def whole_tensors(keys: Iterable[str], config: Mapping[str, Any]) -> dict[str, s
     """
     modules = _names(config.get("modules_to_save") or [])
     biases = config.get("bias", "none") != "none"
-    found = {}
+    found: dict[str, str] = {}
     for key in keys:
         name = key.removeprefix(PREFIX)
-        if name == key or ".lora_" in name:
+        if name == key or ".lora_" in name or _UNTRAINED in name:
             continue
-        name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        inner = _TRAINED in name
+        name = name.replace(".base_layer.", ".").replace(_TRAINED, ".")
         module, _, kind = name.rpartition(".")
         if module.endswith(modules) or _ends(module, EMBEDDINGS) or (biases and kind == "bias"):
-            found[name] = key
+            found[name] = found.get(name, key) if inner else key
     for module in modules:
         if not any(name.rpartition(".")[0].endswith(module) for name in found):
             raise ModelError(
                 f"modules_to_save names {module!r}, the weights do not have it", where="adapter_config.json"
             )
+    return found
+
+
+def second_copies(keys: Iterable[str], whole: Mapping[str, str]) -> set[str]:
+    """Keys of what PEFT writes again when it saves the embeddings too: of a module in ``modules_to_save`` its untrained
+    self, and the trained one by its inner name, where ``whole`` has it by the outer one, which PEFT loads."""
+    found = set()
+    for key in keys:
+        name = key.removeprefix(PREFIX).replace(_UNTRAINED, ".").replace(_TRAINED, ".")
+        if (_UNTRAINED in key or _TRAINED in key) and whole.get(name, key) != key:
+            found.add(key)
     return found
 
 

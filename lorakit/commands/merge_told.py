@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lorakit.adapters.merging.merge import Compare, MergeReport
     from lorakit.adapters.merging.plan import MergePlan
 
-TOLERANCE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.25}
+TOLERANCE = {"float64": 0.01, "float32": 0.01, "float16": 0.05, "bfloat16": 0.25}
 """How far the merged model's outputs may be from base + adapter's, as a share of their spread: several times what
 rounding the weights to the dtype does."""
 

@@ -288,6 +288,27 @@ def test_diffusers_file(sd: Path, tmp_path: Path, with_metadata: bool, caplog: p
     torch.testing.assert_close(product(saved.components["unet"][path]), expected)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_unet_saved_alone_by_diffusers(
+    sd: Path, tmp_path: Path, rslora: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    unet = parts(sd)["unet"]
+    names = ["to_q", "conv_in", "time_embedding.linear_1"]
+    ranks = {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 2}
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=names, rank_pattern=ranks, use_rslora=rslora, init_lora_weights=False
+    )
+    unet.add_adapter(config)
+    unet.save_lora_adapter(tmp_path)
+    with caplog.at_level(logging.WARNING, "lorakit"):
+        saved = read_adapter(tmp_path, parts(sd)).components["unet"]
+    assert not [record for record in caplog.records if record.name == "lorakit"]
+    assert {"conv_in", "time_embedding.linear_1", *ranks} < set(saved)
+    for path, delta in saved.items():
+        expected = unet.get_submodule(path).get_delta_weight("default")
+        torch.testing.assert_close(product(delta).view(expected.shape), expected)
+
+
 OLD_BLOCK = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
 

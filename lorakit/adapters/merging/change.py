@@ -128,11 +128,17 @@ class Change:
         """How many units of float32's rounding the sum ``total`` that ``add_`` made may be off: [n, columns].
 
         At most r + 4 roundings of terms no larger than |W| + |B| |A|, which Cauchy-Schwarz puts under the norms of a
-        row of B and a column of A; DoRA scales them and adds the roundings of a norm.
+        row of B and a column of A, and three more of each |weight S| and |weight W| where a tensor or its rows take
+        W's place; DoRA scales them and adds the roundings of a norm.
         """
         last = first + weight.shape[0]
         bound = weight.abs() + total.abs()
-        rank = 0
+        for whole, share in self.whole:
+            bound.add_(weight.abs() + whole.source.rows(whole.name, first, last).double().abs(), alpha=abs(share))
+        for part, share in self.parts:
+            at, values = part.inside(first, last)
+            bound.index_add_(0, at, weight[at].abs() + values.double().abs(), alpha=abs(share))
+        rank = 3 * (len(self.whole) + len(self.parts))
         for (b, a, scale), columns in zip(self.products, self._columns, strict=True):
             rows = torch.linalg.vector_norm(b[first:last], dim=1)
             bound = torch.addr(bound, rows, columns, alpha=abs(scale))

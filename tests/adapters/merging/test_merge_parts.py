@@ -11,8 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from lorakit.adapters import gguf_lora
 from lorakit.adapters.convert import convert
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.files import read_adapter
@@ -23,6 +24,7 @@ from lorakit.adapters.merging.nf4 import NF4Source
 from lorakit.adapters.merging.plan import MergePlan, Settings, plan_merge
 from lorakit.adapters.merging.reference import parameters_on_meta, run_from_files
 from lorakit.adapters.merging.source import FileSource
+from lorakit.commands.merge_told import compare_with
 from lorakit.errors import ModelError
 from lorakit.families.llama import compare as llama_compare
 from lorakit.families.llama.generate import open_chat
@@ -172,6 +174,33 @@ def test_a_head_that_is_targeted_and_saved_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("modules", [[EMBED], [EMBED, HEAD]])
+def test_modules_saved_whole_beside_copies_of_the_embeddings(tmp_path: Path, tied: bool, modules: list[str]) -> None:
+    """What PEFT writes once the vocabulary grew: each module once more by its inner name, and its untrained self."""
+    base = tiny_llama(tmp_path / "base", tied=tied)
+    saving = {"save_embedding_layers": True}
+    expected = adapter(base, tmp_path / "adapter", target_modules=[Q], modules_to_save=modules, saving=saving)
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any(".original_module." in key for key in written)
+    out = merged(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": [HEAD]}, {"trainable_token_indices": [3, 1]}, {"modules_to_save": ["norm"]}]
+)
+@pytest.mark.parametrize("weights", [(0.5, 0.25), (-1.0, 1.0), (10.0, -9.0)])
+def test_what_cancels_between_whole_tensors_verifies(
+    tmp_path: Path, options: dict[str, Any], weights: tuple[float, float]
+) -> None:
+    base = tiny_llama(tmp_path / "base", tied=False)
+    for seed in (1, 2):
+        adapter(base, tmp_path / f"adapter-{seed}", seed=seed, target_modules=[Q], **options)
+    given = [(tmp_path / f"adapter-{seed}", weight) for seed, weight in zip((1, 2), weights, strict=True)]
+    merged(base, given, tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("copied", [True, False])
 @pytest.mark.parametrize("fuse", [True, False])
 def test_lora_of_the_head(tmp_path: Path, tied: bool, copied: bool, fuse: bool) -> None:
@@ -204,6 +233,29 @@ def test_lora_of_a_tied_head_is_none_for_llama_cpp(tmp_path: Path) -> None:
             continue
         with pytest.raises(ModelError, match="the base's head is its embedding"):
             convert(saved, out, "gguf", models=models, base_name="")
+
+
+def test_a_gguf_adapter_for_another_width_is_refused_by_its_shapes(tmp_path: Path) -> None:
+    shape = {"hidden_size": 20, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    narrow = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **shape))
+    changes = {"model.layers.0.self_attn.q_proj": Delta(torch.randn(4, 20), torch.randn(20, 4), 1.0)}
+    gguf_lora.write(tmp_path / "a.gguf", changes, narrow, alpha=4, metadata={})
+    base = LlamaForCausalLM.from_pretrained(tiny_llama(tmp_path / "base"))
+    with pytest.raises(ModelError, match="the adapter is for a weight"):
+        read_adapter(tmp_path / "a.gguf", {"model": base})
+
+
+def test_a_base_with_float64_verifies(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", tied=False)
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
+    save_file(tensors, file, {"format": "pt"})
+    adapter(base, tmp_path / "adapter", target_modules=[Q])
+    plan = planned(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    report = merge(plan, compare=compare_with(plan))
+    assert report.compared is not None
+    assert report.compared["allowed"] == 0.01
 
 
 def test_an_adapter_of_a_grown_vocabulary_says_what_its_base_is(tmp_path: Path) -> None:
