@@ -112,11 +112,16 @@ def describe(path: Path, pieces: Sequence[Piece], models: Mapping[str, nn.Module
         parameters=sum(matrix.numel() for matrix in learned if matrix is not None),
         norm=sum(block.norm**2 for block in blocks) ** 0.5,
         blocks=blocks,
-        dead=tuple(name for name, module in whole.items() if not module.delta.B.any()),
+        dead=tuple(name for name, module in whole.items() if _dead(module.delta)),
         faults=tuple(faults),
         beside=tuple(name for piece in pieces for name in piece.beside),
         metadata={key: text for piece in pieces for key, text in piece.metadata.items()},
     )
+
+
+def _dead(delta: Delta) -> bool:
+    """Whether scale * B A is zero by a factor."""
+    return not (delta.scale and delta.A.any() and delta.B.any())
 
 
 def _modules(piece: Piece, models: Mapping[str, nn.Module] | None) -> tuple[dict[str, _Module], list[ModelError]]:

@@ -42,7 +42,7 @@ def run(request: Request, *, sd: Mapping[str, Any], llama: Mapping[str, Any]) ->
     from lorakit.storage.bases import resolve
 
     location, console = resolve(request.base, request.revision), Console(stderr=True)
-    others = {*llama, "fuse"} if location.family == "sd" else set(sd)
+    others = set(llama if location.family == "sd" else sd)
     for name in sorted(others & request.given):
         raise RecipeError(f"is not for {location.name}", where=f"--{name.replace('_', '-')}", hint="leave it out")
     with warnings_to(console), stopping_at_once("stopped", "") as beginning:

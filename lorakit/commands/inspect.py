@@ -103,7 +103,11 @@ def _tell(found: "Description", base: str, console: Console) -> None:
         ranks, alphas = (", ".join(f"{value:g}" for value in values) for values in (block.ranks, block.alphas))
         table.add_row(escape(visible(block.name)), str(block.modules), ranks, alphas, f"{block.norm:.4g}")
     console.print(table)
-    listed = (("dead (B is zero)", found.dead), ("for a merge alone", found.beside), ("broken", found.faults))
+    listed = (
+        ("dead (A, B or scale is zero)", found.dead),
+        ("for a merge alone", found.beside),
+        ("broken", found.faults),
+    )
     for title, names in listed:
         for name in names[:SHOWN]:
             console.print(f"[yellow]{title}: {escape(visible(name))}[/]")

@@ -99,14 +99,15 @@ def test_dead_and_broken_modules_are_named(kohya: Path, tmp_path: Path) -> None:
     tensors[f"{names[0]}.lora_up.weight"].zero_()
     tensors[f"{names[1]}.lora_down.weight"][0, 0] = torch.nan
     del tensors[f"{names[2]}.lora_up.weight"]
+    tensors[f"{names[3]}.lora_down.weight"].zero_()
     save_file(tensors, tmp_path / "a.safetensors")
     told = json.loads(lorakit("inspect", tmp_path / "a.safetensors", "--json"))
-    assert len(told["dead"]) == 1
-    assert f"lora_unet_{told['dead'][0].removeprefix('unet.').replace('.', '_')}" == names[0]
+    dead = [f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}" for name in told["dead"]]
+    assert sorted(dead) == [names[0], names[3]]
     assert None in [block["norm"] for block in told["blocks"]], "JSON has no NaN"
     assert sorted(fault.partition(": ")[2] for fault in told["faults"]) == ["NaN or infinity", "its B is missing"]
     text = lorakit("inspect", tmp_path / "a.safetensors")
-    assert "dead (B is zero)" in text
+    assert "dead (A, B or scale is zero)" in text
     assert "NaN or infinity" in text
 
 

@@ -223,7 +223,7 @@ def test_two_batches_in_one_folder_keep_all_their_pictures(tmp_path: Path, whole
 
 @pytest.mark.parametrize(
     ("family", "option"),
-    [("llama", ("--steps", "3")), ("llama", ("--width", "64")), ("sd", ("--temperature", "0")), ("sd", ("--fuse",))],
+    [("llama", ("--steps", "3")), ("llama", ("--width", "64")), ("sd", ("--temperature", "0"))],
 )
 def test_settings_of_the_other_family(family: str, option: tuple[str, ...], request: pytest.FixtureRequest) -> None:
     base: Path = request.getfixturevalue(f"whole_{family}")
