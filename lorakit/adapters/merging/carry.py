@@ -71,11 +71,13 @@ def write_indexes(out: Path, files: Mapping[str, OutFile]) -> None:
     """Write the index of every sharded component, with the right total size."""
     shards: dict[Path, dict[str, OutFile]] = {}
     for name, file in files.items():
-        if "-of-" in name:
+        alone = (out / name).parent == out and name != "model.safetensors"  # shards by names of their own
+        if "-of-" in name or alone:
             shards.setdefault((out / name).parent, {})[Path(name).name] = file
     for folder, members in shards.items():
         weight_map = {name: shard for shard, file in members.items() for name in file.tensors}
         total = sum(file.size for file in members.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        stem = next(iter(members)).split("-")[0]
+        stem, numbered, _ = next(iter(members)).partition("-")
+        stem = stem if numbered else "model"
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -245,6 +245,21 @@ def test_a_gguf_adapter_for_another_width_is_refused_by_its_shapes(tmp_path: Pat
         read_adapter(tmp_path / "a.gguf", {"model": base})
 
 
+def test_shards_may_have_any_names(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", tied=False, max_shard_size="40KB")
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    names = {shard: f"part{number}.safetensors" for number, shard in enumerate(sorted({*index["weight_map"].values()}))}
+    assert len(names) > 1
+    for old, new in names.items():
+        (base / old).rename(base / new)
+    index["weight_map"] = {name: names[shard] for name, shard in index["weight_map"].items()}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    expected = adapter(base, tmp_path / "adapter", target_modules=[Q])
+    out = merged(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"] == index["weight_map"]
+    torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_base_with_float64_verifies(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base", tied=False)
     file = base / "model.safetensors"
