@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters import gguf_lora
-from lorakit.adapters.delta import Delta, SavedAdapter, told_as
+from lorakit.adapters.delta import Delta, SavedAdapter, rescaled, told_as
 from lorakit.adapters.delta import cast as to_dtype
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.formats import Format, bare
@@ -76,8 +76,7 @@ def convert(
     """
     _check(saved, to, models, dtype)
     check_out(out, to)
-    cast = {c: {path: _cast(d, to, dtype) for path, d in deltas.items()} for c, deltas in saved.components.items()}
-    written = replace(saved, components=cast)
+    written = replace(saved, components=_cast(saved.components, to, dtype))
     if _ending(out):
         with new_file(out) as path:
             _write_file(path, out.stem, written, to, models, base_name)
@@ -90,10 +89,23 @@ def convert(
         return _compared(saved, folder, out, to, models)
 
 
-def _cast(delta: Delta, to: Format, dtype: torch.dtype | None) -> Delta:
-    if dtype is None and to == "gguf" and {delta.A.dtype, delta.B.dtype} != {torch.float16}:
-        dtype = torch.float32
-    return delta if dtype is None else to_dtype(delta, dtype)
+def _held(delta: Delta) -> Delta:
+    """In a dtype that GGUF holds."""
+    return delta if {delta.A.dtype, delta.B.dtype} == {torch.float16} else to_dtype(delta, torch.float32)
+
+
+def _cast(
+    components: Mapping[str, Mapping[str, Delta]], to: Format, dtype: torch.dtype | None
+) -> dict[str, dict[str, Delta]]:
+    """The changes in ``dtype``. What the format takes into B is so beforehand in float64, to be rounded once."""
+    if dtype is None:
+        return {c: {path: _held(d) if to == "gguf" else d for path, d in own.items()} for c, own in components.items()}
+    exact = {c: {path: to_dtype(d, torch.float64) for path, d in own.items()} for c, own in components.items()}
+    if to == "diffusers":
+        exact = {c: {path: rescaled(d, 1.0) for path, d in own.items()} for c, own in exact.items()}
+    elif to != "peft":
+        _, exact = with_one_alpha(exact)
+    return {c: {path: to_dtype(d, dtype) for path, d in own.items()} for c, own in exact.items()}
 
 
 def check_out(out: Path, to: Format) -> None:
@@ -192,7 +204,8 @@ def _difference(before: Delta, after: Delta, where: str) -> float:
         return 0.0
     info = torch.finfo(after.B.dtype)
     step, largest, off, size = info.eps, 0.0, 0.0, 0.0
-    coarse = 0.51 * step * info.smallest_normal * abs(after.scale) * _flat(before.A).abs().sum(0)
+    least = 0.51 * step * info.smallest_normal
+    coarse = least * abs(after.scale) * _flat(before.A).abs().sum(0)
     too_far, below = False, False
     for first in range(0, before.B.shape[0], ROWS):
         rows = slice(first, first + ROWS)
@@ -200,6 +213,7 @@ def _difference(before: Delta, after: Delta, where: str) -> float:
         distance = (one - _product(after, rows)).abs_()
         room = (_flat(before.B[rows]).abs() @ _flat(before.A).abs()).mul_(1.01 * step * abs(before.scale))
         below |= not bool((distance <= room + 1e-12).all())
+        room += least * abs(before.scale) * _flat(before.B[rows]).abs().sum(1, keepdim=True)
         too_far |= not bool((distance <= room + coarse + 1e-12).all())
         largest = max(largest, float(distance.max()))
         off, size = off + float(distance.square().sum()), size + float(one.square().sum())

@@ -116,6 +116,22 @@ def within_one_rounding(saved: SavedAdapter, back: SavedAdapter) -> None:
             assert torch.equal(delta.magnitude.float(), other.magnitude.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["peft", "diffusers", "kohya", "gguf"])
+def test_a_scale_and_a_dtype_round_once_together(form: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    if (form, dtype) == ("gguf", torch.bfloat16):
+        return
+    family, random = "llama" if form == "gguf" else "sd 1", Random(0)
+    saved = some_adapter(family, lambda options: "float32" if "float32" in options else random.choice(options))
+    out = tmp_path / f"a{ENDINGS[form]}"
+    convert(saved, out, form, models=MODELS[family], base_name="", dtype=dtype)
+    back = read_adapter(out, MODELS[family]).all_deltas()
+    for place, delta in saved.all_deltas().items():
+        exact = delta.B.double() * (delta.scale / back[place].scale)
+        assert torch.equal(back[place].B, exact.to(dtype)), place
+        assert torch.equal(back[place].A, delta.A.to(dtype)), place
+
+
 def without_some_alphas(saved: SavedAdapter, family: str, random: Random, folder: Path) -> SavedAdapter:
     """The adapter as a kohya file, half of whose modules have lost their alpha, tells it."""
     path = folder / "alphas.safetensors"
