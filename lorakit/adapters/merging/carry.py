@@ -71,13 +71,12 @@ def write_indexes(out: Path, files: Mapping[str, OutFile]) -> None:
     """Write the index of every sharded component, with the right total size."""
     shards: dict[Path, dict[str, OutFile]] = {}
     for name, file in files.items():
-        alone = (out / name).parent == out and name != "model.safetensors"  # shards by names of their own
-        if "-of-" in name or alone:
+        unnumbered = (out / name).parent == out and name != "model.safetensors"
+        if "-of-" in name or unnumbered:
             shards.setdefault((out / name).parent, {})[Path(name).name] = file
     for folder, members in shards.items():
         weight_map = {name: shard for shard, file in members.items() for name in file.tensors}
         total = sum(file.size for file in members.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        stem, numbered, _ = next(iter(members)).partition("-")
-        stem = stem if numbered else "model"
+        stem = "model" if folder == out else next(iter(members)).split("-")[0]
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

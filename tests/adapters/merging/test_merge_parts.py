@@ -238,8 +238,8 @@ def test_lora_of_a_tied_head_is_none_for_llama_cpp(tmp_path: Path) -> None:
 def test_a_gguf_adapter_for_another_width_is_refused_by_its_shapes(tmp_path: Path) -> None:
     shape = {"hidden_size": 20, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
     narrow = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **shape))
-    changes = {"model.layers.0.self_attn.q_proj": Delta(torch.randn(4, 20), torch.randn(20, 4), 1.0)}
-    gguf_lora.write(tmp_path / "a.gguf", changes, narrow, alpha=4, metadata={})
+    changes = {"model.layers.0.self_attn.q_proj": Delta(torch.randn(2, 20), torch.randn(20, 2), 1.0)}
+    gguf_lora.write(tmp_path / "a.gguf", changes, narrow, alpha=2, metadata={})
     base = LlamaForCausalLM.from_pretrained(tiny_llama(tmp_path / "base"))
     with pytest.raises(ModelError, match="the adapter is for a weight"):
         read_adapter(tmp_path / "a.gguf", {"model": base})
@@ -248,7 +248,9 @@ def test_a_gguf_adapter_for_another_width_is_refused_by_its_shapes(tmp_path: Pat
 def test_shards_may_have_any_names(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base", tied=False, max_shard_size="40KB")
     index = json.loads((base / "model.safetensors.index.json").read_text())
-    names = {shard: f"part{number}.safetensors" for number, shard in enumerate(sorted({*index["weight_map"].values()}))}
+    names = {
+        shard: f"my-part-{number}.safetensors" for number, shard in enumerate(sorted({*index["weight_map"].values()}))
+    }
     assert len(names) > 1
     for old, new in names.items():
         (base / old).rename(base / new)
