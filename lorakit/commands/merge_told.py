@@ -7,33 +7,31 @@ from typing import TYPE_CHECKING, Any
 from lorakit.errors import ModelError
 
 if TYPE_CHECKING:
-    from lorakit.adapters.merging.merge import Compare, MergeReport
-    from lorakit.adapters.merging.plan import MergePlan
+    from collections.abc import Mapping
 
-TOLERANCE = {"float64": 0.01, "float32": 0.01, "float16": 0.05, "bfloat16": 0.25}
-"""How far the merged model's outputs may be from base + adapter's, as a share of their spread: several times what
-rounding the weights to the dtype does."""
+    from lorakit.adapters.merging.merge import Compare, MergeReport
+    from lorakit.adapters.merging.parallel import Crew
+    from lorakit.adapters.merging.plan import MergePlan
+    from lorakit.adapters.merging.source import Source
 
 
 def compare_with(plan: "MergePlan") -> "Compare":
     """What compares the outputs."""
 
-    def compare(place: Path) -> dict[str, Any]:
+    def compare(place: Path, sources: "Mapping[str, Source]", crew: "Crew") -> dict[str, Any]:
         if plan.base.family == "sd":
             from lorakit.families.sd.compare import compare as compare_sd
 
-            share, told = compare_sd(plan.base, plan.adapters, place)
+            found = compare_sd(plan.base, plan.adapters, place, sources, crew)
         else:
             from lorakit.families.llama.compare import compare as compare_llama
 
-            share, told = compare_llama(plan.base, plan.adapters, place, plan.settings.quant_base)
-        allowed = max(TOLERANCE[dtype] for dtype in plan.dtypes)
-        if not share <= allowed:
-            hint = "the merged model was removed; --dtype float32 rounds less, --no-verify compares nothing"
-            raise ModelError(
-                f"does not verify: {told}; at most {allowed:.0%} is allowed", where=str(plan.out), hint=hint
-            )
-        return {"difference": share, "allowed": allowed, "in_words": told}
+            found = compare_llama(plan.base, plan.adapters, place, plan.settings.quant_base, sources, crew)
+        if not found.difference <= found.allowed:
+            hint = "the merged model was removed; --no-verify writes it without comparing"
+            reason = f"does not verify: {found.told}, and rounding explains {found.allowed:.2%} at most"
+            raise ModelError(reason, where=str(plan.out), hint=hint)
+        return {"difference": found.difference, "allowed": found.allowed, "in_words": found.told}
 
     return compare
 

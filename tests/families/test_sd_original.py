@@ -18,7 +18,7 @@ from lorakit.adapters.convert import convert
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import adapter_state, inject, load_adapter_state
 from lorakit.adapters.linear import plain_layers
-from lorakit.adapters.merging import reference
+from lorakit.adapters.merging import layers
 from lorakit.adapters.merging.base import OpenBase, open_single
 from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.plan import plan_merge
@@ -109,20 +109,22 @@ def expected(base: BaseLocation, adapter: Path) -> Parts:
 @pytest.mark.parametrize("dora", [False, True])
 def test_it_runs_from_its_file(base: BaseLocation, tmp_path: Path, dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Base + adapter, with LoRA on convolutions and in the text encoder, predict what PEFT's layers do."""
-    monkeypatch.setattr(reference, "BLOCK", 5000)
+    monkeypatch.setattr(layers, "READ", 20000)
     parts, adapter = load_parts(base, PLACE), tmp_path / "adapter"
     for component, section in SECTIONS.items():
         write_disturbed(parts, component, section.model_copy(update={"dora": dora}), adapter / component)
     ids, opened = ids_of(parts.conditioning, PROMPTS), open_single(base, open_original(base))
     adapters = plan_merge(base, opened, [(adapter, 1.0)], tmp_path / "out").adapters
-    (found,) = compare._predictions(compare._running(base, adapters), parts.conditioning, ids, 16)
+    with torch.inference_mode():
+        found = compare._prediction(compare._running(base, opened, adapters), parts.conditioning, ids, 16)
     bones = compare.Skeleton(parts.unet, parts.conditioning, parts.vae, parts.factor, parts.size, {})
-    with ExitStack() as plain:
+    with torch.inference_mode(), ExitStack() as plain:
         for module in parts.adaptable.values():
             plain.enter_context(plain_layers(module))
-        (wanted,) = compare._predictions(bones, parts.conditioning, ids, 16)
+        wanted = compare._prediction(bones, parts.conditioning, ids, 16)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
-    (bare,) = compare._predictions(compare._running(base, []), parts.conditioning, ids, 16)
+    with torch.inference_mode():
+        bare = compare._prediction(compare._running(base, opened), parts.conditioning, ids, 16)
     assert (bare - wanted).abs().max() > 0.01, "the adapter says something"
 
 

@@ -1,7 +1,7 @@
 """A base as a merge sees it: where each tensor of each component is, and what comes along with the weights."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.adapters.formats import bare
 from lorakit.adapters.merging.carry import copy_rest
-from lorakit.adapters.merging.source import FileSource, Source
+from lorakit.adapters.merging.source import FileSource, Source, Told
 from lorakit.errors import ModelError
 from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
@@ -62,6 +62,14 @@ class OpenBase:
     """Writes what comes along into a folder, with these changes to the model's config."""
     packed: tuple[Mapping[str, Packed], dict[str, str]] | None = None
     """For a folder that becomes a single file: its tensors by original name, and its metadata."""
+
+    def read_through(self, sources: Mapping[str, Source]) -> "OpenBase":
+        """The same base with some of its files read through these."""
+        return replace(self, sources={**self.sources, **sources})
+
+    def told(self, go_on: Callable[[int], None]) -> "OpenBase":
+        """The same base, which tells ``go_on`` how many bytes of it are read."""
+        return self.read_through({name: Told(source, go_on) for name, source in self.sources.items()})
 
     def home(self, component: str, name: str) -> Home | None:
         own = self.homes.get(component, {})

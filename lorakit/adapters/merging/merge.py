@@ -4,7 +4,7 @@ The result is a folder that plain transformers or diffusers loads, or a single f
 the adapter does not touch keep their bytes, shards and index keep their layout, configs and tokenizer come along.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +17,16 @@ from lorakit.adapters.merging.out import check_out, check_space
 from lorakit.adapters.merging.parallel import Crew
 from lorakit.adapters.merging.plan import MergePlan
 from lorakit.adapters.merging.receipt import other_base, receipt, receipt_path
-from lorakit.adapters.merging.stream import OutFile, Tally, write_file
-from lorakit.adapters.merging.verify import Checked, Proof, verify_file
+from lorakit.adapters.merging.source import Source
+from lorakit.adapters.merging.stream import OutFile, Tally, Written, write_file
+from lorakit.adapters.merging.verify import Checked, Proof, ReadBack
 from lorakit.storage.atomic import new_file, new_folder, sweep_killed, write_text
 from lorakit.storage.bases import resolve
 from lorakit.storage.direct import ROOMS
 
-Compare = Callable[[Path], dict[str, Any]]
-"""Compares what a merged model at a path computes with base + adapter; ModelError when it is too far off."""
+Compare = Callable[[Path, Mapping[str, Source], Crew], dict[str, Any]]
+"""Compares what a merged model at a path computes with base + adapter, its files read through these sources, by path;
+ModelError when it is too far off."""
 Progress = Callable[[int, int], None]
 """Told from any thread how many bytes are written, or written and verified, of how many."""
 
@@ -60,7 +62,7 @@ def merge(
 ) -> MergeReport:
     """Write what ``plan`` says, with a receipt; its ``out`` is absent or complete whatever happens.
 
-    ``verify`` recomputes every changed tensor and reads all back; ``compare`` compares what the model computes.
+    ``verify`` recomputes every changed tensor and reads all back, by ``compare`` what it needs.
 
     Raises ConflictError when ``out`` exists (unless ``overwrite``), or is the base or an adapter; ResourceError when
     the space does not suffice or the disk refuses; ModelError when a sum is not finite in its dtype, or the result does
@@ -69,11 +71,13 @@ def merge(
     check_out(plan, overwrite)
     sweep_killed(plan.out)  # before the space is measured
     check_space(plan)
+    rounds = 1 + verify + (verify and compare is not None)  # written, read back, the base read once more beside it
+    crew = Crew(plan.size * rounds, progress)
     with _place(plan, overwrite) as place:
-        tally, written, checked = _write(plan, place, verify, progress)
+        tally, written, checked = _write(plan, place, verify, crew)
         ROOMS.release()
         resolve(str(place))
-        compared = None if compare is None else compare(place)
+        compared = _read_back(plan, place, written, compare, crew) if verify else None
         report = MergeReport(
             plan.out,
             plan.changed,
@@ -81,11 +85,12 @@ def merge(
             ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in tally.dtypes)),
             tally.rounding,
             tally.lost,
-            checked,
+            checked if verify else None,
             compared,
             tuple(filter(None, (other_base(adapter, plan.base) for adapter in plan.adapters))),
         )
-        text = receipt(plan, place, written, _outcome(plan, report))
+        digests = {name: file.sha256 for name, file in written.items()}
+        text = receipt(plan, place, digests, _outcome(plan, report))
         if "" not in plan.files:
             receipt_path(place).write_text(text)
     if "" in plan.files:
@@ -107,29 +112,34 @@ def _place(plan: MergePlan, overwrite: bool) -> Iterator[Path]:
         yield folder
 
 
-def _write(
-    plan: MergePlan, place: Path, verify: bool, progress: Progress | None
-) -> tuple[Tally, dict[str, str], Checked | None]:
-    """Write the weight files, proved and read back; their SHA-256."""
-    crew = Crew(plan.size * (1 + verify), progress)
+def _write(plan: MergePlan, place: Path, verify: bool, crew: Crew) -> tuple[Tally, dict[str, Written], Checked]:
+    """Write the weight files, with ``verify`` proved."""
 
-    def write(path: Path, file: OutFile, cores: Executor) -> tuple[Tally, str, Checked]:
+    def write(path: Path, file: OutFile, cores: Executor) -> tuple[Tally, Written, Checked]:
         path.parent.mkdir(exist_ok=True)
         tally, proof = Tally(), Proof()
-        digest = write_file(path, file, tally, crew.go_on, cores, proof if verify else None)
-        if verify:
-            verify_file(path, file, digest, crew.go_on)
-        return tally, digest, proof.checked
+        written = write_file(path, file, tally, crew.go_on, cores, proof if verify else None)
+        return tally, written, proof.checked
 
-    paths = {name: place / name if name else place for name in plan.files}
-    results = crew.run([partial(write, paths[name], file) for name, file in plan.files.items()])
+    results = crew.run([partial(write, place / name, file) for name, file in plan.files.items()])
     total = Tally()
     for tally, _, _ in results:
         total.add(tally)
     found = [one for _, _, one in results]
     checked = Checked(sum(one.changed for one in found), max((one.worst for one in found), default=0.0))
-    written = {name: digest for name, (_, digest, _) in zip(plan.files, results, strict=True)}
-    return total, written, checked if verify else None
+    return total, {name: file for name, (_, file, _) in zip(plan.files, results, strict=True)}, checked
+
+
+def _read_back(
+    plan: MergePlan, place: Path, written: Mapping[str, Written], compare: Compare | None, crew: Crew
+) -> dict[str, Any] | None:
+    """Read all weight files from the disk, in the order in which ``compare`` needs them, then the rest."""
+    files = {
+        name or place.name: ReadBack(place / name, file, written[name], crew.go_on) for name, file in plan.files.items()
+    }
+    compared = None if compare is None else compare(place, files, crew)
+    crew.run([file.finish for file in files.values()])
+    return compared
 
 
 def _outcome(plan: MergePlan, report: MergeReport) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Crew:
     """Runs jobs in threads. A job calls ``go_on`` now and then with the bytes it has dealt with since."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        """``progress`` is told how many bytes of ``total`` are dealt with."""
         self._total, self._progress, self._done = total, progress, 0
         self._lock, self._stop = threading.Lock(), threading.Event()
 
@@ -45,10 +46,12 @@ class Crew:
                     raise next((error for error in failed if not isinstance(error, Stopped)), failed[0])
                 assert not waiting
                 return [future.result() for future in futures]
-            finally:
+            except BaseException:
                 self._stop.set()
                 for future in futures:
                     future.cancel()
+                raise
+            finally:
                 torch.set_num_threads(threads)
 
 

@@ -1,6 +1,7 @@
 """Tensors to be had row by row, from a safetensors file, so that no model has to fit into memory."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -52,6 +53,18 @@ class Source(Protocol):
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """[last - first, columns], in memory of its own or not to be written to."""
         ...
+
+
+class Told:
+    """Another source, which tells ``go_on`` how many bytes are read."""
+
+    def __init__(self, source: Source, go_on: Callable[[int], None]) -> None:
+        self.slots, self.metadata = source.slots, source.metadata
+        self._source, self._go_on = source, go_on
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        self._go_on((last - first) * self.slots[name].columns * self.slots[name].dtype.itemsize)
+        return self._source.rows(name, first, last)
 
 
 class FileSource:

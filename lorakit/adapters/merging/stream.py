@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from lorakit.adapters.merging.behind import Behind
@@ -146,6 +147,17 @@ class Summed(NamedTuple):
 Prove = Callable[[Summed], None]
 """Raises ModelError for rows that should not be written."""
 
+Block = tuple[str, int, int]
+"""A tensor's name, its first row, and the one behind its last."""
+
+
+class Written(NamedTuple):
+    """What a file was written with."""
+
+    sha256: str
+    blocks: dict[Block, bytes]
+    """The XXH3 of each block of rows, in order."""
+
 
 def write_file(
     path: Path,
@@ -154,39 +166,43 @@ def write_file(
     written: Callable[[int], None],
     sums: Executor,
     prove: Prove | None = None,
-) -> str:
-    """Write a safetensors file and give its SHA-256; ``written`` is told the bytes of each block.
+) -> Written:
+    """Write a safetensors file; ``written`` is told the bytes of each block.
 
-    ``sums`` computes blocks, which are written in their order. ``prove`` is given all that was summed, and the SHA-256
-    is of just what it was given, as it was then.
+    ``sums`` computes blocks, which are written in their order. ``prove`` is given all that was summed, and the digests
+    are of just what it was given, as it was then.
 
     Raises ModelError when a sum is not finite in its dtype, and what ``prove`` raises.
     """
     digest = hashlib.sha256()
+    blocks: dict[Block, bytes] = {}
 
-    def settle(block: tuple[Bytes, Summed | None]) -> None:
-        content, summed = block
+    def settle(settled: tuple[Bytes, Block | None, Summed | None]) -> None:
+        content, block, summed = settled
         if prove is not None and summed is not None:
             prove(summed)
         digest.update(content.data)
+        if block is not None:
+            blocks[block] = xxhash.xxh3_128_digest(content.data)
 
     with closing(DirectWriter(path)) as file, Behind(settle) as settling, Behind(file.write) as writing:
 
-        def put(content: Bytes, summed: Summed | None = None) -> None:
-            settling.put((content, summed))
+        def put(content: Bytes, block: Block | None = None, summed: Summed | None = None) -> None:
+            settling.put((content, block, summed))
             writing.put(content)
 
         def put_next() -> None:
-            name, change, first, before, computed = late.popleft()
+            block, change, first, before, computed = late.popleft()
             after, part = computed.result()
             tally.add(part)
-            summed = Summed(name, change, first, before, after) if change else None
-            put(after.contiguous().flatten().view(torch.uint8).numpy(), summed)
+            summed = Summed(block[0], change, first, before, after) if change else None
+            put(after.contiguous().flatten().view(torch.uint8).numpy(), block, summed)
             written(after.nbytes)
 
-        late = deque[tuple[str, Change | None, int, Tensor, Future[tuple[Tensor, Tally]]]]()
+        late = deque[tuple[Block, Change | None, int, Tensor, Future[tuple[Tensor, Tally]]]]()
         put(np.frombuffer(out.header(), np.uint8))
         for name, (slot, spans) in out.tensors.items():
+            above = 0  # rows of the spans before
             for span in spans:
                 tally.change += (span.change and span.change.square) or 0.0
                 size = span.source.slots[span.name].dtype.itemsize
@@ -195,13 +211,15 @@ def write_file(
                         put_next()
                     before = span.source.rows(span.name, first, last)
                     computed = sums.submit(_after, span, first, before, slot.dtype)
-                    late.append((name, span.change, first - span.first, before, computed))
+                    block = name, above + first - span.first, above + last - span.first
+                    late.append((block, span.change, first - span.first, before, computed))
+                above += span.last - span.first
         while late:
             put_next()
         settling.wait()
         writing.wait()
         file.finish()
-    return digest.hexdigest()
+    return Written(digest.hexdigest(), blocks)
 
 
 @torch.no_grad()

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from lorakit.adapters.merging.change import Change, rows_at_once
 from lorakit.adapters.merging.source import FileSource
-from lorakit.adapters.merging.stream import READ, OutFile, Span, Summed, worked
+from lorakit.adapters.merging.stream import Block, OutFile, Summed, Written, worked
 from lorakit.errors import ModelError
-from lorakit.storage.bases import file_digest
 from lorakit.storage.disk import fsync
 
 SINGLE = 2.0**-24
@@ -37,7 +37,7 @@ class Proof:
     """Recomputes in float64 what was summed, while it is in memory.
 
     A weight may differ from its float64 sum by half a unit in the last place of its dtype and the float32 sum's own
-    error. That the very same bytes are on the disk is for ``verify_file`` to say.
+    error. That the very same bytes are on the disk is for ``ReadBack`` to say.
     """
 
     def __init__(self) -> None:
@@ -61,22 +61,37 @@ class Proof:
         self._worst = max(self._worst, error)
 
 
-def verify_file(path: Path, out: OutFile, digest: str, go_on: Callable[[int], None]) -> None:
-    """Read a file back from the disk: its tensors are the planned ones, its bytes those with the SHA-256 ``digest``.
+class ReadBack:
+    """A written file as the disk has it, to be read like any: a block that is not what was written is an error."""
 
-    Raises ModelError.
-    """
-    forget(path)
-    found = FileSource(path, fresh=True)
-    if found.slots != {name: target.slot for name, target in out.tensors.items()}:
-        raise ModelError(
-            "does not verify: the file's header is not the one that was planned", where=path.name, hint=HINT
-        )
-    for name, slot in found.slots.items():
-        for first, last in Span(found, name, 0, slot.rows).blocks(READ // slot.dtype.itemsize):
-            go_on(found.rows(name, first, last).nbytes)
-    if file_digest(path).hex() != digest:
-        raise ModelError("does not verify: the file does not read back as it was written", where=path.name, hint=HINT)
+    def __init__(self, path: Path, out: OutFile, written: Written, go_on: Callable[[int], None]) -> None:
+        """``go_on`` is told the bytes of each block that was read. Raises ModelError for another header or size."""
+        forget(path)
+        self._file = FileSource(path, fresh=True)
+        self.slots, self.metadata = self._file.slots, self._file.metadata
+        self._path, self._go_on = path, go_on
+        self._left: dict[Block, bytes] = dict(written.blocks)
+        header = out.header()
+        with path.open("rb") as file:
+            if file.read(len(header)) != header:
+                reason = "does not verify: the file's header is not the one that was planned"
+                raise ModelError(reason, where=path.name, hint=HINT)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """[last - first, columns], not to be written to; as it was written where it is a block that was."""
+        content = self._file.rows(name, first, last)
+        digest = self._left.pop((name, first, last), None)
+        if digest is not None:
+            if xxhash.xxh3_128_digest(content.view(torch.uint8).numpy().data) != digest:
+                reason = "does not verify: it does not read back as it was written"
+                raise ModelError(reason, where=f"{self._path.name}: {name}", hint=HINT)
+            self._go_on(content.nbytes)
+        return content
+
+    def finish(self, _: object = None) -> None:
+        """Read what nobody has asked for yet. Raises ModelError."""
+        for block in list(self._left):
+            self.rows(*block)
 
 
 def _error(summed: Summed, exact: Change) -> float:

@@ -1,8 +1,6 @@
 """What a merged language model says beside base + adapter: the logits of a few prompts."""
 
-import gc
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +8,59 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.merging.base import OpenBase
+from lorakit.adapters.merging.outputs import Comparison, difference, side_by_side
+from lorakit.adapters.merging.parallel import Crew
 from lorakit.adapters.merging.plan import PlannedAdapter, QuantBase
-from lorakit.adapters.merging.reference import difference, parameters_on_meta, run_from_files
+from lorakit.adapters.merging.reference import parameters_on_meta, run_from_files
+from lorakit.adapters.merging.source import Source
 from lorakit.data.encoder import Encoder
+from lorakit.errors import ModelError
 from lorakit.families.llama.base import as_folder
-from lorakit.families.llama.library import load_tokenizer
+from lorakit.families.llama.library import load_config, load_tokenizer
 from lorakit.families.llama.skeleton import open_language_model
 from lorakit.storage.bases import BaseLocation, resolve
 
-PROMPTS = (
-    "The capital of France is",
-    "What does the function sorted do? It returns",
-    "Once upon a time there was a fox who",
-    "1, 2, 3, 4, 5,",
-)
+PROMPTS = ("The capital of France is the city of", "def add(a, b): return a", "Once upon a time there was a")
+"""Of about the same length, for a weight's products cost as much as the longest has tokens."""
 
 
 def compare(
-    base: BaseLocation, adapters: Sequence[PlannedAdapter], out: Path, quant_base: QuantBase = "original"
-) -> tuple[float, str]:
-    """How far the merged model's logits are from base + adapter's, as a share of their spread; and in words.
+    base: BaseLocation,
+    adapters: Sequence[PlannedAdapter],
+    out: Path,
+    quant_base: QuantBase = "original",
+    sources: Mapping[str, Source] = {},
+    crew: Crew | None = None,
+) -> Comparison:
+    """How far the merged model's logits are from base + adapter's.
 
-    In float32, a few rows of a weight in memory at a time. ``quant_base``: see ``merging.plan.Settings``.
+    In float32, a few rows of a weight in memory at a time. ``quant_base``: see ``merging.plan.Settings``; ``sources``:
+    what to read the merged model's files through, by path.
     """
     folder = as_folder(base, torch.float32)
-    encoder = Encoder(load_tokenizer(folder))
-    ids = [encoder.encode(prompt)[0].tolist() for prompt in PROMPTS]
-    expected = _logits(_opened(folder, quant_base), adapters, ids)
-    found = _logits(_opened(resolve(str(out)), "original"), (), ids)
+    ids, told = _prompts(folder)
+    crew = crew or Crew(0, None)
+    one = _opened(folder, quant_base).told(crew.go_on)
+    other = _opened(resolve(str(out)), "original").read_through(sources)
+    run_from_files(one, adapters, other)
+    run_from_files(other)
+    expected, rounded, found = side_by_side(crew, lambda: _logits(one, [*ids, *ids]), lambda: _logits(other, ids))
+    share, rounding = difference(expected, found), difference(expected, rounded)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, found, strict=True))
-    count = sum(logits.shape[0] for logits in expected)
-    share = difference(expected, found)
-    return share, f"logits of {len(ids)} prompts differ by {share:.2%}, {same} of {count} likeliest tokens are the same"
+    count = sum(map(len, ids))
+    told = f"logits of {told} differ by {share:.2%}, {same} of {count} likeliest tokens are the same"
+    return Comparison(share, rounding, told)
+
+
+def _prompts(folder: BaseLocation) -> tuple[list[list[int]], str]:
+    """Their tokens, and what they are. A base without a tokenizer needs none to be compared."""
+    try:
+        encoder = Encoder(load_tokenizer(folder))
+    except ModelError:
+        shape, generator = (len(PROMPTS), 8), torch.Generator().manual_seed(0)
+        ids = torch.randint(load_config(folder).vocab_size, shape, generator=generator).tolist()
+        return ids, f"{len(ids)} rows of random tokens, for want of a tokenizer,"
+    return [encoder.encode(prompt)[0].tolist() for prompt in PROMPTS], f"{len(PROMPTS)} prompts"
 
 
 def _opened(folder: BaseLocation, quant_base: QuantBase) -> OpenBase:
@@ -50,17 +69,13 @@ def _opened(folder: BaseLocation, quant_base: QuantBase) -> OpenBase:
         return opened
     from lorakit.adapters.merging.nf4 import as_trained  # bitsandbytes takes seconds to import
 
-    return replace(opened, sources=as_trained(opened))
+    return opened.read_through(as_trained(opened))
 
 
-def _logits(opened: OpenBase, adapters: Sequence[PlannedAdapter], ids: Sequence[list[int]]) -> list[Tensor]:
+def _logits(opened: OpenBase, ids: Sequence[list[int]]) -> list[Tensor]:
     """[tokens, V] for each prompt. They run together, so that a weight is read once: what fills the shorter ones up
     comes behind, where no token before it attends to it."""
-    run_from_files(opened, adapters)
     model: Any = opened.models["model"]
     longest = max(map(len, ids))
-    with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([x + [0] * (longest - len(x)) for x in ids]), use_cache=False).logits
-    del model, opened
-    gc.collect()  # what was read stays in its layers' circles else
+    logits = model(input_ids=torch.tensor([x + [0] * (longest - len(x)) for x in ids]), use_cache=False).logits
     return [row[: len(x)].float() for row, x in zip(logits, ids, strict=True)]
