@@ -21,7 +21,8 @@ from lorakit.families.llama.skeleton import open_language_model
 from lorakit.storage.bases import BaseLocation, resolve
 
 PROMPTS = ("The capital of France is the city of", "def add(a, b): return a", "Once upon a time there was a")
-"""Of about the same length, for a weight's products cost as much as the longest has tokens."""
+LONGEST = 8
+"""Tokens of a prompt that are taken: products with them cost more than reading the weights else."""
 
 
 def compare(
@@ -57,10 +58,10 @@ def _prompts(folder: BaseLocation) -> tuple[list[list[int]], str]:
     try:
         encoder = Encoder(load_tokenizer(folder))
     except ModelError:
-        shape, generator = (len(PROMPTS), 8), torch.Generator().manual_seed(0)
+        shape, generator = (len(PROMPTS), LONGEST), torch.Generator().manual_seed(0)
         ids = torch.randint(load_config(folder).vocab_size, shape, generator=generator).tolist()
         return ids, f"{len(ids)} rows of random tokens, for want of a tokenizer,"
-    return [encoder.encode(prompt)[0].tolist() for prompt in PROMPTS], f"{len(PROMPTS)} prompts"
+    return [encoder.encode(prompt)[0].tolist()[:LONGEST] for prompt in PROMPTS], f"{len(PROMPTS)} prompts"
 
 
 def _opened(folder: BaseLocation, quant_base: QuantBase) -> OpenBase:
