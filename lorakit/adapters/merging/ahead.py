@@ -27,10 +27,11 @@ class Ahead:
         self._hash = Behind(self._sha.update)
         self._hashed = start
 
-    def read(self, begin: int, end: int) -> Bytes:
-        """uint8 [end - begin], not to be written to; fewer where the file has become shorter."""
+    def read(self, begin: int, end: int, limit: int | None = None) -> Bytes:
+        """uint8 [end - begin], not to be written to; fewer where the file has become shorter. What comes next is
+        guessed to end at ``limit``."""
         with self._lock:
-            content = self._read(begin, end)
+            content = self._read(begin, end, self._file.size if limit is None else limit)
             if begin == self._hashed != self._file.size:
                 self._hashed += len(content)
                 self._hash.put(content)
@@ -39,12 +40,12 @@ class Ahead:
                     remember_digest(self._path, self._sha.digest())
         return content
 
-    def _read(self, begin: int, end: int) -> Bytes:
+    def _read(self, begin: int, end: int, limit: int) -> Bytes:
         """Read what was not guessed, and guess that as much comes next."""
         place, stop, guessed = self._next or (0, 0, Future())
         known = place <= begin and end <= stop
         content = guessed.result()[begin - place : end - place] if known else self._file.read(begin, end)
-        stop = min(2 * end - begin, self._file.size)
+        stop = min(2 * end - begin, limit)
         if end - begin >= SMALL and end < stop:
             self._next = end, stop, self._pool.submit(self._file.read, end, stop)
         return content

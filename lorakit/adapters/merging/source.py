@@ -77,6 +77,7 @@ class FileSource:
         self.slots = {name: Slot(DTYPES[info.dtype], info.shape) for name, info in header.tensors.items()}
         self._begin = {name: info.begin for name, info in header.tensors.items()}
         self._file = Ahead(path, header.start, fresh=fresh)
+        self._reached, self._jumps = header.start, False
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows of a tensor as the file has them now; ModelError when it has become shorter."""
@@ -85,7 +86,10 @@ class FileSource:
         begin, end = (self._start + self._begin[name] + row * width for row in (first, last))
         if begin == end:
             return torch.empty(last - first, slot.columns, dtype=slot.dtype)
-        content = self._file.read(begin, end)
+        if not first:  # a model reads its tensors in another order than a file has them
+            self._jumps = begin != self._reached
+        self._reached = end
+        content = self._file.read(begin, end, begin + (slot.rows - first) * width if self._jumps else None)
         if len(content) != end - begin:
             raise ModelError("the file changed while it was read", where=f"{self.path}: {name}")
         if content.ctypes.data % slot.dtype.itemsize:

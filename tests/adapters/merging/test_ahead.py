@@ -7,10 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lorakit.adapters.merging.ahead import SMALL, Ahead
+from lorakit.adapters.merging.source import FileSource
 from lorakit.storage import bases
 from lorakit.storage.bases import file_digest
+from lorakit.storage.direct import Bytes, DirectReader
 
 START = 56
 SIZE = 5 * SMALL + 123
@@ -70,3 +74,27 @@ def test_a_file_that_has_become_shorter_gives_fewer_bytes(path: Path) -> None:
     found = file.read(3 * SMALL, 5 * SMALL)
     assert found.tobytes() == content[3 * SMALL : 4 * SMALL]
     assert file_digest(path) == hashlib.sha256(content[: 4 * SMALL]).digest()
+
+
+@pytest.mark.parametrize(("order", "more"), [("abc", 0), ("cab", 1), ("bca", 0), ("cba", 0)])
+def test_a_tensor_read_out_of_order_is_not_read_beyond(
+    tmp_path: Path, order: str, more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model's layers all weights are read, but not in the order of the file: what is read twice counts. After a
+    jump the file's order is believed in again as soon as the next tensor is the file's next."""
+    rows, columns = 5, SMALL // 4
+    tensors = {name: torch.randn(rows, columns) for name in "abc"}
+    save_file(tensors, tmp_path / "x.safetensors")
+    plain, read = DirectReader.read, []
+
+    def counted(reader: DirectReader, begin: int, end: int) -> Bytes:
+        read.append(end - begin)
+        return plain(reader, begin, end)
+
+    source = FileSource(tmp_path / "x.safetensors")
+    monkeypatch.setattr(DirectReader, "read", counted)
+    for name in order:
+        for row in range(rows):
+            torch.testing.assert_close(source.rows(name, row, row + 1)[0], tensors[name][row], rtol=0, atol=0)
+    source._file._pool.shutdown()
+    assert sum(read) == (3 * rows + more) * SMALL
