@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from lorakit.adapters.delta import Delta, SavedAdapter
+from lorakit.adapters.delta import Delta, SavedAdapter, told_as
 from lorakit.adapters.files import assemble
 from lorakit.adapters.formats import long
 from lorakit.adapters.merging.base import Home, OpenBase, Packed
@@ -96,12 +96,14 @@ def plan_merge(
     ``opened`` are the base's headers, or those of the folder that a GGUF base unpacks to. ``out`` is a folder, or with
     a name that ends in ``.safetensors`` a single file, when the base is one or ``opened.packed`` tells its names.
 
-    Raises ModelError when an adapter does not fit, ConflictError for a single file from a base that is none.
+    Raises ModelError when the base lacks a tensor or an adapter does not fit, ConflictError for a single file from a
+    base that is none.
     """
     single = out.suffix == ".safetensors"
     if single and base.layout != "single-file" and opened.packed is None:
         raise ConflictError("only a Stable Diffusion becomes a single file", where=str(out), hint="name a folder")
     dtype = settings.dtype or (torch.float16 if base.layout == "gguf" else None)
+    _check_complete(opened)
     found: dict[tuple[str, str], list[Term]] = {}
     planned = tuple(_read(path, weight, opened, found) for path, weight in adapters)
     if settings.quant_base == "as-trained":
@@ -140,6 +142,18 @@ def plan_merge(
         template=template,
         write_rest=write_rest,
     )
+
+
+def _check_complete(base: OpenBase) -> None:
+    """ModelError naming a tensor of a component that is in no file, but for a tied head."""
+    tied = tied_by_config(base.models)
+    for component, model in base.models.items():
+        for name in model.state_dict():
+            if base.home(component, name) is None and (tied is None or name != tied[0]):
+                where = told_as(component, name)
+                raise ModelError(
+                    "the base lacks it, and its config demands it", where=where, hint="get the whole model again"
+                )
 
 
 def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str], list[Term]]) -> PlannedAdapter:

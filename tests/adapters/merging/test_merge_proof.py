@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+import shutil
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -21,7 +24,7 @@ from lorakit.storage.atomic import new_folder, sweep_killed
 from lorakit.storage.bases import resolve
 from lorakit.storage.manifest import sha256
 from tests.adapters.merging.test_merge_parts import adapter, planned
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_sd
 
 
 @pytest.fixture(scope="module")
@@ -258,3 +261,28 @@ def test_a_file_of_a_kind_that_is_not_written(models: Path, tmp_path: Path, name
     code, told = lorakit("merge", models / "base", models / "a", tmp_path / name)
     assert (code, list(tmp_path.iterdir())) == (2, [])
     assert "a file whose name ends in .safetensors" in told
+
+
+@pytest.mark.parametrize("options", [("--dry-run",), ("--no-verify",), ()])
+def test_a_base_that_lacks_a_tensor_is_refused_by_the_plan(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Its adapter touches another one, so that nothing but the config asks for it."""
+    sd = tiny_sd(tmp_path / "sd")
+    unet = UNet2DConditionModel.from_pretrained(sd / "unet")
+    tuned = get_peft_model(unet, LoraConfig(r=2, target_modules=["to_q"]))
+    tuned.save_pretrained(tmp_path / "style" / "unet")
+    llama = tiny_llama(tmp_path / "llama", tied=False)
+    adapter(llama, tmp_path / "chats", target_modules=["q_proj"])
+    for base, trained, file, name in (
+        (llama, "chats", "model.safetensors", "model.layers.1.mlp.up_proj.weight"),
+        (llama, "chats", "model.safetensors", "lm_head.weight"),
+        (sd, "style", "unet/diffusion_pytorch_model.safetensors", "conv_norm_out.bias"),
+    ):
+        tensors = load_file(base / file)
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, base / file, {"format": "pt"})
+        code, told = lorakit("merge", base, tmp_path / trained, tmp_path / "out", *options)
+        assert (code, f"{name}: the base lacks it" in told) == (4, True), told
+        assert not (tmp_path / "out").exists()
+        save_file(tensors, base / file, {"format": "pt"})
+        assert lorakit("merge", base, tmp_path / trained, tmp_path / "out", *options)[0] == 0
+        if (tmp_path / "out").exists():
+            shutil.rmtree(tmp_path / "out")
