@@ -170,6 +170,22 @@ def test_60_what_lies_beside_a_merged_file_stays(base: BaseLocation, adapter: Pa
     assert "sha256" in receipt.read_text()
 
 
+def test_what_no_component_computes_with_need_not_be_finite(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
+    """Training code's tables: those of a schedule that ends in noise alone divide by zero."""
+    extra = {"sqrt_recip_alphas_cumprod": torch.tensor([1.0, float("inf")])}
+    told = {"modelspec.prediction_type": "epsilon"}
+    save_file(load_file(base.path) | extra, base.path, told)
+    out = tmp_path / "merged.safetensors"
+    merge(plan_merge(base, open_stable_diffusion(base), [(adapter, 1.0)], out))
+    assert torch.equal(load_file(out)["sqrt_recip_alphas_cumprod"], extra["sqrt_recip_alphas_cumprod"])
+    tensors = load_file(base.path)
+    key = next(key for key in tensors if key.startswith("first_stage_model."))
+    tensors[key].view(-1)[0] = float("nan")
+    save_file(tensors, base.path, told)
+    with pytest.raises(ModelError, match="NaN or infinity in the base"):
+        merge(plan_merge(base, open_stable_diffusion(base), [(adapter, 1.0)], out), overwrite=True)
+
+
 def test_single_file_to_folder_and_diffusers_reads_both(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
     opened = open_single(base, open_original(base))
     folder, file = tmp_path / "folder", tmp_path / "base" / "merged.safetensors"

@@ -13,7 +13,7 @@ from lorakit.adapters.files import assemble
 from lorakit.adapters.formats import long
 from lorakit.adapters.merging.base import Home, OpenBase, Packed
 from lorakit.adapters.merging.change import Change, Rows, Term, Whole, not_alone
-from lorakit.adapters.merging.source import FLOATS, FileSource, Slot, Source
+from lorakit.adapters.merging.source import FLOATS, FileSource, Slot, Source, check_finite
 from lorakit.adapters.merging.stream import OutFile, Span, Target
 from lorakit.adapters.merging.tied import equal_terms, tied_by_config, tied_names, untied
 from lorakit.adapters.merging.turned import Turned, turned
@@ -157,7 +157,10 @@ def _check_complete(base: OpenBase) -> None:
 
 
 def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str], list[Term]]) -> PlannedAdapter:
-    """Add an adapter's terms to ``found``, by component and tensor name; ModelError where DoRA meets another's."""
+    """Add an adapter's terms to ``found``, by component and tensor name.
+
+    ModelError where a number is not finite, and where DoRA meets another adapter's.
+    """
     pieces = tuple(open_pieces(path))
     saved = assemble(path, pieces, base.models, whole=True)
     own: dict[tuple[str, str], list[Term]] = {}
@@ -167,6 +170,7 @@ def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str]
         source = FileSource(piece.path) if piece.whole else None
         for name, key in piece.whole.items():
             assert source is not None
+            check_finite(source, key, f"{piece.path}: {key}")
             own.setdefault((piece.component, name), []).append((Whole(source, key), weight))
         for name, what in _beside(piece, saved, base).items():
             own.setdefault((piece.component, name), []).append((what, weight))
@@ -255,12 +259,14 @@ def _same_layout(base: OpenBase, changes: Changes, dtype: torch.dtype | None) ->
     for home in changes:
         changed.setdefault((home.file, home.name), []).append(home)
     found = {home._replace(turned=False): turned(c) if home.turned else c for home, c in changes.items()}
+    used = {(home.file, home.name) for homes in base.homes.values() for home in homes.values()}
 
     def spans(file: str, name: str, rows: int) -> Iterator[Span]:
         homes = changed.get((file, name), [])
         cuts = sorted({0, rows, *(row for home in homes for row in (home.first, home.last))})
         for first, last in list(pairwise(cuts)) or [(0, 0)]:
-            yield Span(base.sources[file], name, first, last, found.get(Home(file, name, first, last)))
+            change = found.get(Home(file, name, first, last))
+            yield Span(base.sources[file], name, first, last, change, (file, name) in used)
 
     return {
         file: OutFile(

@@ -22,6 +22,9 @@ SPELLING = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 """The dtypes that a weight may have for an adapter to be added, and that ``--dtype`` converts."""
 
+BLOCK = 1 << 22
+"""Numbers that are looked through at a time."""
+
 
 class Slot(NamedTuple):
     """A tensor's dtype and shape."""
@@ -65,6 +68,22 @@ class Told:
     def rows(self, name: str, first: int, last: int) -> Tensor:
         self._go_on((last - first) * self.slots[name].columns * self.slots[name].dtype.itemsize)
         return self._source.rows(name, first, last)
+
+
+def is_finite(numbers: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    if not numbers.numel() or numbers.dtype not in FLOATS:
+        return True
+    return all(math.isfinite(float(end)) for end in torch.aminmax(numbers))  # many times as fast as torch.isfinite
+
+
+def check_finite(source: Source, name: str, where: str) -> None:
+    """Read a tensor, a few rows at a time; ModelError with ``where`` for NaN or infinity."""
+    slot = source.slots[name]
+    step = max(1, BLOCK // max(1, slot.columns))
+    for first in range(0, slot.rows, step):
+        if not is_finite(source.rows(name, first, min(first + step, slot.rows))):
+            raise ModelError("NaN or infinity", where=where)
 
 
 class FileSource:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorakit.adapters.merging.behind import Behind
 from lorakit.adapters.merging.change import WORK, Change, rows_at_once
-from lorakit.adapters.merging.source import SPELLING, Slot, Source
+from lorakit.adapters.merging.source import SPELLING, Slot, Source, is_finite
 from lorakit.errors import ModelError
 from lorakit.storage.direct import ALIGN, ROOMS, Bytes, DirectWriter
 
@@ -41,6 +41,8 @@ class Span(NamedTuple):
     first: int
     last: int
     change: Change | None = None
+    used: bool = True
+    """A component computes with it, so that its numbers have to be finite."""
 
     def blocks(self, elements: int) -> Iterator[tuple[int, int]]:
         """The rows cut into multiples of ``rows_at_once``, of at most ``elements`` numbers where one of them fits."""
@@ -172,7 +174,7 @@ def write_file(
     ``sums`` computes blocks, which are written in their order. ``prove`` is given all that was summed, and the digests
     are of just what it was given, as it was then.
 
-    Raises ModelError when a sum is not finite in its dtype, and what ``prove`` raises.
+    Raises ModelError when a sum is not finite in its dtype, or the base is not, and what ``prove`` raises.
     """
     digest = hashlib.sha256()
     blocks: dict[Block, bytes] = {}
@@ -228,7 +230,7 @@ def _after(span: Span, first: int, before: Tensor, dtype: torch.dtype) -> tuple[
     tally, last = Tally(), first + len(before)
     if span.change is None:
         after = before.to(dtype)
-        finite = dtype == before.dtype or bool(torch.isfinite(after).all())
+        finite = not span.used or is_finite(after)
     else:
         room = ROOMS.take(before.numel() * dtype.itemsize)
         after, finite = torch.from_numpy(room).view(dtype).view(before.shape), True
@@ -241,5 +243,6 @@ def _after(span: Span, first: int, before: Tensor, dtype: torch.dtype) -> tuple[
             after[rows] = total
             finite &= math.isfinite(tally.weights(total, after[rows]))
     if not finite:
-        raise ModelError(f"not finite in {dtype}: it overflows, or was not finite before", where=span.name)
+        reason = f"not finite in {dtype}: it overflows" if is_finite(before) else "NaN or infinity in the base"
+        raise ModelError(reason, where=span.name)
     return after, tally

@@ -286,3 +286,28 @@ def test_a_base_that_lacks_a_tensor_is_refused_by_the_plan(tmp_path: Path, optio
         assert lorakit("merge", base, tmp_path / trained, tmp_path / "out", *options)[0] == 0
         if (tmp_path / "out").exists():
             shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"])
+def test_a_base_with_numbers_that_are_not_finite(models: Path, tmp_path: Path, number: float, name: str) -> None:
+    """In a tensor that the adapter changes, and in one that it does not."""
+    base = Path(shutil.copytree(models / "base", tmp_path / "base"))
+    file = base / json.loads((base / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][-1, -1] = number
+    save_file(tensors, file, {"format": "pt"})
+    for options in ((), ("--no-verify",), ("--dtype", "float32")):
+        code, told = lorakit("merge", base, models / "a", tmp_path / "out", *options)
+        assert (code, told) == (4, f"{name}: NaN or infinity in the base")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_module_saved_whole_that_is_not_finite_is_refused_by_the_plan(models: Path, tmp_path: Path) -> None:
+    adapter(models / "base", tmp_path / "c", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    file, key = tmp_path / "c" / "adapter_model.safetensors", "base_model.model.lm_head.weight"
+    tensors = load_file(file)
+    tensors[key][-1, -1] = float("nan")
+    save_file(tensors, file)
+    code, told = lorakit("merge", models / "base", tmp_path / "c", tmp_path / "out", "--dry-run")
+    assert (code, told) == (4, f"{file}: {key}: NaN or infinity")
