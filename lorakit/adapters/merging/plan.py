@@ -189,26 +189,28 @@ def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str]
 
 
 def _beside(piece: Piece, saved: SavedAdapter, base: OpenBase) -> dict[str, Delta | Rows]:
-    """What biases of B and single tokens change, by tensor name. Tokens of a tied embedding are the head's too."""
+    """What biases of B and single tokens change, by tensor name. Tokens of a tied embedding are the head's too; its own
+    are not the embedding's, as PEFT computes them."""
     found: dict[str, Delta | Rows] = {}
     for name, added in added_biases(piece.biases, saved.components.get(piece.component, {})).items():
         if base.home(piece.component, name) is None:
             reason = "the adapter adds a bias (lora_bias), and the base's layer has none that it could be added to"
             raise ModelError(reason, where=f"{piece.path}: {name}")
         found[name] = added
-    tied = tied_by_config(base.models)
+    head, embedding = tied_by_config(base.models) or ("", "")
+    if {head, embedding} <= {f"{module}.weight" for module in piece.tokens}:
+        reason = "it has tokens of its own, and others of the embedding whose weight it shares"
+        raise ModelError(reason, where=f"{piece.path}: {head.removesuffix('.weight')}")
     for module, tokens in piece.tokens.items():
-        home = base.home(piece.component, f"{module}.weight")
+        name = f"{module}.weight"
+        home = base.home(piece.component, name) or (base.home(piece.component, embedding) if name == head else None)
         if home is None:
-            shared = tied is not None and f"{module}.weight" == tied[0]
-            reason = "it shares the embedding's weight" if shared else "the base has no such tensor"
-            raise ModelError(f"tokens were trained in it alone, but {reason}", where=f"{piece.path}: {module}")
+            raise ModelError("the base has no such tensor", where=f"{piece.path}: {module}")
         height = home.last - home.first
         if not len(tokens.indices) or int(tokens.indices.max()) >= height:
             raise ModelError(f"trained tokens that the base does not have: it has {height}", where=module)
         rows = Rows(tokens.indices, tokens.values, height)
-        for name in {f"{module}.weight", *(tied if tied and f"{module}.weight" == tied[1] else ())}:
-            found[name] = rows
+        found |= dict.fromkeys([name, *([head] if name == embedding else [])], rows)
     return found
 
 

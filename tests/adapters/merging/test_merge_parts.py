@@ -115,6 +115,7 @@ PARTS = {
     "dora of a tied head": (True, {"target_modules": [Q, HEAD], "use_dora": True}),
     "tokens": (False, {"target_modules": [Q], "trainable_token_indices": [3, 1, 250]}),
     "tokens of a tied embedding": (True, {"target_modules": [Q], "trainable_token_indices": {EMBED: [3, 1, 250]}}),
+    "tokens of a tied head": (True, {"target_modules": [Q], "trainable_token_indices": {HEAD: [4, 2]}}),
     "tokens and the head's": (False, {"target_modules": [Q], "trainable_token_indices": {EMBED: [3], HEAD: [4, 2]}}),
     "tokens and a head with LoRA": (False, {"target_modules": [Q, HEAD], "trainable_token_indices": [0, 7]}),
     "fan in fan out": (True, {"target_modules": [Q, "down_proj"], "fan_in_fan_out": True, "use_rslora": True}),
@@ -134,6 +135,7 @@ def test_computes_what_peft_computes(tmp_path: Path, case: str, monkeypatch: pyt
     model = LlamaForCausalLM.from_pretrained(out)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     stays = tied and not {EMBED, HEAD} & {*options["target_modules"], *options.get("modules_to_save", [])}
+    stays &= HEAD not in options.get("trainable_token_indices", [])
     stays |= "ensure_weight_tying" in options
     assert model.config.tie_word_embeddings == stays
     weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
@@ -141,7 +143,10 @@ def test_computes_what_peft_computes(tmp_path: Path, case: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("equal", [True, False])
-@pytest.mark.parametrize("case", ["embedding whole", "both whole", "embedding", "head", "tokens of a tied embedding"])
+@pytest.mark.parametrize(
+    "case",
+    ["embedding whole", "both whole", "embedding", "head", "tokens of a tied embedding", "tokens of a tied head"],
+)
 def test_a_head_in_the_file_of_a_base_whose_config_ties_it(tmp_path: Path, case: str, equal: bool) -> None:
     """transformers takes it where it is another one, and ties it where it is not."""
     base, file = tiny_llama(tmp_path / "base", tied=True), tmp_path / "base" / "model.safetensors"
@@ -286,10 +291,10 @@ def test_an_adapter_of_a_grown_vocabulary_says_what_its_base_is(tmp_path: Path) 
     assert "resize_token_embeddings(410)" in caught.value.hint
 
 
-def test_tokens_of_a_head_that_is_tied(tmp_path: Path) -> None:
+def test_tokens_of_a_tied_head_and_others_of_its_embedding_are_refused(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base", tied=True)
-    adapter(base, tmp_path / "adapter", target_modules=[Q], trainable_token_indices={HEAD: [3]})
-    with pytest.raises(ModelError, match="trained in it alone, but it shares the embedding's weight"):
+    adapter(base, tmp_path / "adapter", target_modules=[Q], trainable_token_indices={EMBED: [5], HEAD: [3]})
+    with pytest.raises(ModelError, match="tokens of its own, and others of the embedding whose weight it shares"):
         planned(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
 
 
