@@ -43,7 +43,7 @@ class MergeReport:
     dtype: str
     """Of the changed tensors: ``float16``, or several with commas."""
     rounding: float
-    """Largest absolute difference between a float32 sum and what was written."""
+    """Largest absolute difference between a sum and what was written."""
     lost: float
     """Share of the change that rounding took: norm(written - sum) / norm(sum - W), over all changed tensors."""
     checked: Checked | None

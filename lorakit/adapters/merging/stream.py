@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,9 @@ READ = 8 << 20
 
 AT_ONCE = 3
 """Blocks of a file that are computed side by side."""
+
+NEAR = 2.0**-15
+"""A rounding of this share of the sum is so far above float32's own 2^-25 that this does not show in it."""
 
 
 class Span(NamedTuple):
@@ -94,10 +98,21 @@ class Tally:
         self.dtypes: set[torch.dtype] = set()
         self.rounding, self.error, self.change = 0.0, 0.0, 0.0
 
-    def weights(self, total: Tensor, after: Tensor) -> float:
-        """Count some rows; the span of their rounding, not finite when ``after`` is not. ``total`` is given up."""
-        error = total.sub_(worked(after, torch.float32, 1))  # quicker than a difference of two dtypes
-        self.error += _square(error)
+    def weights(self, total: Tensor, after: Tensor, exact: Callable[[Tensor], Tensor] | None) -> float:
+        """Count some rows; the span of their rounding, not finite when ``after`` is not. ``total`` is given up.
+
+        ``exact`` gives the rounding from what was written, float32. It is asked where the float32 sum's own rounding
+        counts beside the dtype's.
+        """
+        same = after.dtype == torch.float32
+        written = after if same else worked(after, torch.float32, 1)  # quicker than a difference of two dtypes
+        size = _square(total) if exact is not None else 0.0
+        error = total.sub_(written)
+        square = _square(error)
+        if exact is not None and square < NEAR**2 * size:
+            error = exact(written)
+            square = _square(error)
+        self.error += square
         self.dtypes.add(after.dtype)
         least, most = (float(end) for end in torch.aminmax(error))  # twenty times as fast as the maximum norm
         self.rounding = max(self.rounding, -least, most)
@@ -111,8 +126,16 @@ class Tally:
 
     @property
     def lost(self) -> float:
-        """Share of the change that rounding took: norm(written - sum) / norm(sum - W)."""
+        """Share of the change that rounding took: norm(written - sum) / norm(sum - W). The sum is LoRA's exact one; of
+        DoRA and of what takes a tensor's place, the float32 one."""
         return (self.error / self.change) ** 0.5 if self.change else 0.0
+
+
+def _rounding(before: Tensor, change: Change, first: int, written: Tensor) -> Tensor:
+    """W + LoRA - written as (W - written) + LoRA, of which the first is exact where the two are near each other."""
+    error = worked(before, torch.float32).sub_(written)
+    change.add_(error, first)
+    return error
 
 
 def _square(numbers: Tensor) -> float:
@@ -241,7 +264,10 @@ def _after(span: Span, first: int, before: Tensor, dtype: torch.dtype) -> tuple[
             if span.change.square is None:
                 tally.change += _square(total - before[rows])
             after[rows] = total
-            finite &= math.isfinite(tally.weights(total, after[rows]))
+            exact = (
+                None if span.change.square is None else partial(_rounding, before[rows], span.change, a - span.first)
+            )
+            finite &= math.isfinite(tally.weights(total, after[rows], exact))
     if not finite:
         reason = f"not finite in {dtype}: it overflows" if is_finite(before) else "NaN or infinity in the base"
         raise ModelError(reason, where=span.name)

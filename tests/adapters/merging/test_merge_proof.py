@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lorakit.adapters.merging.change import Change
+from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.stream import OutFile, Summed, Tally, Written, write_file
 from lorakit.adapters.merging.verify import Proof, ReadBack
 from lorakit.cli import app
@@ -311,3 +312,26 @@ def test_a_module_saved_whole_that_is_not_finite_is_refused_by_the_plan(models: 
     save_file(tensors, file)
     code, told = lorakit("merge", models / "base", tmp_path / "c", tmp_path / "out", "--dry-run")
     assert (code, told) == (4, f"{file}: {key}: NaN or infinity")
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-5, 1e-7, 1e-9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_share_lost_is_that_of_the_exact_sum(tmp_path: Path, dtype: torch.dtype, size: float) -> None:
+    """Changes down to what float32 itself does not see beside the weight, against numpy's float64."""
+    base = tiny_llama(tmp_path / "base", dtype=dtype, tied=False)
+    adapter(base, tmp_path / "a", target_modules=["q_proj", "down_proj"])
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    lora = {name: tensor * (size if "lora_B" in name else 1) for name, tensor in load_file(file).items()}
+    save_file(lora, file)
+    report = merge(planned(base, [(tmp_path / "a", 1.0)], tmp_path / "out"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    error = change = largest = 0.0
+    for key in [name for name in lora if "lora_B" in name]:
+        name = key.removeprefix("base_model.model.").replace("lora_B.", "")
+        b, a = (lora[k].double().numpy() for k in (key, key.replace("lora_B", "lora_A")))
+        delta = 6 / 4 * b @ a
+        off = after[name].double().numpy() - (before[name].double().numpy() + delta)
+        error, change = error + (off**2).sum(), change + (delta**2).sum()
+        largest = max(largest, abs(off).max())
+    assert report.lost == pytest.approx((error / change) ** 0.5, rel=0.01, abs=1e-7)
+    assert report.rounding == pytest.approx(largest, rel=0.01, abs=2**-26)
