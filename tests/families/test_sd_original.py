@@ -1,5 +1,6 @@
 """A single-file checkpoint merged into a single file in its own names, and into a diffusers folder."""
 
+import errno
 import json
 from contextlib import ExitStack
 from dataclasses import replace
@@ -36,7 +37,9 @@ from lorakit.families.sd.targets import TEXT_GROUPS, UNET_GROUPS
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import BaseLocation, resolve
 from tests.families.test_sd_single_file import UNET, models, write
+from tests.faults.harness import files, forked
 from tests.tiny import tiny_clip_tokenizer
+from tests.torture import trace
 
 __all__ = ["models"]
 PLACE = Place(torch.device("cpu"), torch.float32)
@@ -168,6 +171,17 @@ def test_60_what_lies_beside_a_merged_file_stays(base: BaseLocation, adapter: Pa
     assert not plan.out.exists()
     merge(plan, overwrite=True)
     assert "sha256" in receipt.read_text()
+
+
+@pytest.mark.skipif(not trace.supported(), reason="the filter is for Linux on x86-64")
+def test_a_merged_file_keeps_its_receipt_until_another_takes_its_place(
+    base: BaseLocation, adapter: Path, tmp_path: Path
+) -> None:
+    merged = ("merge", base.path, adapter, tmp_path / "merged.safetensors")
+    assert forked(*merged).code == 0
+    before = files(tmp_path)
+    forked(*merged, "--scale", "2", "--overwrite", refused={"rename": errno.EIO}).refused(6, "Input/output")
+    assert files(tmp_path) == before
 
 
 def test_what_no_component_computes_with_need_not_be_finite(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:

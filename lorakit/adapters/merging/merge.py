@@ -103,8 +103,7 @@ def _place(plan: MergePlan, overwrite: bool) -> Iterator[Path]:
     """Where to write: a file, or a folder that has all but the weights and becomes ``plan.out`` in the end."""
     if "" in plan.files:
         with new_file(plan.out, replace=overwrite) as file:
-            yield file
-            receipt_path(plan.out).unlink(missing_ok=True)  # an older file's
+            yield file  # an older receipt stays until the new one: its SHA-256 tells that it is not the new file's
         return
     with new_folder(plan.out, manifest=False, replace=overwrite) as folder:
         plan.write_rest(folder)
