@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,9 @@ def _set(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def write_indexes(out: Path, files: Mapping[str, OutFile]) -> None:
-    """Write the index of every sharded component, with the right total size."""
+def write_indexes(out: Path, files: Mapping[str, OutFile], base: Path, *, untied: bool) -> None:
+    """Write the index of every sharded component, with the right total size, and what else the index in ``base`` says
+    of the whole; but for the count of parameters, when the head has become one of them."""
     shards: dict[Path, dict[str, OutFile]] = {}
     for name, file in files.items():
         unnumbered = (out / name).parent == out and name != "model.safetensors"
@@ -76,7 +77,15 @@ def write_indexes(out: Path, files: Mapping[str, OutFile]) -> None:
             shards.setdefault((out / name).parent, {})[Path(name).name] = file
     for folder, members in shards.items():
         weight_map = {name: shard for shard, file in members.items() for name in file.tensors}
-        total = sum(file.size for file in members.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         stem = "model" if folder == out else next(iter(members)).split("-")[0]
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        path = folder / f"{stem}.safetensors.index.json"
+        told = _said(base / path.relative_to(out), {"total_parameters"} if untied else set())
+        told["total_size"] = sum(file.size for file in members.values())
+        index = {"metadata": told, "weight_map": dict(sorted(weight_map.items()))}
+        path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _said(index: Path, untrue: Collection[str]) -> dict[str, Any]:
+    """An index's metadata, if there is one and it has any, without those that are ``untrue`` by now."""
+    told = checks.read_json(index).get("metadata") if index.is_file() else None
+    return {key: value for key, value in told.items() if key not in untrue} if isinstance(told, dict) else {}

@@ -107,7 +107,7 @@ def _place(plan: MergePlan, overwrite: bool) -> Iterator[Path]:
         return
     with new_folder(plan.out, manifest=False, replace=overwrite) as folder:
         plan.write_rest(folder)
-        write_indexes(folder, plan.files)
+        write_indexes(folder, plan.files, plan.base.path, untied=plan.untied)
         yield folder
 
 

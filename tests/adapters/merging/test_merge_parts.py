@@ -267,6 +267,25 @@ def test_shards_may_have_any_names(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(out)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("modules", [[Q], [Q, HEAD]])
+def test_what_an_index_says_beside_the_size_comes_along(tmp_path: Path, modules: list[str]) -> None:
+    base = tiny_llama(tmp_path / "base", tied=True, max_shard_size="40KB")
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    assert index["metadata"]["total_parameters"] == LlamaForCausalLM.from_pretrained(base).num_parameters()
+    index["metadata"]["mergekit_version"] = "0.1.0"
+    path.write_text(json.dumps(index))
+    adapter(base, tmp_path / "adapter", target_modules=modules)
+    out = merged(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    told = json.loads((out / "model.safetensors.index.json").read_text())["metadata"]
+    expected = dict(index["metadata"])
+    if HEAD in modules:  # which has a weight of its own from now on
+        del expected["total_parameters"]
+        tensors = load_file(out / index["weight_map"]["model.embed_tokens.weight"])
+        expected["total_size"] += tensors["lm_head.weight"].nbytes
+    assert told == expected
+
+
 def test_a_base_with_float64_verifies(tmp_path: Path) -> None:
     base = tiny_llama(tmp_path / "base", tied=False)
     file = base / "model.safetensors"
