@@ -1,26 +1,54 @@
 """Adapters by singular values: from two full models, and from an adapter of a higher rank."""
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.adapters.delta import Delta, SavedAdapter, told_as
 from lorakit.adapters.formats import bare
+from lorakit.adapters.merging.base import Home, OpenBase
+from lorakit.adapters.merging.source import FLOATS, Source
 from lorakit.adapters.merging.tied import tied_by_config
+from lorakit.adapters.merging.turned import Turned
 from lorakit.adapters.outline import adaptable
-from lorakit.errors import ModelError, RecipeError
+from lorakit.adapters.whole import EMBEDDINGS
+from lorakit.errors import ModelError
 from lorakit.numerics.low_rank import factor, thin
-from lorakit.storage import checks
-from lorakit.storage.bases import BaseLocation
 
-Models = Mapping[str, nn.Module]
+LOG = logging.getLogger("lorakit")
 BLOCK = 1 << 20
 """Numbers of a tensor that are compared at a time."""
+Name = tuple[str, str]
+"""A component and its tensor."""
+
+
+class FullModel(NamedTuple):
+    """A whole model in its files, and what it is called."""
+
+    name: str
+    opened: OpenBase
+
+
+class Stored(NamedTuple):
+    """A model's tensor in a file."""
+
+    source: Source
+    home: Home
+    shape: tuple[int, ...]
+    """In the model."""
+
+    def tensor(self) -> Tensor:
+        """Not to be written to; in the file's shape where that is another one."""
+        source = Turned(self.source) if self.home.turned else self.source
+        slot = source.slots[self.home.name]
+        first, last = (0, slot.rows) if self.home.turned else (self.home.first, self.home.last)
+        rows = source.rows(self.home.name, first, last)
+        return rows.view(self.shape if rows.numel() == math.prod(self.shape) else (len(rows), *slot.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -63,47 +91,44 @@ def resize(
 
 
 def extract(
-    base: BaseLocation,
-    tuned: BaseLocation,
-    models: Models,
-    rank: int,
-    progress: Callable[[int, int], None] | None = None,
+    base: FullModel, tuned: FullModel, rank: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[SavedAdapter, Kept]:
     """The best adapter of at most ``rank`` for the difference of two full models, float32, with alpha = rank.
 
-    ``models``: the base's components, on meta if need be. One pair of weights is in memory at a time. Layers that are
-    equal in both get nothing. Raises ModelError when the models are not of one shape, or equal.
+    One pair of weights is in memory at a time. Layers that are equal in both get nothing. Raises ModelError when the
+    models are not of one shape, or equal.
     """
-    before, after = (_index(location, models) for location in (base, tuned))
-    if (shared := tied_by_config(models)) is not None:
-        head, embedding = (f"model.{name}" for name in shared)
-        for index in (before, after):
-            if head not in index and embedding in index and head in before.keys() | after.keys():
-                index[head] = index[embedding]
+    before, after = _stored(base.opened), _stored(tuned.opened)
+    for own, opened in ((before, base.opened), (after, tuned.opened)):
+        if (tied := tied_by_config(opened.models)) is not None and ("model", tied[0]) in before.keys() | after.keys():
+            own.setdefault(("model", tied[0]), own["model", tied[1]])
     for name in sorted(before.keys() ^ after.keys()):
         has, lacks = (base.name, tuned.name) if name in before else (tuned.name, base.name)
-        raise ModelError(f"{has} has it, {lacks} does not", where=name)
-    layers = {f"{c}.{bare(path)}.weight": (c, path) for c, model in models.items() for path in adaptable(model)}
+        raise ModelError(f"{has} has it, {lacks} does not", where=told_as(*name))
+    _tell_unknown(base, tuned)
+    models = {component: model for component, model in base.opened.models.items() if component != "vae"}
+    layers = {(c, f"{bare(path)}.weight"): path for c, model in models.items() for path in adaptable(model)}
     parts: dict[str, dict[str, Delta]] = {}
     squares: list[tuple[str, float, float]] = []
     left: dict[str, float] = {}
     for number, (name, place) in enumerate(before.items(), 1):
-        one, other = _pair(name, place, after[name])
-        square = _square(name, one, other)
+        one, other = _pair(".".join(name), place, after[name])
+        square = _square(".".join(name), one, other)
         if square and name in layers:
-            component, path = layers[name]
-            b, a, share = factor(other.float().sub_(one).flatten(1), rank)
+            component, path = name[0], layers[name]
+            b, a, share = factor((other.float() - one.float()).flatten(1), rank)
             parts.setdefault(component, {})[path] = _delta(b, a, one.shape[1:], torch.float32, None)
             squares.append((told_as(component, path), square, share))
         elif square:
-            left[name] = square
+            left[".".join(name)] = square
         if progress is not None:
             progress(number, len(before))
     if not parts:
         raise ModelError(f"no layer differs from {base.name}'s", where=tuned.name)
     told = replace(_kept(squares), left_out=tuple(left))
     total = sum(left.values()) + sum(square for _, square, _ in squares)
-    saved = SavedAdapter(base.family, parts, "peft", {"lorakit_base": base.name, "lorakit_extracted_from": tuned.name})
+    family: Literal["sd", "llama"] = "llama" if "model" in models else "sd"
+    saved = SavedAdapter(family, parts, "peft", {"lorakit_base": base.name, "lorakit_extracted_from": tuned.name})
     return saved, replace(told, left_share=sum(left.values()) / total)
 
 
@@ -121,33 +146,38 @@ def _kept(squares: Iterable[tuple[str, float, float]]) -> Kept:
     return Kept(len(listed), share, least, name)
 
 
-def _index(location: BaseLocation, models: Models) -> dict[str, tuple[Path, str]]:
-    """Where each tensor that ``models`` have is, by component and name. (Older files hold more: CLIP's position_ids.)
-
-    Raises RecipeError for a layout other than a folder.
-    """
-    if location.layout not in ("transformers", "diffusers"):
-        raise RecipeError("an adapter is extracted from two folders of safetensors", where=location.name)
-    known = {f"{component}.{bare(key)}" for component, model in models.items() for key in model.state_dict()}
-    found = {f"{component}.{bare(key)}": (path, key) for component, path, key in _tensors(location)}
-    return {name: place for name, place in found.items() if name in known}
+def _stored(opened: OpenBase) -> dict[Name, Stored]:
+    """Where each tensor is that the components have, but for a VAE, which nobody adapts."""
+    found = {}
+    for component, model in opened.models.items():
+        for name, tensor in model.state_dict().items() if component != "vae" else ():
+            if (home := opened.home(component, name)) is not None:
+                found[component, bare(name)] = Stored(opened.sources[home.file], home, tuple(tensor.shape))
+    return found
 
 
-def _tensors(location: BaseLocation) -> Iterator[tuple[str, Path, str]]:
-    folders = {"model": (location.path, "model")}
-    if location.layout == "diffusers":
-        stems = checks.weight_stems(location.path)
-        folders = {name: (location.path / name, stem) for name, stem in stems.items() if name != "vae"}
-    for component, (folder, stem) in folders.items():
-        for path in checks.shard_files(folder, stem):
-            with safe_open(path, "pt") as file:
-                yield from ((component, path, key) for key in file.keys())  # noqa: SIM118
+def _tell_unknown(base: FullModel, tuned: FullModel) -> None:
+    """A warning for tensors of the tuned model's files that no layer takes. (Older files hold more: CLIP's
+    position_ids.)"""
+    new = []
+    for component, model in tuned.opened.models.items():
+        known = {bare(key) for key in model.state_dict()}
+        for name, home in tuned.opened.homes.get(component, {}).items():
+            is_float = tuned.opened.sources[home.file].slots[home.name].dtype in FLOATS
+            if is_float and name not in known and base.opened.home(component, name) is None:
+                new.append(f"{component}.{name}")
+    if new:
+        told = f"{', '.join(new[:3])}{' …' if len(new) > 3 else ''}"
+        LOG.warning("%s: left out are %d tensors that no layer takes: %s", tuned.name, len(new), told)
 
 
-def _pair(name: str, before: tuple[Path, str], after: tuple[Path, str]) -> tuple[Tensor, Tensor]:
-    one, other = (_read(*place) for place in (before, after))
+def _pair(name: str, before: Stored, after: Stored) -> tuple[Tensor, Tensor]:
+    one, other = before.tensor(), after.tensor()
     if one.shape != other.shape:
-        raise ModelError(f"{tuple(one.shape)} in one model, {tuple(other.shape)} in the other", where=name)
+        grown = other.shape[1:] == one.shape[1:] and name.split(".")[-2] in EMBEDDINGS
+        hint = f"the vocabulary has grown: transformers' resize_token_embeddings({len(other)}) makes a base for it"
+        reason = f"{tuple(one.shape)} in one model, {tuple(other.shape)} in the other"
+        raise ModelError(reason, where=name, hint=hint if grown and len(other) > len(one) else "")
     return one, other
 
 
@@ -160,9 +190,3 @@ def _square(name: str, one: Tensor, other: Tensor) -> float:
     if not math.isfinite(square):
         raise ModelError("NaN or infinity", where=name)
     return square
-
-
-def _read(path: Path, key: str) -> Tensor:
-    with safe_open(path, "pt") as file:
-        tensor: Tensor = file.get_tensor(key)
-        return tensor

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lorakit.adapters.formats import Format
+    from lorakit.adapters.merging.base import OpenBase
     from lorakit.adapters.pieces import Piece
     from lorakit.storage.bases import BaseLocation
 
@@ -84,6 +85,20 @@ def base_for(pieces: "Sequence[Piece]", given: str | None, *forms: "Format") -> 
         reason = f"the names in a {form} file go by the layers of the base it was made for"
         raise ModelError(reason, where=str(pieces[0].path), hint=told)
     return found
+
+
+def open_base(location: "BaseLocation") -> "OpenBase":
+    """The headers of a whole model of any layout; a GGUF file is unpacked first."""
+    if location.family == "sd":
+        from lorakit.families.sd.original import open_stable_diffusion
+
+        return open_stable_diffusion(location)
+    import torch
+
+    from lorakit.families.llama.base import as_folder
+    from lorakit.families.llama.skeleton import open_language_model
+
+    return open_language_model(as_folder(location, torch.float32))
 
 
 def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":

@@ -2,25 +2,29 @@
 
 from pathlib import Path
 
-from lorakit.commands.adapters import meta_models
-from lorakit.commands.progress import counted
+from rich.console import Console
+
+from lorakit.commands.adapters import open_base
+from lorakit.commands.progress import counted, warnings_to
 from lorakit.errors import RecipeError
 
 
 def run(base: str, tuned: str, out: Path, rank: int) -> None:
     """Write the best adapter of ``rank`` for the difference as PEFT has it, and print what that keeps."""
     from lorakit.adapters.convert import check_out, convert
-    from lorakit.adapters.reduce import extract
+    from lorakit.adapters.reduce import FullModel, extract
     from lorakit.storage.bases import resolve
 
     check_out(out, "peft")
     one, other = resolve(base), resolve(tuned)
-    if one.layout != other.layout:
-        raise RecipeError(f"{one.name} is {one.layout}, {other.name} is {other.layout}", hint="give two of one kind")
-    models = meta_models(one)
-    with counted("weights") as progress:
-        saved, kept = extract(one, other, models, rank, progress)
-    convert(saved, out, "peft", models=models, base_name=one.name)
+    if one.family != other.family:
+        kinds = {"sd": "a Stable Diffusion", "llama": "a language model"}
+        raise RecipeError(f"{one.name} is {kinds[one.family]}, {other.name} is {kinds[other.family]}")
+    with warnings_to(Console(stderr=True)):
+        opened = open_base(one)
+        with counted("weights") as progress:
+            saved, kept = extract(FullModel(one.name, opened), FullModel(other.name, open_base(other)), rank, progress)
+        convert(saved, out, "peft", models=opened.models, base_name=one.name)
     print(f"rank {rank} keeps {kept.share:.2%} of the difference of {kept.modules} layers (squared norm), "
           f"of {kept.least_module} {kept.least:.2%}")  # fmt: skip
     if kept.left_out:

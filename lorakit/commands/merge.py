@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorakit.commands import combine
-from lorakit.commands.adapters import parse_adapter
+from lorakit.commands.adapters import open_base, parse_adapter
 from lorakit.commands.merge_told import compare_with, tell, tell_plan
 from lorakit.commands.progress import warnings_to
 from lorakit.errors import RecipeError
@@ -91,16 +91,7 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
 
 
 def _open(location: "BaseLocation", out: Path) -> "OpenBase":
-    if location.family == "llama":
-        import torch
-
-        from lorakit.families.llama.base import as_folder
-        from lorakit.families.llama.skeleton import open_language_model
-
-        return open_language_model(as_folder(location, torch.float32))
-    from lorakit.families.sd.original import open_stable_diffusion
-
-    opened = open_stable_diffusion(location)
+    opened = open_base(location)
     if location.layout == "diffusers" and out.suffix == ".safetensors":
         from lorakit.families.sd.pack import packed_names
 

@@ -13,19 +13,25 @@ from typer.testing import CliRunner
 from lorakit.adapters.delta import SavedAdapter, product
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.outline import adaptable
-from lorakit.adapters.reduce import extract, resize
+from lorakit.adapters.reduce import FullModel, Kept, resize
+from lorakit.adapters.reduce import extract as extract_from
 from lorakit.cli import app
-from lorakit.commands.adapters import meta_models
+from lorakit.commands.adapters import meta_models, open_base
 from lorakit.errors import LorakitError, ModelError
 from lorakit.storage.bases import resolve
 from tests.adapters.test_convert import MODELS, random_delta
-from tests.tiny import tiny_llama, tiny_sd
+from tests.tiny import tiny_gguf, tiny_llama, tiny_sd
 
 
 def shares(matrix: torch.Tensor, rank: int) -> tuple[float, float]:
     """What numpy says that the best approximation of a rank keeps, and the squared norm of the matrix."""
     values = np.linalg.svd(matrix.double().flatten(1).numpy(), compute_uv=False) ** 2
     return values[:rank].sum() / values.sum(), values.sum()
+
+
+def extract(base: Path, tuned: Path, rank: int) -> tuple[SavedAdapter, Kept]:
+    one, other = (FullModel(str(path), open_base(resolve(str(path)))) for path in (base, tuned))
+    return extract_from(one, other, rank)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -76,7 +82,7 @@ def test_extract_finds_the_adapter_that_was_added(tmp_path: Path) -> None:
     assert found["unet"].keys() == changes.keys()
     for path, delta in changes.items():
         torch.testing.assert_close(product(found["unet"][path]), product(delta), rtol=1e-4, atol=1e-6)
-    saved, kept = extract(resolve(str(base)), resolve(str(tuned)), meta_models(resolve(str(base))), 1)
+    saved, kept = extract(base, tuned, 1)
     for path, delta in changes.items():
         share, square = shares(product(delta), 1)
         left = (product(delta) - product(saved.components["unet"][path])).double().square().sum().item()
@@ -116,29 +122,64 @@ def test_names_that_no_model_has_and_a_head_that_one_leaves_out_are_no_differenc
     weights = sd / "text_encoder/model.safetensors"
     save_file(load_file(weights) | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, weights)
     with pytest.raises(ModelError, match="no layer differs"):
-        extract(resolve(str(sd)), resolve(str(other)), meta_models(resolve(str(sd))), 2)
+        extract(sd, other, 2)
     base, tuned = tiny_llama(tmp_path / "base"), tiny_llama(tmp_path / "tuned")
-    models = meta_models(resolve(str(base)))
     tensors = load_file(tuned / "model.safetensors")
     head = tensors["model.embed_tokens.weight"].clone()
     for change in (0.0, 1.0):
         save_file(tensors | {"lm_head.weight": head + change}, tuned / "model.safetensors", {"format": "pt"})
         if not change:
             with pytest.raises(ModelError, match="no layer differs"):
-                extract(resolve(str(base)), resolve(str(tuned)), models, 2)
+                extract(base, tuned, 2)
             continue
-        saved, _ = extract(resolve(str(base)), resolve(str(tuned)), models, 2)
+        saved, _ = extract(base, tuned, 2)
         assert list(saved.components["model"]) == ["lm_head"]
         torch.testing.assert_close(product(saved.components["model"]["lm_head"]), torch.ones_like(head))
 
 
 def test_models_that_do_not_compare(tmp_path: Path) -> None:
     base, same = tiny_llama(tmp_path / "base"), tiny_llama(tmp_path / "same")
-    models = meta_models(resolve(str(base)))
     with pytest.raises(ModelError, match="no layer differs"):
-        extract(resolve(str(base)), resolve(str(same)), models, 2)
+        extract(base, same, 2)
     tensors = load_file(same / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"
     save_file(tensors | {name: torch.zeros(16, 32)}, same / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"\(32, 32\) in one model, \(16, 32\) in the other"):
-        extract(resolve(str(base)), resolve(str(same)), models, 2)
+        extract(base, same, 2)
+
+
+def test_what_only_the_tuned_model_has_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, tuned = tiny_llama(tmp_path / "base", tied=False), tiny_llama(tmp_path / "tuned", tied=False, seed=1)
+    tensors = load_file(tuned / "model.safetensors")
+    save_file(tensors | {"score.weight": torch.ones(2, 32)}, tuned / "model.safetensors", {"format": "pt"})
+    extract(base, tuned, 2)
+    assert "1 tensors that no layer takes: model.score.weight" in caplog.text
+    config = LlamaForCausalLM.from_pretrained(base).config
+    config.attention_bias = True
+    LlamaForCausalLM(config).save_pretrained(tuned)
+    with pytest.raises(ModelError, match=r"k_proj\.bias: .*tuned has it, .*base does not"):
+        extract(base, tuned, 2)
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(410, mean_resizing=False)
+    model.save_pretrained(tuned)
+    with pytest.raises(ModelError, match=r"\(400, 32\) in one model, \(410, 32\) in the other") as grown:
+        extract(base, tuned, 2)
+    assert "resize_token_embeddings(410)" in grown.value.hint
+
+
+def test_extract_from_a_gguf_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    base = tiny_gguf(tmp_path / "base" / "tiny.gguf")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base" / "tiny-folder", dtype=torch.float32)
+    layer = model.model.layers[1].self_attn.q_proj  # whose rows GGUF keeps in another order
+    delta = random_delta(layer, 2, 1.0, torch.float32, dora=False, seed=0)
+    with torch.no_grad():
+        layer.weight += product(delta)
+    model.save_pretrained(tmp_path / "tuned")
+    out = tmp_path / "found"
+    done = CliRunner().invoke(
+        app, ["extract", str(base), str(tmp_path / "tuned"), str(out), "--rank", "2"], catch_exceptions=False
+    )
+    assert "rank 2 keeps" in done.stdout
+    found = read_adapter(out).components["model"]
+    torch.testing.assert_close(product(found["model.layers.1.self_attn.q_proj"]), product(delta), rtol=1e-2, atol=1e-2)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lorakit.adapters.convert import convert
+from lorakit.adapters.delta import product
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import adapter_state, inject, load_adapter_state
 from lorakit.adapters.linear import plain_layers
@@ -24,6 +25,7 @@ from lorakit.adapters.merging.base import OpenBase, open_single
 from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.plan import plan_merge
 from lorakit.adapters.write import write_peft
+from lorakit.commands.adapters import meta_models
 from lorakit.errors import ConflictError, ModelError
 from lorakit.families.place import Place
 from lorakit.families.sd import compare
@@ -37,7 +39,7 @@ from lorakit.families.sd.targets import TEXT_GROUPS, UNET_GROUPS
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import BaseLocation, resolve
 from tests.families.test_sd_single_file import UNET, models, write
-from tests.faults.harness import files, forked
+from tests.faults.harness import files, forked, lorakit
 from tests.tiny import tiny_clip_tokenizer
 from tests.torture import trace
 
@@ -198,6 +200,31 @@ def test_what_no_component_computes_with_need_not_be_finite(base: BaseLocation, 
     save_file(tensors, base.path, told)
     with pytest.raises(ModelError, match="NaN or infinity in the base"):
         merge(plan_merge(base, open_stable_diffusion(base), [(adapter, 1.0)], out), overwrite=True)
+
+
+def test_an_adapter_is_extracted_from_two_single_files(base: BaseLocation, tmp_path: Path) -> None:
+    tensors = load_file(base.path)
+    keys = {
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": slice(None),
+        "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": slice(64, 128),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.k_proj.weight": slice(None),
+    }
+    changes = []
+    for key, rows in keys.items():
+        if key in tensors:
+            tensors[key] = tensors[key].float()
+            shape = tensors[key][rows].shape
+            changes.append(torch.ones(shape[0], 1) * torch.linspace(-1, 1, shape[1]))
+            tensors[key][rows] += changes[-1]
+    tuned = tmp_path / "tuned.safetensors"
+    save_file(tensors, tuned, {"modelspec.prediction_type": "epsilon"})
+    assert lorakit("extract", base.path, tuned, tmp_path / "found", "--rank", "1").code == 0
+    found = read_adapter(tmp_path / "found", meta_models(base)).components
+    assert [len(found[component]) for component in ("unet", "text_encoder")] == [1, 1]
+    for component, change in zip(("unet", "text_encoder"), changes, strict=True):
+        ((path, delta),) = found[component].items()
+        assert path.endswith({"unet": "attn1.to_q", "text_encoder": "k_proj"}[component])
+        torch.testing.assert_close(product(delta), change, rtol=1e-4, atol=1e-4)
 
 
 def test_single_file_to_folder_and_diffusers_reads_both(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
