@@ -2,8 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+from lorakit.errors import ConflictError
 
 
 def lies_in(path: Path | str, folder: Path | str) -> bool:
@@ -13,6 +16,13 @@ def lies_in(path: Path | str, folder: Path | str) -> bool:
     place, outer = (Path(os.path.realpath(one)) for one in (path, folder))
     above = (place, *place.parents)
     return outer in above or any(_same(one, outer) for one in above)
+
+
+def check_apart(out: Path, inputs: Iterable[tuple[str, Path]]) -> None:
+    """ConflictError when ``out`` is, holds or is inside one of the ``inputs``, each with what it is."""
+    for name, path in inputs:
+        if lies_in(out, path) or lies_in(path, out):
+            raise ConflictError(f"OUT is the {name}, lies inside it or contains it", where=str(out))
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -13,6 +13,7 @@ def run(base: str, tuned: str, out: Path, rank: int) -> None:
     """Write the best adapter of ``rank`` for the difference as PEFT has it, and print what that keeps."""
     from lorakit.adapters.convert import check_out, convert
     from lorakit.adapters.reduce import FullModel, extract
+    from lorakit.paths import check_apart
     from lorakit.storage.bases import resolve
 
     check_out(out, "peft")
@@ -20,6 +21,7 @@ def run(base: str, tuned: str, out: Path, rank: int) -> None:
     if one.family != other.family:
         kinds = {"sd": "a Stable Diffusion", "llama": "a language model"}
         raise RecipeError(f"{one.name} is {kinds[one.family]}, {other.name} is {kinds[other.family]}")
+    check_apart(out, [("base", one.path), ("tuned model", other.path)])
     with warnings_to(Console(stderr=True)):
         opened = open_base(one)
         with counted("weights") as progress:

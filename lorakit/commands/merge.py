@@ -45,6 +45,7 @@ class Options:
 def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None:
     """Plan; then merge, with a bar, and print what was done."""
     from lorakit.adapters.convert import FILES, check_out
+    from lorakit.paths import check_apart
     from lorakit.storage.bases import resolve
 
     if not math.isfinite(options.scale):
@@ -68,6 +69,7 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
     with warnings_to(console):
         opened = _open(location, out)
         if options.as_adapter is not None:
+            check_apart(out, [("base", location.path), *(("adapter", path) for path, _ in parsed)])
             combine.run(location.name, opened.models, parsed, out, options.as_adapter, dry_run=options.dry_run)
             return
         plan = _plan(location, opened, parsed, out, options)

@@ -14,7 +14,9 @@ def run(adapter: Path, out: Path, rank: int, base: str | None) -> None:
     from lorakit.adapters.files import assemble
     from lorakit.adapters.pieces import open_pieces
     from lorakit.adapters.reduce import resize
+    from lorakit.paths import check_apart
 
+    check_apart(out, [("adapter", adapter), *([] if base is None else [("base", Path(base).expanduser())])])
     with warnings_to(Console(stderr=True)):
         pieces = open_pieces(adapter)
         form = pieces[0].format

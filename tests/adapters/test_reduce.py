@@ -17,7 +17,7 @@ from lorakit.adapters.reduce import FullModel, Kept, resize
 from lorakit.adapters.reduce import extract as extract_from
 from lorakit.cli import app
 from lorakit.commands.adapters import meta_models, open_base
-from lorakit.errors import LorakitError, ModelError
+from lorakit.errors import ConflictError, LorakitError, ModelError
 from lorakit.storage.bases import resolve
 from tests.adapters.test_convert import MODELS, random_delta
 from tests.tiny import tiny_gguf, tiny_llama, tiny_sd
@@ -183,3 +183,22 @@ def test_extract_from_a_gguf_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "rank 2 keeps" in done.stdout
     found = read_adapter(out).components["model"]
     torch.testing.assert_close(product(found["model.layers.1.self_attn.q_proj"]), product(delta), rtol=1e-2, atol=1e-2)
+
+
+def test_what_is_read_is_not_written_into(tmp_path: Path) -> None:
+    """As merge refuses it: an adapter inside the base's folder, or inside another adapter's."""
+    base, tuned = tiny_llama(tmp_path / "base"), tiny_llama(tmp_path / "tuned", seed=1)
+    full = tmp_path / "full"
+    CliRunner().invoke(app, ["extract", str(base), str(tuned), str(full), "--rank", "4"], catch_exceptions=False)
+    (tmp_path / "link").symlink_to(base)
+    before = sorted(tmp_path.rglob("*"))
+    for words, places in (
+        (["extract", str(base), str(tuned), "--rank", "2"], (base, tuned, tmp_path / "link")),
+        (["resize", str(full), "--base", str(base), "--rank", "2"], (base, full)),
+        (["merge", str(base), str(full), "--as-adapter", "2"], (base, full)),
+        (["merge", str(base), str(full), "--as-adapter", "2", "--dry-run"], (base, full)),
+    ):
+        for place in places:
+            with pytest.raises(ConflictError, match="lies inside it"):
+                CliRunner().invoke(app, [*words, str(place / "new")], catch_exceptions=False)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -5,7 +5,7 @@ import os
 from lorakit.adapters.merging.plan import MergePlan
 from lorakit.adapters.merging.receipt import receipt_path
 from lorakit.errors import ConflictError, ResourceError
-from lorakit.paths import free_bytes, lies_in, standing
+from lorakit.paths import check_apart, free_bytes, standing
 
 SPARE = 50_000_000
 """Bytes that the disk must have left for configs, tokenizer and receipt."""
@@ -14,9 +14,7 @@ SPARE = 50_000_000
 def check_out(plan: MergePlan, overwrite: bool) -> None:
     """Raises ConflictError when OUT is, holds or is inside an input, or exists and may not be replaced."""
     out = plan.out
-    for name, path in [("base", plan.base.path), *(("adapter", adapter.path) for adapter in plan.adapters)]:
-        if lies_in(out, path) or lies_in(path, out):
-            raise ConflictError(f"OUT is the {name}, lies inside it or contains it", where=str(out))
+    check_apart(out, [("base", plan.base.path), *(("adapter", adapter.path) for adapter in plan.adapters)])
     beside = receipt_path(out)
     if "" in plan.files and not overwrite and os.path.lexists(beside):
         raise ConflictError("exists already", where=str(beside), hint="choose another name, or --overwrite")
