@@ -34,7 +34,9 @@ DISK_ERRORS: dict[int, str] = {
     **_FORBIDDEN,
     **_GONE,
     **_UNABLE,
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "let more files be open at once: ulimit -n 4096"),
     errno.EFBIG: "the file system, or a limit, allows no file of this size: write elsewhere",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 """What to do about the numbers of the operating system's errors that speak of a disk, not of what lorakit does."""
 

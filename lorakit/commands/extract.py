@@ -15,8 +15,10 @@ def run(base: str, tuned: str, out: Path, rank: int) -> None:
     from lorakit.adapters.reduce import FullModel, extract
     from lorakit.paths import check_apart
     from lorakit.storage.bases import resolve
+    from lorakit.storage.disk import open_more_files
 
     check_out(out, "peft")
+    open_more_files()
     one, other = resolve(base), resolve(tuned)
     if one.family != other.family:
         kinds = {"sd": "a Stable Diffusion", "llama": "a language model"}

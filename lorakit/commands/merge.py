@@ -47,6 +47,7 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
     from lorakit.adapters.convert import FILES, check_out
     from lorakit.paths import check_apart
     from lorakit.storage.bases import resolve
+    from lorakit.storage.disk import open_more_files
 
     if not math.isfinite(options.scale):
         raise RecipeError(f"{options.scale} is not a finite number", where="--scale")
@@ -56,6 +57,7 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
     elif out.suffix.lower() in FILES and out.suffix != ".safetensors":
         reason = "a model is written as a folder, or as a file whose name ends in .safetensors"
         raise RecipeError(reason, where=str(out))
+    open_more_files()
     console, location = Console(stderr=True), resolve(base, options.revision)
     parsed = [(path, weight * options.scale) for path, weight in map(parse_adapter, adapters)]
     bar = Progress(

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorakit.errors import ConflictError
+from lorakit.errors import ConflictError, ResourceError
 from lorakit.storage.disk import NO_SUCH_CALL, disk_errors, files_below, fsync, fsync_handle, make_folder
 from lorakit.storage.manifest import write_manifest
 
@@ -144,12 +144,16 @@ def beside(final: Path, *, folder: bool, suffix: str = "") -> Iterator[Path]:
 def _made(prefix: str, final: Path, *, folder: bool, suffix: str = "") -> tuple[Path, int]:
     """A new file or folder beside ``final``, and its handle, which holds a lock on it until it is closed."""
     while True:
-        if folder:
-            path = Path(tempfile.mkdtemp(prefix=f"{prefix}{_short(final)}-", dir=final.parent))
-        else:
-            handle, name = tempfile.mkstemp(prefix=f"{prefix}{_short(final)}-", suffix=suffix, dir=final.parent)
-            os.close(handle)
-            path = Path(name)
+        try:
+            if folder:
+                path = Path(tempfile.mkdtemp(prefix=f"{prefix}{_short(final)}-", dir=final.parent))
+            else:
+                handle, name = tempfile.mkstemp(prefix=f"{prefix}{_short(final)}-", suffix=suffix, dir=final.parent)
+                os.close(handle)
+                path = Path(name)
+        except FileNotFoundError as error:  # from the kernel's own folders
+            hint = "choose a folder that can be written"
+            raise ResourceError("takes no new files", where=str(final.parent), hint=hint) from error
         held = _hold(path)
         if held is not None:
             return path, held

@@ -245,5 +245,8 @@ def remember_digest(path: Path, digest: bytes) -> None:
 
 
 def _state(path: Path) -> tuple[Path, int, int]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise ModelError("was removed meanwhile", where=str(path)) from error
     return path, status.st_size, status.st_mtime_ns

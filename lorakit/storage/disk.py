@@ -3,8 +3,9 @@
 import errno
 import os
 import re
+import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorakit.errors import DISK_ERRORS, ConflictError, ResourceError
@@ -38,6 +39,19 @@ def read_errors(path: Path) -> Iterator[None]:
             raise
         hint = "go on when it can be read; or take it away, if it never will be"
         raise ResourceError(f"cannot be read: {os.strerror(number)}", where=str(path), hint=hint) from error
+
+
+def check_name(path: Path) -> None:
+    """ResourceError for a name that is too long for the file system."""
+    with disk_errors(path), suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(path)
+
+
+def open_more_files() -> None:
+    """Let this process have as many files open at once as the system allows: models come in hundreds of shards."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # some systems allow less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def os_error(error: Exception) -> int | None:

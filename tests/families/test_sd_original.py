@@ -186,6 +186,13 @@ def test_a_merged_file_keeps_its_receipt_until_another_takes_its_place(
     assert files(tmp_path) == before
 
 
+def test_a_name_whose_receipt_has_none(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / f"{'x' * 240}.safetensors"
+    for more in ((), ("--dry-run",)):
+        lorakit("merge", base.path, adapter, out, *more).refused(6, "receipt.json: cannot write: File name too long")
+    assert not out.exists()
+
+
 def test_what_no_component_computes_with_need_not_be_finite(base: BaseLocation, adapter: Path, tmp_path: Path) -> None:
     """Training code's tables: those of a schedule that ends in noise alone divide by zero."""
     extra = {"sqrt_recip_alphas_cumprod": torch.tensor([1.0, float("inf")])}

@@ -10,7 +10,8 @@ import pytest
 
 from lorakit.errors import ResourceError
 from lorakit.storage import atomic, manifest
-from tests.faults.harness import files, forked
+from tests.faults.harness import files, forked, process
+from tests.tiny import tiny_llama
 from tests.torture import trace
 from tests.torture.refuse import BARE, refuse
 
@@ -169,3 +170,28 @@ def test_61_a_disk_that_is_too_small_is_seen_first(llama: Path) -> None:
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_where_nothing_can_be_made(llama: Path, tmp_path: Path) -> None:
+    """A name that no file system takes, for itself or for what is written beside it, and the kernel's own folder."""
+    run, out = llama / "runs/chats", tmp_path / ("x" * 300)
+    assert forked("train-llama", llama / "recipe.yaml").code == 0
+    merge, small = ("merge", llama / "base", run), ("resize", run)
+    for words in ((*merge, out), (*merge, out, "--dry-run"), (*small, out, "--rank", "1")):
+        forked(*words).refused(6, "cannot write: File name too long")
+    for words in ((*merge, "/proc/merged"), (*small, "/proc/small", "--rank", "1")):
+        forked(*words).refused(6, "/proc: takes no new files")
+    (tmp_path / "file").touch()
+    for more in ((), ("--dry-run",)):
+        forked(*merge, tmp_path / "file" / "merged", *more).refused(7, "file: a file, where a folder is needed")
+
+
+def test_a_model_in_more_files_than_may_be_open(llama: Path) -> None:
+    """As few as the shell allows are no end where the system allows more."""
+    assert forked("train-llama", llama / "recipe.yaml").code == 0
+    tiny_llama(llama / "base", max_shard_size="1KB")
+    assert len(list((llama / "base").glob("*.safetensors"))) > 15
+    merge = ("merge", llama / "base", llama / "runs/chats")
+    limited = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (50, {}))"
+    process(*merge, llama / "one", prelude=limited.format(50)).refused(6, "Too many open files")
+    assert process(*merge, llama / "other", prelude=limited.format(4096)).code == 0

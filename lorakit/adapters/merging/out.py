@@ -6,6 +6,7 @@ from lorakit.adapters.merging.plan import MergePlan
 from lorakit.adapters.merging.receipt import receipt_path
 from lorakit.errors import ConflictError, ResourceError
 from lorakit.paths import check_apart, free_bytes, standing
+from lorakit.storage.disk import check_name
 
 SPARE = 50_000_000
 """Bytes that the disk must have left for configs, tokenizer and receipt."""
@@ -16,6 +17,8 @@ def check_out(plan: MergePlan, overwrite: bool) -> None:
     out = plan.out
     check_apart(out, [("base", plan.base.path), *(("adapter", adapter.path) for adapter in plan.adapters)])
     beside = receipt_path(out)
+    for path in (out, beside):
+        check_name(path)
     if "" in plan.files and not overwrite and os.path.lexists(beside):
         raise ConflictError("exists already", where=str(beside), hint="choose another name, or --overwrite")
     if not os.path.lexists(out):
@@ -36,6 +39,8 @@ def check_space(plan: MergePlan) -> int | None:
     ResourceError when the merged model takes more, or nothing can be written there.
     """
     folder = plan.out.resolve().parent
+    if not standing(folder).is_dir():
+        raise ConflictError("a file, where a folder is needed", where=str(standing(folder)))
     if not os.access(standing(folder), os.W_OK):
         raise ResourceError("cannot be written", where=str(folder), hint="choose a folder that can be written")
     free, needed = free_bytes(folder), plan.size + SPARE

@@ -335,3 +335,14 @@ def test_the_share_lost_is_that_of_the_exact_sum(tmp_path: Path, dtype: torch.dt
         largest = max(largest, abs(off).max())
     assert report.lost == pytest.approx((error / change) ** 0.5, rel=0.01, abs=1e-7)
     assert report.rounding == pytest.approx(largest, rel=0.01, abs=2**-26)
+
+
+def test_a_shard_that_is_removed_meanwhile_is_named(models: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(models / "base", tmp_path / "base"))
+    plan = planned(base, [(models / "a", 1.0)], tmp_path / "out")
+    shard = sorted(base.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ModelError, match="was removed meanwhile") as caught:
+        merge(plan)
+    assert caught.value.where == str(shard)
+    assert not (tmp_path / "out").exists()
