@@ -284,7 +284,19 @@ def folder(models: dict[str, Any], tmp_path: Path) -> BaseLocation:
     return resolve(str(tmp_path / "base"))
 
 
-def test_a_folder_becomes_a_single_file(folder: BaseLocation, models: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("old", [False, True])
+def test_a_folder_becomes_a_single_file(
+    folder: BaseLocation, models: dict[str, Any], tmp_path: Path, old: bool
+) -> None:
+    """Stable Diffusion 1.5's VAE too, whose attention has the names of early versions of diffusers."""
+    if old:
+        file = folder.path / "vae" / "diffusion_pytorch_model.safetensors"
+        early = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        tensors = load_file(file)
+        for new, name in early.items():
+            tensors = {key.replace(f"attentions.0.{new}.", f"attentions.0.{name}."): t for key, t in tensors.items()}
+        assert any("query" in key for key in tensors)
+        save_file(tensors, file, {"format": "pt"})
     for component, section in SECTIONS.items():
         write_disturbed(load_parts(folder, PLACE), component, section, tmp_path / "adapter" / component)
     out, plain = tmp_path / "merged.safetensors", write(tmp_path, models)

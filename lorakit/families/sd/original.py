@@ -23,6 +23,9 @@ from lorakit.storage.headers import read_header
 _KEY = 1 << 32
 """A row's mark is its tensor's number times this, plus the row's own number."""
 
+_EARLY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What early versions of diffusers, and files that they wrote, call the layers of a VAE's attention."""
+
 
 def open_original(location: BaseLocation) -> Original:
     """A checked single file's models, names, and what a diffusers folder holds beside the weights.
@@ -56,7 +59,15 @@ def open_stable_diffusion(location: BaseLocation) -> OpenBase:
     """The headers of a folder or a single file, for a merge."""
     if location.layout == "single-file":
         return open_single(location, open_original(location))
-    return open_folder(location, skeleton(location, torch.float32).adaptable)
+    bones = skeleton(location, torch.float32)
+    opened = open_folder(location, {**bones.adaptable, "vae": bones.vae})
+    opened.homes["vae"] = {_renamed(name): home for name, home in opened.homes["vae"].items()}
+    return opened
+
+
+def _renamed(name: str) -> str:
+    """A VAE's tensor as it is called today."""
+    return ".".join(_EARLY.get(part, part) for part in name.split("."))
 
 
 def original_names(

@@ -277,6 +277,7 @@ def test_a_base_that_lacks_a_tensor_is_refused_by_the_plan(tmp_path: Path, optio
         (llama, "chats", "model.safetensors", "model.layers.1.mlp.up_proj.weight"),
         (llama, "chats", "model.safetensors", "lm_head.weight"),
         (sd, "style", "unet/diffusion_pytorch_model.safetensors", "conv_norm_out.bias"),
+        (sd, "style", "vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
     ):
         tensors = load_file(base / file)
         save_file({key: tensor for key, tensor in tensors.items() if key != name}, base / file, {"format": "pt"})
