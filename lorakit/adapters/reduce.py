@@ -95,8 +95,8 @@ def extract(
 ) -> tuple[SavedAdapter, Kept]:
     """The best adapter of at most ``rank`` for the difference of two full models, float32, with alpha = rank.
 
-    One pair of weights is in memory at a time. Layers that are equal in both get nothing. Raises ModelError when the
-    models are not of one shape, or equal.
+    One pair of weights is in memory at a time. Layers that are equal in both, or but for the rounding to the tuned
+    model's dtype, get nothing. Raises ModelError when the models are not of one shape, or equal.
     """
     before, after = _stored(base.opened), _stored(tuned.opened)
     for own, opened in ((before, base.opened), (after, tuned.opened)):
@@ -113,7 +113,7 @@ def extract(
     left: dict[str, float] = {}
     for number, (name, place) in enumerate(before.items(), 1):
         one, other = _pair(".".join(name), place, after[name])
-        square = _square(".".join(name), one, other)
+        square = 0.0 if torch.equal(one.to(other.dtype), other) else _square(".".join(name), one, other)
         if square and name in layers:
             component, path = name[0], layers[name]
             b, a, share = factor((other.float() - one.float()).flatten(1), rank)

@@ -202,3 +202,17 @@ def test_what_is_read_is_not_written_into(tmp_path: Path) -> None:
             with pytest.raises(ConflictError, match="lies inside it"):
                 CliRunner().invoke(app, [*words, str(place / "new")], catch_exceptions=False)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_rounding_alone_made_different_is_no_difference(tmp_path: Path) -> None:
+    """A tuned model that was published in another dtype than its base."""
+    base = tiny_llama(tmp_path / "base", tied=False)
+    model = LlamaForCausalLM.from_pretrained(base)
+    layer = model.model.layers[1].self_attn.q_proj
+    delta = random_delta(layer, 2, 1.0, torch.float32, dora=False, seed=0)
+    with torch.no_grad():
+        layer.weight += product(delta)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "tuned")
+    saved, kept = extract(base, tmp_path / "tuned", 2)
+    assert list(saved.components["model"]) == ["model.layers.1.self_attn.q_proj"]
+    assert kept.left_out == ()
