@@ -1,8 +1,7 @@
 """What a merge would write, worked out from headers: every tensor of every file, and what changes it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,22 +9,19 @@ import torch
 
 from lorakit.adapters.delta import Delta, SavedAdapter, told_as
 from lorakit.adapters.files import assemble
-from lorakit.adapters.formats import long
-from lorakit.adapters.merging.base import Home, OpenBase, Packed
+from lorakit.adapters.merging.base import Home, OpenBase
 from lorakit.adapters.merging.change import Change, Rows, Term, Whole, not_alone
-from lorakit.adapters.merging.source import FLOATS, FileSource, Slot, Source, check_finite
-from lorakit.adapters.merging.stream import OutFile, Span, Target
+from lorakit.adapters.merging.layout import Changes, packed_up, same_layout, unpacked
+from lorakit.adapters.merging.source import FLOATS, FileSource, check_finite
+from lorakit.adapters.merging.stream import OutFile
 from lorakit.adapters.merging.tied import equal_terms, tied_by_config, tied_names, untied
-from lorakit.adapters.merging.turned import Turned, turned
 from lorakit.adapters.pieces import CONFIG, TEMPLATE, TEMPLATE_KEY, Piece, open_pieces, trained_template
 from lorakit.adapters.vocabulary import take_vocabulary
 from lorakit.adapters.whole import EMBEDDINGS, added_biases
 from lorakit.errors import ConflictError, ModelError
-from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
 
 QuantBase = Literal["original", "as-trained"]
-Changes = dict[Home, Change]
 
 
 @dataclass(frozen=True)
@@ -113,11 +109,11 @@ def plan_merge(
     tied = tied_names(opened)
     changes, head = _changes(opened, found, tied)
     if base.layout == "single-file" and not single:
-        files = _unpacked(opened, changes, dtype)
+        files = unpacked(opened, changes, dtype)
     elif opened.packed is not None:
-        files = {"": _packed(opened, *opened.packed, changes, dtype)}
+        files = {"": packed_up(opened, *opened.packed, changes, dtype)}
     else:
-        files = _same_layout(opened, changes, dtype)
+        files = same_layout(opened, changes, dtype)
         if head is not None and tied is not None:
             files = untied(files, opened, tied, head)
     config: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
@@ -249,81 +245,3 @@ def _check(change: Change, base: OpenBase, component: str, name: str, told: str)
         hint = f"its vocabulary has grown: transformers' resize_token_embeddings({shape[0]}) makes a base for it"
         raise ModelError(reason, where=told, hint=hint if grown and name.split(".")[-2] in EMBEDDINGS else "")
     return home
-
-
-def _converted(slot: Slot, dtype: torch.dtype | None) -> Slot:
-    return slot._replace(dtype=dtype) if dtype is not None and slot.dtype in FLOATS else slot
-
-
-def _same_layout(base: OpenBase, changes: Changes, dtype: torch.dtype | None) -> dict[str, OutFile]:
-    """The base's own files, tensor for tensor."""
-    changed: dict[tuple[str, str], list[Home]] = {}
-    for home in changes:
-        changed.setdefault((home.file, home.name), []).append(home)
-    found = {home._replace(turned=False): turned(c) if home.turned else c for home, c in changes.items()}
-    used = {(home.file, home.name) for homes in base.homes.values() for home in homes.values()}
-
-    def spans(file: str, name: str, rows: int) -> Iterator[Span]:
-        homes = changed.get((file, name), [])
-        cuts = sorted({0, rows, *(row for home in homes for row in (home.first, home.last))})
-        for first, last in list(pairwise(cuts)) or [(0, 0)]:
-            change = found.get(Home(file, name, first, last))
-            yield Span(base.sources[file], name, first, last, change, (file, name) in used)
-
-    return {
-        file: OutFile(
-            {
-                name: Target(_converted(slot, dtype), tuple(spans(file, name, slot.rows)))
-                for name, slot in source.slots.items()
-            },
-            source.metadata,
-        )
-        for file, source in base.sources.items()
-    }
-
-
-def _unpacked(base: OpenBase, changes: Changes, dtype: torch.dtype | None) -> dict[str, OutFile]:
-    """A single file's components as a diffusers folder's files."""
-    files = {}
-    for component, model in base.models.items():
-        tensors = {}
-        for name, tensor in model.state_dict().items():
-            home = base.homes[component][name]
-            source = base.sources[home.file]
-            slot = _converted(Slot(source.slots[home.name].dtype, tuple(tensor.shape)), dtype)
-            # Versions of transformers before 5.6 would fill CLIP at random without the long names.
-            tensors[long(component, name)] = Target(slot, (_span(source, home, changes.get(home), turn=home.turned),))
-        files[f"{component}/{checks.WEIGHTS[component]}.safetensors"] = OutFile(tensors, {"format": "pt"})
-    return files
-
-
-def _span(source: Source, home: Home, change: Change | None, *, turn: bool) -> Span:
-    """All of a component's tensor, with ``turn`` its transpose."""
-    if not turn:
-        return Span(source, home.name, home.first, home.last, change)
-    seen = Turned(source)
-    return Span(seen, home.name, 0, seen.slots[home.name].rows, change)
-
-
-def _packed(
-    base: OpenBase,
-    names: Mapping[str, Packed],
-    metadata: dict[str, str],
-    changes: Changes,
-    dtype: torch.dtype | None,
-) -> OutFile:
-    """A folder's components as one file in the original names."""
-    tensors = {}
-    for key, packed in names.items():
-        spans, slot = [], Slot(torch.float32, packed.shape)
-        for component, name in packed.parts:
-            home = base.home(component, name)
-            if home is None:
-                raise ModelError(f"{component} has no such tensor", where=name)
-            source, change = base.sources[home.file], changes.get(home)
-            slot = slot._replace(dtype=source.slots[home.name].dtype)
-            if change is not None and packed.turned:
-                change = turned(change)
-            spans.append(_span(source, home, change, turn=packed.turned))
-        tensors[key] = Target(_converted(slot, dtype), tuple(spans))
-    return OutFile(tensors, metadata)
