@@ -155,13 +155,13 @@ def _write_file(path: Path, title: str, saved: SavedAdapter, to: Format, models:
         strings = {"general.name": title, "lorakit_base": base_name, **metadata}
         gguf_lora.write(path, even["model"], models["model"], alpha=alpha, metadata=strings)
     elif models is not None:
-        kind = {"v": "v_prediction"}.get(saved.metadata.get("modelspec.prediction_type", ""), "epsilon")
+        predicts = saved.metadata.get("modelspec.prediction_type")
         write_kohya(
             path,
             saved.components,
             title=title,
             version=version_of(models),
-            prediction_type=kind if "modelspec.prediction_type" in saved.metadata else None,
+            prediction_type={None: None, "v": "v_prediction"}.get(predicts, "epsilon"),
             resolution=None,
             models=models,
             metadata={"lorakit_base": base_name, **metadata},

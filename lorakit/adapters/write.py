@@ -162,13 +162,11 @@ def version_of(models: Mapping[str, nn.Module]) -> Version:
 
 def base_strings(version: Version, prediction_type: str | None, resolution: int | None) -> dict[str, str]:
     """What kohya's and modelspec's metadata say of the base; nothing of what is None."""
-    second = "v2-768-v" if prediction_type == "v_prediction" else "v2-512"
+    second = {None: None, "v_prediction": "v2-768-v"}.get(prediction_type, "v2-512")
     kind = {"sd_v1": "v1", "sd_v2": second, "sdxl_base_v1-0": "xl-v1-base"}[version]
-    known = {
-        "ss_v2": str(version == "sd_v2"),
-        "ss_base_model_version": version,
-        "modelspec.architecture": f"stable-diffusion-{kind}/lora",
-    }
+    known = {"ss_v2": str(version == "sd_v2"), "ss_base_model_version": version}
+    if kind is not None:
+        known["modelspec.architecture"] = f"stable-diffusion-{kind}/lora"
     if prediction_type is not None:
         known["modelspec.prediction_type"] = "v" if prediction_type == "v_prediction" else "epsilon"
     if resolution is not None:

@@ -15,15 +15,21 @@ if TYPE_CHECKING:
     from lorakit.adapters.formats import Format
     from lorakit.adapters.merging.base import OpenBase
     from lorakit.adapters.pieces import Piece
+    from lorakit.data.images import Size
+    from lorakit.numerics.diffusion import PredictionType
     from lorakit.storage.bases import BaseLocation
 
 
 @dataclass(frozen=True)
 class AdapterBase:
-    """The base's components on the meta device, and its name."""
+    """The base's components on the meta device, and what else is known of it."""
 
     name: str
     models: "dict[str, nn.Module]"
+    predicts: "PredictionType | None" = None
+    """Of a Stable Diffusion that is at hand."""
+    size: "Size | None" = None
+    """Width and height in pixels that such a one was trained at."""
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
@@ -64,10 +70,10 @@ def find_base(pieces: "Sequence[Piece]", given: str | None) -> AdapterBase | Non
     from lorakit.storage.bases import resolve
 
     if given is not None:
-        return AdapterBase(given, meta_models(resolve(given)))
+        return open_base(resolve(given))
     name = named_base(pieces)
     if name.startswith("builtin:"):
-        return AdapterBase(name, meta_models(resolve(name)))
+        return open_base(resolve(name))
     version = next((found for piece in pieces if (found := recognise(piece.tensors))), None)
     return None if version is None else AdapterBase(name, known_models(version))
 
@@ -87,7 +93,7 @@ def base_for(pieces: "Sequence[Piece]", given: str | None, *forms: "Format") -> 
     return found
 
 
-def open_base(location: "BaseLocation") -> "OpenBase":
+def open_headers(location: "BaseLocation") -> "OpenBase":
     """The headers of a whole model of any layout; a GGUF file is unpacked first."""
     if location.family == "sd":
         from lorakit.families.sd.original import open_stable_diffusion
@@ -101,15 +107,22 @@ def open_base(location: "BaseLocation") -> "OpenBase":
     return open_language_model(as_folder(location, torch.float32))
 
 
-def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":
+def open_base(location: "BaseLocation") -> AdapterBase:
     """``model``, or ``unet``, ``text_encoder`` and, of SDXL, ``text_encoder_2``."""
     import torch
 
     if location.family == "sd":
         from lorakit.families.sd.skeleton import skeleton
 
-        return skeleton(location, torch.float32).adaptable
+        bones = skeleton(location, torch.float32)
+        predicts = bones.schedule.get("prediction_type", "epsilon")  # diffusers' own default
+        return AdapterBase(location.name, bones.adaptable, predicts, bones.size)
     from lorakit.families.llama.base import as_folder
     from lorakit.families.llama.skeleton import skeleton as language_model
 
-    return language_model(as_folder(location, torch.float16))
+    return AdapterBase(location.name, language_model(as_folder(location, torch.float16)))
+
+
+def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":
+    """The components that ``open_base`` has."""
+    return open_base(location).models

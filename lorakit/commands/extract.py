@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lorakit.commands.adapters import open_base
+from lorakit.commands.adapters import open_headers
 from lorakit.commands.progress import counted, warnings_to
 from lorakit.errors import RecipeError
 
@@ -25,9 +25,9 @@ def run(base: str, tuned: str, out: Path, rank: int) -> None:
         raise RecipeError(f"{one.name} is {kinds[one.family]}, {other.name} is {kinds[other.family]}")
     check_apart(out, [("base", one.path), ("tuned model", other.path)])
     with warnings_to(Console(stderr=True)):
-        opened = open_base(one)
+        opened = open_headers(one)
         with counted("weights") as progress:
-            saved, kept = extract(FullModel(one.name, opened), FullModel(other.name, open_base(other)), rank, progress)
+            saved, kept = extract(FullModel(one.name, opened), FullModel(other.name, open_headers(other)), rank, progress)
         convert(saved, out, "peft", models=opened.models, base_name=one.name)
     print(f"rank {rank} keeps {kept.share:.2%} of the difference of {kept.modules} layers (squared norm), "
           f"of {kept.least_module} {kept.least:.2%}")  # fmt: skip

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorakit.commands import combine
-from lorakit.commands.adapters import open_base, parse_adapter
+from lorakit.commands.adapters import open_headers, parse_adapter
 from lorakit.commands.merge_told import compare_with, tell, tell_plan
 from lorakit.commands.progress import warnings_to
 from lorakit.errors import RecipeError
@@ -95,7 +95,7 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
 
 
 def _open(location: "BaseLocation", out: Path) -> "OpenBase":
-    opened = open_base(location)
+    opened = open_headers(location)
     if location.layout == "diffusers" and out.suffix == ".safetensors":
         from lorakit.families.sd.pack import packed_names
 

@@ -16,7 +16,7 @@ from lorakit.adapters.outline import adaptable
 from lorakit.adapters.reduce import FullModel, Kept, resize
 from lorakit.adapters.reduce import extract as extract_from
 from lorakit.cli import app
-from lorakit.commands.adapters import meta_models, open_base
+from lorakit.commands.adapters import open_base, open_headers
 from lorakit.errors import ConflictError, LorakitError, ModelError
 from lorakit.storage.bases import resolve
 from tests.adapters.test_convert import MODELS, random_delta
@@ -30,7 +30,7 @@ def shares(matrix: torch.Tensor, rank: int) -> tuple[float, float]:
 
 
 def extract(base: Path, tuned: Path, rank: int) -> tuple[SavedAdapter, Kept]:
-    one, other = (FullModel(str(path), open_base(resolve(str(path)))) for path in (base, tuned))
+    one, other = (FullModel(str(path), open_headers(resolve(str(path)))) for path in (base, tuned))
     return extract_from(one, other, rank)
 
 
