@@ -62,6 +62,23 @@ def named_base(pieces: "Sequence[Piece]") -> str:
     return ""
 
 
+_MODEL = "general.base_model.0."
+_WORDS = (
+    ("ss_sd_model_name",), (f"{_MODEL}repo_url",), (f"{_MODEL}organization", f"{_MODEL}name"), (f"{_MODEL}name",),
+    ("ss_base_model_version",), ("modelspec.architecture",),
+)  # fmt: skip
+"""Keys of sd-scripts, llama.cpp's converter and modelspec for what an adapter was made for, the most exact first."""
+
+
+def made_for(pieces: "Sequence[Piece]") -> str:
+    """``named_base``, else what other programs' metadata say of the base: a file, an address, a name or a kind."""
+    if name := named_base(pieces):
+        return name
+    told = {key: text.removesuffix("/lora") for piece in pieces for key, text in piece.metadata.items()}
+    known = {key for key, text in told.items() if text not in ("", "None")}
+    return next((" ".join(told[key] for key in keys) for keys in _WORDS if known.issuperset(keys)), "")
+
+
 def find_base(pieces: "Sequence[Piece]", given: str | None) -> AdapterBase | None:
     """``given``, else the built-in base that the metadata name, else a published Stable Diffusion of the adapter's
     widths, else None. A path or hub id that the metadata name is never opened by itself.
@@ -87,7 +104,9 @@ def base_for(pieces: "Sequence[Piece]", given: str | None, *forms: "Format") -> 
     form = next((form for form in forms if form in ("kohya", "gguf")), None)
     if found is None and form is not None:
         name = named_base(pieces)
-        told = f"--base {name}, if you trust what the adapter names" if name else "name it with --base"
+        words = made_for(pieces)
+        told = f"name it with --base; the adapter tells of {words}" if words else "name it with --base"
+        told = f"--base {name}, if you trust what the adapter names" if name else told
         reason = f"the names in a {form} file go by the layers of the base it was made for"
         raise ModelError(reason, where=str(pieces[0].path), hint=told)
     return found

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from lorakit.commands.adapters import find_base, named_base
+from lorakit.commands.adapters import find_base, made_for
 from lorakit.commands.data import visible
 from lorakit.errors import LorakitError, ModelError, RecipeError
 
@@ -40,11 +40,11 @@ def run(adapter: Path, base: str | None, *, as_json: bool, recipe: bool) -> None
         print(_recipe(pieces, adapter), end="")
         return
     found = describe(adapter, pieces, _models(pieces, base))
-    made_for = named_base(pieces)
+    base_name = made_for(pieces)
     if as_json:
-        print(json.dumps(_finite({**dataclasses.asdict(found), "base": made_for}), indent=1, allow_nan=False))
+        print(json.dumps(_finite({**dataclasses.asdict(found), "base": base_name}), indent=1, allow_nan=False))
     else:
-        _tell(found, made_for, Console(highlight=False))
+        _tell(found, base_name, Console(highlight=False))
 
 
 def _finite(value: Any) -> Any:

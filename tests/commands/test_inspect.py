@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -226,3 +228,37 @@ def test_what_only_a_merge_takes_and_what_no_command_takes_is_told(tmp_path: Pat
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "pissa"}))
     (fault,) = json.loads(lorakit("inspect", tmp_path / "adapter", "--json"))["faults"]
     assert "init_lora_weights is 'pissa'" in fault
+
+
+@pytest.mark.parametrize(
+    ("strings", "base"),
+    [
+        ({"ss_sd_model_name": "v1-5-pruned.safetensors", "ss_base_model_version": "sd_v1"}, "v1-5-pruned.safetensors"),
+        ({"ss_sd_model_name": "None", "ss_base_model_version": "sdxl_base_v1-0"}, "sdxl_base_v1-0"),
+        ({"modelspec.architecture": "stable-diffusion-v1/lora"}, "stable-diffusion-v1"),
+        ({"ss_sd_model_name": "a.safetensors", "lorakit_base": "builtin:mini-sd sha256:0"}, "builtin:mini-sd"),
+        ({"general.base_model.0.name": "Smol", "general.base_model.0.organization": "Some"}, "Some Smol"),
+        (
+            {"general.base_model.0.name": "Smol", "general.base_model.0.repo_url": "https://huggingface.co/some/smol"},
+            "https://huggingface.co/some/smol",
+        ),
+        ({}, ""),
+    ],
+)
+def test_other_programs_words_for_the_base(tmp_path: Path, strings: dict[str, str], base: str) -> None:
+    """sd-scripts', modelspec's, and those of llama.cpp's converter."""
+    if any(key.startswith("general.") for key in strings):
+        path, writer = tmp_path / "a.gguf", GGUFWriter(tmp_path / "a.gguf", "llama")
+        for key, text in {"general.type": "adapter", "adapter.type": "lora", **strings}.items():
+            writer.add_string(key, text)
+        for letter in ("a", "b"):
+            writer.add_tensor(f"blk.0.attn_q.weight.lora_{letter}", np.ones((1, 1), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    else:
+        path, name = tmp_path / "a.safetensors", "lora_unet_conv_in"
+        save_file({f"{name}.lora_{end}.weight": torch.ones(1, 1) for end in ("down", "up")}, path, strings)
+    assert json.loads(lorakit("inspect", path, "--json"))["base"] == base
+    assert (f"made for {base}" if base else "names no base") in lorakit("inspect", path)
