@@ -6,7 +6,7 @@ configuration names is never loaded for it.
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,9 @@ def assemble(
     ModelError, but for PEFT's copies of weights that the base has.
     """
     try:
-        copies = set() if whole or models is None else {name for piece in pieces for name in _copies(piece, models)}
-        for name in [] if whole else [name for piece in pieces for name in piece.beside if name not in copies]:
-            reason = "not LoRA of a layer's weight: only a merge can take it in"
-            raise ModelError(reason, where=name, hint="lorakit merge BASE ADAPTER OUT")
+        for piece in [] if whole else pieces:
+            for name in piece.beside:
+                _check_copy(piece, name, models or {})
         saved = _joined([_read(piece, models) for piece in pieces])
         if models is None:
             return saved
@@ -77,23 +76,23 @@ def assemble(
         raise located(error, path) from error
 
 
-def _copies(piece: Piece, models: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Weights of the base's own that PEFT saves with LoRA of a head, as far as the base has the same.
-
-    A base on meta has no numbers to compare: there a warning says what is taken for granted.
-    """
-    layers = adaptable(models[piece.component]) if piece.component in models else {}
-    for name, key in piece.whole.items():
-        layer = layers.get(name.removesuffix(".weight"))
-        if ".base_layer." not in key or layer is None:
-            continue
+def _check_copy(piece: Piece, name: str, models: Mapping[str, nn.Module]) -> None:
+    """ModelError for what is not LoRA of a layer's weight, unless it is the base's own weight, as PEFT saves it with
+    LoRA of a head, in the dtype that training had it in. A base on meta tells only what ``with_weights`` gave it."""
+    wanted, key = "not LoRA of a layer's weight", piece.whole.get(name, "")
+    if ".base_layer." in key:
+        modules = models[piece.component].named_modules() if piece.component in models else ()
+        layers = {path.removesuffix(".base_layer"): module for path, module in modules}
+        weight = getattr(layers.get(name.rpartition(".")[0]), "weight", None)
+        if weight is None or weight.is_meta:
+            reason = "the base's weight, or a changed one: only the base can tell"
+            raise ModelError(reason, where=name, hint="give it with --base")
         with safe_open(piece.path, "pt") as file:
             copy = file.get_tensor(key)
-        if layer.weight.is_meta and layer.weight.shape == copy.shape:
-            LOG.warning("%s: %s is taken for a copy of the base's, and left out", piece.path, name)
-            yield name
-        elif not layer.weight.is_meta and torch.equal(layer.weight.cpu(), copy.to(layer.weight.dtype)):
-            yield name
+        if torch.equal(weight.cpu(), copy.to(weight.dtype)) or torch.equal(weight.cpu().to(copy.dtype), copy):
+            return
+        wanted = "not the base's weight"
+    raise ModelError(f"{wanted}: only a merge can take it in", where=name, hint="lorakit merge BASE ADAPTER OUT")
 
 
 def _joined(parts: list[SavedAdapter]) -> SavedAdapter:

@@ -2,10 +2,10 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ModelError, RecipeError
 
@@ -87,10 +87,10 @@ def find_base(pieces: "Sequence[Piece]", given: str | None) -> AdapterBase | Non
     from lorakit.storage.bases import resolve
 
     if given is not None:
-        return open_base(resolve(given))
+        return open_base(resolve(given), pieces)
     name = named_base(pieces)
     if name.startswith("builtin:"):
-        return open_base(resolve(name))
+        return open_base(resolve(name), pieces)
     version = next((found for piece in pieces if (found := recognise(piece.tensors))), None)
     return None if version is None else AdapterBase(name, known_models(version))
 
@@ -126,8 +126,9 @@ def open_headers(location: "BaseLocation") -> "OpenBase":
     return open_language_model(as_folder(location, torch.float32))
 
 
-def open_base(location: "BaseLocation") -> AdapterBase:
-    """``model``, or ``unet``, ``text_encoder`` and, of SDXL, ``text_encoder_2``."""
+def open_base(location: "BaseLocation", pieces: "Sequence[Piece]" = ()) -> AdapterBase:
+    """``model``, or ``unet``, ``text_encoder`` and, of SDXL, ``text_encoder_2``; of ``model`` those weights that
+    ``pieces`` hold whole are there, to be compared."""
     import torch
 
     if location.family == "sd":
@@ -137,9 +138,27 @@ def open_base(location: "BaseLocation") -> AdapterBase:
         predicts = bones.schedule.get("prediction_type", "epsilon")  # diffusers' own default
         return AdapterBase(location.name, bones.adaptable, predicts, bones.size)
     from lorakit.families.llama.base import as_folder
-    from lorakit.families.llama.skeleton import skeleton as language_model
+    from lorakit.families.llama.skeleton import open_language_model
 
-    return AdapterBase(location.name, language_model(as_folder(location, torch.float16)))
+    opened = open_language_model(as_folder(location, torch.float16))
+    return AdapterBase(location.name, dict(with_weights(opened, pieces)))
+
+
+def with_weights(base: "OpenBase", pieces: "Iterable[Piece]") -> "Mapping[str, nn.Module]":
+    """The models of a base on meta, with its own weights where ``pieces`` hold such whole."""
+    from torch import nn
+
+    from lorakit.adapters.merging.tied import tied_by_config
+
+    tied = tied_by_config(base.models) or ("", "")
+    for name in {name for piece in pieces for name in piece.whole}:
+        home = base.home("model", name) or (base.home("model", tied[1]) if name == tied[0] else None)
+        module, _, kind = name.rpartition(".")
+        if home is not None and kind == "weight":
+            rows = base.sources[home.file].rows(home.name, home.first, home.last)
+            layer: Any = base.models["model"].get_submodule(module)
+            layer.weight = nn.Parameter(rows.reshape(layer.weight.shape), requires_grad=False)
+    return base.models
 
 
 def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":

@@ -1,16 +1,18 @@
 """`lorakit merge --as-adapter RANK`: several adapters as one, by singular values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorakit.commands.adapters import with_weights
+
 if TYPE_CHECKING:
-    from torch import nn
+    from lorakit.adapters.merging.base import OpenBase
 
 
 def run(
     name: str,
-    models: "Mapping[str, nn.Module]",
+    base: "OpenBase",
     adapters: Sequence[tuple[Path, float]],
     out: Path,
     rank: int,
@@ -20,10 +22,13 @@ def run(
     """Write the best adapter of at most ``rank`` for the weighted sum as PEFT has it, and print what that keeps."""
     from lorakit.adapters.combine import combine
     from lorakit.adapters.convert import convert
-    from lorakit.adapters.files import read_adapter
+    from lorakit.adapters.files import assemble
+    from lorakit.adapters.pieces import open_pieces
     from lorakit.adapters.reduce import resize
 
-    saved = [(read_adapter(path, models), weight) for path, weight in adapters]
+    opened = [(path, open_pieces(path), weight) for path, weight in adapters]
+    models = with_weights(base, [piece for _, pieces, _ in opened for piece in pieces])
+    saved = [(assemble(path, pieces, models), weight) for path, pieces, weight in opened]
     smaller, kept = resize(combine(saved), rank)
     if dry_run:
         print(f"rank {rank} would keep {kept.share:.2%} of the sum (squared norm) in {kept.modules} modules: {out}")

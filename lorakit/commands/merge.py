@@ -72,7 +72,7 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
         opened = _open(location, out)
         if options.as_adapter is not None:
             check_apart(out, [("base", location.path), *(("adapter", path) for path, _ in parsed)])
-            combine.run(location.name, opened.models, parsed, out, options.as_adapter, dry_run=options.dry_run)
+            combine.run(location.name, opened, parsed, out, options.as_adapter, dry_run=options.dry_run)
             return
         plan = _plan(location, opened, parsed, out, options)
         if options.quant_base is not None:

@@ -3,20 +3,25 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.write import taken_apart, write_peft
 from lorakit.cli import app
 from lorakit.commands.adapters import meta_models
+from lorakit.errors import ModelError
 from lorakit.families.task import origin
 from lorakit.recipe.load import as_dict
 from lorakit.recipe.schema import SDRecipe
 from lorakit.storage.bases import resolve
 from tests.adapters.test_convert import random_delta
-from tests.tiny import tiny_sd
+from tests.tiny import tiny_llama, tiny_sd
 
 
 def lorakit(*words: object) -> str:
@@ -67,3 +72,40 @@ def test_what_an_sd_2_predicts_is_not_made_up(tmp_path: Path) -> None:
     told = strings(tmp_path / "a.safetensors")
     assert told["ss_v2"] == "True"
     assert not {"modelspec.architecture", "modelspec.prediction_type", "modelspec.resolution"} & told.keys()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.bfloat16)])
+def test_a_copy_of_the_bases_weight_is_left_out_and_no_other(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    """PEFT saves the weight of a head with LoRA too, in the dtype that training had it in."""
+    base, adapter = tiny_llama(tmp_path / "base", tied=tied), tmp_path / "adapter"
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(base, dtype=dtype), config).save_pretrained(adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    copy = "base_model.model.lm_head.base_layer.weight"
+    assert weights[copy].dtype == dtype
+
+    lorakit("convert", adapter, tmp_path / "out", "--to", "peft", "--base", base)
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == weights.keys() - {copy}
+    ours, theirs = (
+        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / name)
+        for name in ("out", "adapter")
+    )
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=2e-2, atol=2e-2)
+    lorakit("merge", base, adapter, tmp_path / "sum", "--as-adapter", "2")
+
+    with pytest.raises(ModelError, match="only the base can tell") as caught:
+        lorakit("convert", adapter, tmp_path / "other", "--to", "peft")
+    assert "--base" in caught.value.hint
+    weights[copy][3] += 1
+    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
+    for words in (
+        ("convert", adapter, tmp_path / "other", "--to", "peft", "--base", base),
+        ("merge", base, adapter, tmp_path / "other", "--as-adapter", "2"),
+    ):
+        with pytest.raises(ModelError, match=r"lm_head\.weight: not the base's weight: only a merge can take it in"):
+            lorakit(*words)
+    assert not (tmp_path / "other").exists()

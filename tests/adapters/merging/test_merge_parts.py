@@ -222,7 +222,7 @@ def test_lora_of_the_head(tmp_path: Path, tied: bool, copied: bool, fuse: bool) 
 def test_a_copy_of_another_head_is_left_to_a_merge(tmp_path: Path) -> None:
     base, other = (tiny_llama(tmp_path / name, tied=False, seed=seed) for seed, name in enumerate(("base", "other")))
     adapter(other, tmp_path / "adapter", target_modules=[Q, HEAD])
-    with pytest.raises(ModelError, match="not LoRA of a layer"):
+    with pytest.raises(ModelError, match="not the base's weight"):
         read_adapter(tmp_path / "adapter", {"model": LlamaForCausalLM.from_pretrained(base)})
 
 
