@@ -17,6 +17,7 @@ from lorakit.adapters.delta import Delta, SavedAdapter, rescaled, told_as
 from lorakit.adapters.delta import cast as to_dtype
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.formats import Format, bare
+from lorakit.adapters.known import encoder_path
 from lorakit.adapters.pieces import DIFFUSERS
 from lorakit.adapters.write import taken_apart, version_of, with_one_alpha, write_diffusers, write_kohya, write_peft
 from lorakit.errors import ConflictError, ModelError, RecipeError
@@ -68,7 +69,7 @@ def convert(
 ) -> Conversion:
     """Write ``saved`` as ``to``, read it back, compare, and only then let it take the place ``out``.
 
-    ``models``: the base's components, on meta if need be; kohya and GGUF need them, and a text encoder in PEFT.
+    ``models``: the base's components, on meta if need be; kohya and GGUF need them.
     ``dtype``: of the tensors; each keeps its own without it, but for GGUF, which gets float32 for bfloat16.
 
     Raises RecipeError for a format that the family or ``out`` does not fit, ConflictError when ``out`` exists, and
@@ -131,14 +132,13 @@ def _check(saved: SavedAdapter, to: Format, models: Models | None, dtype: torch.
         raise RecipeError("a GGUF adapter is float32 or float16", where="--dtype")
     if models is None and to in ("kohya", "gguf"):
         raise ModelError(f"the names in a {to} file are made from the base's layers", hint="give it with --base")
-    encoders = [name for name in saved.components if name.startswith("text_encoder")]
-    if models is None and to == "peft" != saved.format and encoders:
-        raise ModelError("PEFT names a text encoder's layers as the base does", hint="give it with --base")
 
 
 def _write_peft(folder: Path, saved: SavedAdapter, models: Models | None, base_name: str) -> None:
     metadata = _carried(saved)
     for component, changes in saved.components.items():
+        if models is None and saved.format != "peft" and component.startswith("text_encoder"):
+            changes = {encoder_path(component, path): delta for path, delta in changes.items()}
         state, injection = taken_apart(changes, None if models is None else models[component])
         if saved.family == "llama":
             write_peft(folder, state, injection, base_name=base_name, task="CAUSAL_LM", metadata=metadata)

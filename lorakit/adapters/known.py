@@ -1,12 +1,13 @@
 """The published Stable Diffusions by their shapes, so that an adapter for one can be read without having the base."""
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.formats import bare, long
 from lorakit.adapters.write import Version
 
 _SECOND_CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 23}
@@ -34,6 +35,12 @@ UNETS: Mapping[Version, dict[str, Any]] = {
 }
 """Keyword arguments of diffusers' UNet2DConditionModel, beside its defaults."""
 
+SPELLED: Mapping[Version, str] = {
+    "sd_v1": "Stable Diffusion 1",
+    "sd_v2": "Stable Diffusion 2",
+    "sdxl_base_v1-0": "Stable Diffusion XL",
+}
+
 
 @lru_cache(maxsize=1)
 def known_models(version: Version) -> dict[str, nn.Module]:
@@ -50,6 +57,17 @@ def known_models(version: Version) -> dict[str, nn.Module]:
         if version == "sdxl_base_v1-0":
             models["text_encoder_2"] = CLIPTextModelWithProjection(config(**_BIG_CLIP, projection_dim=1280))
     return models
+
+
+@cache
+def encoder_path(component: str, path: str) -> str:
+    """A text encoder's layer as the transformers that is installed has it: with or without ``text_model.`` in front."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kind: Any = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
+    with torch.device("meta"):
+        model = kind(CLIPTextConfig(hidden_size=1, intermediate_size=1, num_attention_heads=1, num_hidden_layers=1))
+    return long(component, path) if hasattr(model, "text_model") else bare(path)
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> Version | None:

@@ -37,6 +37,8 @@ CHECKPOINT, STATE = "adapter.safetensors", "state.json"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _UNETS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
 _CLIPS = ("text_model.encoder.", "encoder.layers.")
+_SECOND_WIDTH = 1280
+"""Of SDXL's second text encoder."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _WHOLE = {"I64", "I32"}
 """What diffusers' converter to kohya's format writes alphas in."""
@@ -142,13 +144,18 @@ def _open_folder(path: Path) -> list[Piece]:
 
 
 def _component(folder: Path) -> str:
-    """What a single PEFT folder is for, by its names: PEFT knows nothing of a UNet's place in a pipeline."""
+    """What a single PEFT folder is for, by its names: PEFT knows nothing of a model's place in a pipeline. SDXL's text
+    encoders have the same ones, and are told apart by the folder's name or by the published one's width."""
     if not (folder / WEIGHTS).is_file():
         return "model"
-    names = [name.removeprefix("base_model.model.") for name in read_header(folder / WEIGHTS).tensors]
-    if any(name.startswith(_UNETS) for name in names):
+    tensors = read_header(folder / WEIGHTS).tensors
+    shapes = {name.removeprefix("base_model.model."): info.shape for name, info in tensors.items()}
+    if any(name.startswith(_UNETS) for name in shapes):
         return "unet"
-    return "text_encoder" if any(name.startswith(_CLIPS) for name in names) else "model"
+    if not any(name.startswith(_CLIPS) for name in shapes):
+        return "model"
+    wide = any(".self_attn." in name and _SECOND_WIDTH in shape for name, shape in shapes.items())
+    return "text_encoder_2" if wide or folder.resolve().name == "text_encoder_2" else "text_encoder"
 
 
 def _open_checkpoint(folder: Path) -> list[Piece]:

@@ -1,5 +1,6 @@
 """Adapters on the command line, and the base that their module names are held against. No weights are read."""
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,12 +13,15 @@ from lorakit.errors import ModelError, RecipeError
 if TYPE_CHECKING:
     from torch import nn
 
+    from lorakit.adapters.delta import SavedAdapter
     from lorakit.adapters.formats import Format
     from lorakit.adapters.merging.base import OpenBase
     from lorakit.adapters.pieces import Piece
     from lorakit.data.images import Size
     from lorakit.numerics.diffusion import PredictionType
     from lorakit.storage.bases import BaseLocation
+
+LOG = logging.getLogger("lorakit")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class AdapterBase:
     """Of a Stable Diffusion that is at hand."""
     size: "Size | None" = None
     """Width and height in pixels that such a one was trained at."""
+    guess: str = ""
+    """Of a base that is not at hand, what is said of it."""
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
@@ -83,7 +89,7 @@ def find_base(pieces: "Sequence[Piece]", given: str | None) -> AdapterBase | Non
     """``given``, else the built-in base that the metadata name, else a published Stable Diffusion of the adapter's
     widths, else None. A path or hub id that the metadata name is never opened by itself.
     """
-    from lorakit.adapters.known import known_models, recognise
+    from lorakit.adapters.known import SPELLED, known_models, recognise
     from lorakit.storage.bases import resolve
 
     if given is not None:
@@ -92,24 +98,41 @@ def find_base(pieces: "Sequence[Piece]", given: str | None) -> AdapterBase | Non
     if name.startswith("builtin:"):
         return open_base(resolve(name), pieces)
     version = next((found for piece in pieces if (found := recognise(piece.tensors))), None)
-    return None if version is None else AdapterBase(name, known_models(version))
+    if version is None:
+        return None
+    told = f"no base is given: {SPELLED[version]} is taken by the width of the text; name another with --base"
+    return AdapterBase(name, known_models(version), guess=told)
 
 
-def base_for(pieces: "Sequence[Piece]", given: str | None, *forms: "Format") -> AdapterBase | None:
-    """``find_base`` for an adapter that is read from and written to ``forms``.
+def read_for(
+    adapter: Path, pieces: "Sequence[Piece]", given: str | None, *forms: "Format"
+) -> "tuple[SavedAdapter, AdapterBase | None]":
+    """An adapter that is read from and written to ``forms``, and ``find_base`` for it. A guessed base that it does not
+    fit counts for none.
 
     Raises: ModelError where one of them spells its names by the base's layers and no base is found.
     """
+    from lorakit.adapters.files import assemble
+
     found = find_base(pieces, given)
     form = next((form for form in forms if form in ("kohya", "gguf")), None)
     if found is None and form is not None:
-        name = named_base(pieces)
-        words = made_for(pieces)
+        name, words = named_base(pieces), made_for(pieces)
         told = f"name it with --base; the adapter tells of {words}" if words else "name it with --base"
         told = f"--base {name}, if you trust what the adapter names" if name else told
         reason = f"the names in a {form} file go by the layers of the base it was made for"
         raise ModelError(reason, where=str(pieces[0].path), hint=told)
-    return found
+    try:
+        saved = assemble(adapter, pieces, None if found is None else found.models)
+    except ModelError as error:
+        if found is None or not found.guess:
+            raise
+        if form is not None:
+            raise ModelError(error.reason, where=error.where, hint=found.guess) from error
+        return assemble(adapter, pieces, None), None
+    if found is not None and found.guess and form is not None:
+        LOG.warning("%s: %s", adapter, found.guess)
+    return saved, found
 
 
 def open_headers(location: "BaseLocation") -> "OpenBase":

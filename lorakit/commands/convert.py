@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lorakit.commands.adapters import AdapterBase, base_for, named_base
+from lorakit.commands.adapters import AdapterBase, named_base, read_for
 from lorakit.commands.progress import warnings_to
 
 if TYPE_CHECKING:
@@ -19,21 +19,18 @@ def run(adapter: Path, out: Path, to: "Format", base: str | None, dtype: str | N
     import torch
 
     from lorakit.adapters.convert import check_out, convert
-    from lorakit.adapters.files import assemble
     from lorakit.adapters.pieces import open_pieces
 
     check_out(out, to)
     console = Console(stderr=True)
     with warnings_to(console):
         pieces = open_pieces(adapter)
-        found = base_for(pieces, base, pieces[0].format, to)
-        models = None if found is None else found.models
-        saved = assemble(adapter, pieces, models)
+        saved, found = read_for(adapter, pieces, base, pieces[0].format, to)
         done = convert(
             saved if found is None or saved.family == "llama" else _told(saved, found),
             out,
             to,
-            models=models,
+            models=None if found is None else found.models,
             base_name=(found.name if found else "") or named_base(pieces),
             dtype=None if dtype is None else getattr(torch, dtype),
         )

@@ -4,14 +4,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lorakit.commands.adapters import base_for, named_base
+from lorakit.commands.adapters import named_base, read_for
 from lorakit.commands.progress import counted, warnings_to
 
 
 def run(adapter: Path, out: Path, rank: int, base: str | None) -> None:
     """Write ``adapter`` with at most ``rank`` a module in its own format, and print what that keeps."""
     from lorakit.adapters.convert import check_out, convert
-    from lorakit.adapters.files import assemble
     from lorakit.adapters.pieces import open_pieces
     from lorakit.adapters.reduce import resize
     from lorakit.paths import check_apart
@@ -21,9 +20,8 @@ def run(adapter: Path, out: Path, rank: int, base: str | None) -> None:
         pieces = open_pieces(adapter)
         form = pieces[0].format
         check_out(out, form)
-        found = base_for(pieces, base, form)
+        whole, found = read_for(adapter, pieces, base, form)
         models = None if found is None else found.models
-        whole = assemble(adapter, pieces, models)
         with counted("modules") as progress:
             smaller, kept = resize(whole, rank, progress)
         name = (found.name if found else "") or named_base(pieces)

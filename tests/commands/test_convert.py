@@ -8,11 +8,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from lorakit.adapters.delta import Delta, product
 from lorakit.adapters.outline import adaptable
-from lorakit.adapters.write import taken_apart, write_peft
+from lorakit.adapters.write import taken_apart, write_diffusers, write_peft
 from lorakit.cli import app
 from lorakit.commands.adapters import meta_models
 from lorakit.errors import ModelError
@@ -21,7 +22,10 @@ from lorakit.recipe.load import as_dict
 from lorakit.recipe.schema import SDRecipe
 from lorakit.storage.bases import resolve
 from tests.adapters.test_convert import random_delta
-from tests.tiny import tiny_llama, tiny_sd
+from tests.tiny import tiny_llama, tiny_sd, tiny_sdxl
+
+ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+GUESSED = "no base is given: Stable Diffusion 1 is taken by the width of the text; name another with --base"
 
 
 def lorakit(*words: object) -> str:
@@ -109,3 +113,64 @@ def test_a_copy_of_the_bases_weight_is_left_out_and_no_other(tmp_path: Path, tie
         with pytest.raises(ModelError, match=r"lm_head\.weight: not the base's weight: only a merge can take it in"):
             lorakit(*words)
     assert not (tmp_path / "other").exists()
+
+
+def encoder_layers(base: Path, component: str) -> dict[str, Delta]:
+    layers = adaptable(meta_models(resolve(str(base)))[component])
+    chosen = {path: layer for path, layer in layers.items() if path.endswith("q_proj")}
+    return {path: random_delta(layer, 2, 3.0, torch.float32, dora=False, seed=0) for path, layer in chosen.items()}
+
+
+def test_a_folder_of_sdxls_second_text_encoder_is_known_by_its_name(tmp_path: Path) -> None:
+    base = tiny_sdxl(tmp_path / "base")
+    for folder in (tmp_path / "adapter" / "text_encoder_2", tmp_path / "adapter" / "text_encoder"):
+        component = folder.name
+        changes = encoder_layers(base, component)
+        write_peft(folder, *taken_apart(changes, None), base_name="")
+        out = tmp_path / f"{component}.safetensors"
+        lorakit("convert", folder, out, "--to", "kohya", "--base", base)
+        start = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[component]
+        assert all(name.startswith(start) for name in load_file(out))
+        assert len(load_file(out)) == 3 * len(changes)
+
+
+def test_a_folder_of_sdxls_second_text_encoder_is_known_by_its_width(tmp_path: Path) -> None:
+    path = "text_model.encoder.layers.3.self_attn.q_proj"
+    for width, prefix in ((1280, "text_encoder_2"), (768, "text_encoder")):
+        change = {path: random_delta(torch.nn.Linear(width, width), 2, 3.0, torch.float32, dora=False, seed=0)}
+        write_peft(tmp_path / str(width), *taken_apart(change, None), base_name="")
+        lorakit("convert", tmp_path / str(width), tmp_path / f"{width}.safetensors", "--to", "diffusers")
+        assert set(load_file(tmp_path / f"{width}.safetensors")) == {
+            f"{prefix}.{path}.lora_{part}.weight" for part in ("A", "B")
+        }
+
+
+def test_no_base_is_needed_between_diffusers_and_peft(tmp_path: Path) -> None:
+    """Of an unpublished model, whose text is as wide as a published one's or not; PEFT opens the text encoders."""
+    base, layer = tiny_sdxl(tmp_path / "base"), "down_blocks.0.attentions.0.transformer_blocks.7.attn2.to_k"
+    changes: dict[str, dict[str, Delta]] = {name: encoder_layers(base, name) for name in ENCODERS}
+    changes["unet"] = {layer: random_delta(torch.nn.Linear(768, 24), 2, 3.0, torch.float32, dora=False, seed=0)}
+    write_diffusers(tmp_path / "a.safetensors", changes, "")
+    lorakit("convert", tmp_path / "a.safetensors", tmp_path / "peft", "--to", "peft")
+    for component, kind in ENCODERS.items():
+        model = PeftModel.from_pretrained(kind.from_pretrained(base / component), tmp_path / "peft" / component)
+        for path, delta in changes[component].items():
+            found = model.base_model.model.get_submodule(path).get_delta_weight("default")
+            torch.testing.assert_close(found, product(delta))
+    lorakit("convert", tmp_path / "peft", tmp_path / "b.safetensors", "--to", "diffusers")
+    one, other = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    lorakit("convert", tmp_path / "peft" / "unet", tmp_path / "c", "--to", "diffusers")
+    with pytest.raises(ModelError, match="no such module") as caught:
+        lorakit("convert", tmp_path / "c", tmp_path / "c.safetensors", "--to", "kohya")
+    assert caught.value.hint == GUESSED
+
+
+def test_a_base_that_was_guessed_is_told(tmp_path: Path) -> None:
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    change = {path: random_delta(torch.nn.Linear(768, 320), 2, 3.0, torch.float32, dora=False, seed=0)}
+    write_peft(tmp_path / "a" / "unet", *taken_apart(change, None), base_name="")
+    words = ["convert", str(tmp_path / "a"), str(tmp_path / "a.safetensors"), "--to", "kohya"]
+    told = CliRunner().invoke(app, words, catch_exceptions=False).stderr
+    assert GUESSED in " ".join(told.split())
