@@ -27,8 +27,9 @@ def fits(pattern: str, path: str, where: str) -> bool:
 
 
 def number(config: Mapping[str, Any], field: str, path: str, where: str) -> float:
-    """``r`` or ``lora_alpha`` of a module: its pattern's, or the general one. ModelError when it is not above 0."""
-    name = "rank_pattern" if field == "r" else "alpha_pattern"
+    """``r`` or ``lora_alpha`` of a module: its pattern's, or the general one. ModelError when a rank is not
+    above 0, or an alpha is 0."""
+    name, wanted = ("rank_pattern", "a positive number") if field == "r" else ("alpha_pattern", "a number other than 0")
     table = config.get(name) or {}
     if not isinstance(table, dict):
         raise ModelError(f"{name} is not a table", where=where)
@@ -37,9 +38,10 @@ def number(config: Mapping[str, Any], field: str, path: str, where: str) -> floa
         if fits(rf"(.*\.)?({pattern})", path, where):
             field, value = f"{name} {pattern!r}", own
             break
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31 or math.isnan(value):
-        raise ModelError(f"{field} is {str(value)[:40]!r}, not a positive number", where=where)
-    return float(value)
+    size = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not 0 < (size if name == "rank_pattern" else abs(size)) < 2**31:
+        raise ModelError(f"{field} is {str(value)[:40]!r}, not {wanted}", where=where)
+    return float(size)
 
 
 def targeted(targets: object, path: str, where: str) -> bool:

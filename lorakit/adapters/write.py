@@ -47,7 +47,7 @@ def taken_apart(changes: Mapping[str, Delta], model: nn.Module | None) -> tuple[
     With ``model``, on meta if need be, the targets are named by their ends where these pick out exactly them.
     """
     state, targets, alphas = {}, [], {}
-    for path, delta in changes.items():
+    for path, delta in ((path, _above_zero(delta)) for path, delta in changes.items()):
         state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = delta.A, delta.B
         if delta.magnitude is not None:
             shape = (-1,) if delta.A.dim() == 2 else (1, -1, 1, 1)
@@ -64,11 +64,15 @@ def taken_apart(changes: Mapping[str, Delta], model: nn.Module | None) -> tuple[
     return state, Injection(adapter, tuple(targets), alphas, ends)
 
 
+def _above_zero(delta: Delta) -> Delta:
+    """The same change with an alpha above 0, B taking the sign, or the 0: sd-scripts and LyCORIS take the rank for an
+    alpha of 0, as llama.cpp takes alpha = rank for it, all others no change."""
+    return delta if delta.scale > 0 else rescaled(delta, -delta.scale or 1.0)
+
+
 def _alpha(delta: Delta) -> float:
     """scale * rank, without the digits that division and multiplication leave behind."""
     alpha = delta.scale * delta.rank
-    if not alpha > 0:
-        raise ModelError(f"an alpha of {alpha:g} can not be written: it has to be above 0")
     rounded = (round(alpha, digits) for digits in (0, 3, 6, 9, 12))
     return next((value for value in rounded if value / delta.rank == delta.scale), alpha)
 
@@ -77,8 +81,8 @@ def with_one_alpha(components: Mapping[str, Mapping[str, Delta]]) -> tuple[float
     """The commonest alpha, as the float32 that kohya's and GGUF's files hold, and the same changes with scale
     alpha / rank throughout."""
     everything = [delta for changes in components.values() for delta in changes.values()]
-    ((alpha, _),) = Counter(_alpha(delta) for delta in everything).most_common(1)
-    alpha = torch.tensor(alpha, dtype=torch.float32).item()
+    ((alpha, _),) = Counter(_alpha(_above_zero(delta)) for delta in everything).most_common(1)
+    alpha = torch.tensor(alpha, dtype=torch.float32).clamp(torch.finfo(torch.float32).tiny).item()
     return alpha, {
         component: {path: rescaled(delta, alpha / delta.rank) for path, delta in changes.items()}
         for component, changes in components.items()

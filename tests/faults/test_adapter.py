@@ -304,7 +304,7 @@ def test_a_checkpoint_is_the_adapter_of_its_step(family: str, request: pytest.Fi
 
 HOSTILE = [
     {"peft_type": "LOHA"}, {"peft_type": None}, {"modules_to_save": ["lm_head"]},
-    {"lora_alpha": "much"}, {"lora_alpha": 0}, {"lora_alpha": -1}, {"lora_alpha": 10**400},
+    {"lora_alpha": "much"}, {"lora_alpha": 0}, {"r": -1}, {"lora_alpha": 10**400},
     {"rank_pattern": {"(": 4}}, {"rank_pattern": ["q_proj"]}, {"rank_pattern": {"q_proj": "x"}},
     {"target_modules": "("}, {"target_modules": {"a": 1}}, {"target_modules": 3},
     {"use_rslora": "maybe", "lora_alpha": float("inf")},

@@ -1,0 +1,62 @@
+"""Adapters as other programs leave them: alphas, parts and names that lorakit itself does not write."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
+
+from lorakit.adapters.convert import convert
+from lorakit.adapters.delta import product
+from lorakit.adapters.files import read_adapter
+from lorakit.adapters.inject import apply
+from lorakit.errors import ModelError
+from tests.adapters.test_files import llama, logits, parts, sd
+
+__all__ = ["llama", "sd"]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.mark.parametrize("alpha", [-3.0, 0.0])
+def test_a_negative_alpha_counts_as_programs_count_it_and_comes_back(sd: Path, tmp_path: Path, alpha: float) -> None:
+    """alpha / rank, as PEFT and diffusers count. 0 is not written: some take the rank for it, some no change."""
+    path, models = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", parts(sd)
+    down, up, tensors = torch.randn(2, 32), torch.randn(64, 2), {}
+    for number, own in enumerate((alpha, 5.0)):
+        name = f"lora_unet_{path.replace('.', '_')[:-1]}{'kv'[number]}"
+        tensors |= {
+            f"{name}.lora_down.weight": down.clone(),
+            f"{name}.lora_up.weight": up.clone(),
+            f"{name}.alpha": torch.tensor(own),
+        }
+    save_file(tensors, tmp_path / "a.safetensors")
+    saved = read_adapter(tmp_path / "a.safetensors", models)
+    expected = alpha / 2 * (up.double() @ down.double())
+    for form, out in (("peft", "p"), ("diffusers", "d.safetensors"), ("kohya", "k.safetensors")):
+        convert(saved, tmp_path / out, form, models=models, base_name="")  # type: ignore[arg-type]
+        back = read_adapter(tmp_path / out, models).components["unet"][path]
+        assert back.scale > 0
+        torch.testing.assert_close(product(back).double(), expected, rtol=1e-6, atol=1e-6)
+    theirs = PeftModel.from_pretrained(parts(sd)["unet"], tmp_path / "p" / "unet")
+    found = theirs.base_model.model.get_submodule(path).get_delta_weight("default")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    apply(models["unet"], saved.components["unet"], weight=1, name="a")
+    found = models["unet"].get_submodule(path).get_delta_weight("a")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_negative_alpha_of_pefts_configuration(llama: Path, tmp_path: Path) -> None:
+    options = {"r": 4, "lora_alpha": -6, "alpha_pattern": {"v_proj": -2}, "init_lora_weights": False}
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    theirs = get_peft_model(LlamaForCausalLM.from_pretrained(llama), config)
+    theirs.save_pretrained(tmp_path)
+    ours = LlamaForCausalLM.from_pretrained(llama)
+    apply(ours, read_adapter(tmp_path, {"model": ours}).components["model"], weight=1, name="a")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {"v_proj": 0}}))
+    with pytest.raises(ModelError, match=r"adapter_config\.json: alpha_pattern 'v_proj' is '0'"):
+        read_adapter(tmp_path)
