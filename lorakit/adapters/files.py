@@ -204,6 +204,8 @@ def _matrices(module: str, parts: Mapping[formats.Part, str], tensors: Mapping[s
         if part not in parts:
             raise ModelError(f"its {part} is missing", where=parts.get(other, module))  # type: ignore[call-overload]
     a, b = tensors[parts["A"]], tensors[parts["B"]]
+    if "core" in parts:
+        a = _with_core(a, tensors[parts["core"]], parts["core"])
     rank = a.shape[0] if a.dim() else 0
     if a.dim() not in (2, 4) or b.dim() not in (2, 4) or b.shape[1] != rank or b.shape[2:].numel() != 1:
         raise ModelError(f"A {tuple(a.shape)} and B {tuple(b.shape)} do not multiply", where=parts["A"])
@@ -211,6 +213,15 @@ def _matrices(module: str, parts: Mapping[formats.Part, str], tensors: Mapping[s
         reason = f"rank {rank} is more than the layer's inputs and outputs: A {tuple(a.shape)}, B {tuple(b.shape)}"
         raise ModelError(reason, where=parts["A"])
     return a, b
+
+
+def _with_core(a: Tensor, core: Tensor, key: str) -> Tensor:
+    """LyCORIS' Tucker form of a convolution, A [r, in, 1, 1] and a core [r, r, kh, kw], as one A [r, in, kh, kw], in no
+    less than float32."""
+    if core.dim() != 4 or a.dim() != 4 or core.shape[:2] != (len(a), len(a)) or a.shape[2:].numel() != 1:
+        raise ModelError(f"A {tuple(a.shape)} and its core {tuple(core.shape)} do not multiply", where=key)
+    whole = torch.einsum("rskl,si->rikl", core.double(), a.double().flatten(1))
+    return whole.to(torch.promote_types(core.dtype, torch.float32))
 
 
 def _alpha(key: str, tensors: Mapping[str, Tensor]) -> float:

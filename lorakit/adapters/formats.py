@@ -13,7 +13,7 @@ from lorakit.adapters.sgm import original_paths
 from lorakit.errors import ModelError
 
 Format = Literal["peft", "kohya", "diffusers", "gguf"]
-Part = Literal["A", "B", "alpha", "magnitude"]
+Part = Literal["A", "core", "B", "alpha", "magnitude"]
 
 
 class Key(NamedTuple):
@@ -66,6 +66,7 @@ _SUFFIXES: dict[Format, dict[str, Part]] = {
     },
     "kohya": {
         ".lora_down.weight": "A",
+        ".lora_mid.weight": "core",
         ".lora_up.weight": "B",
         ".lora_A.weight": "A",
         ".lora_B.weight": "B",
@@ -97,7 +98,6 @@ _OLD_LAYERS = {
 _OTHER_KINDS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
-    "lora_mid": "LoRA with a Tucker core",
     "oft_": "OFT",
     "on_input": "(IA)^3",
     ".a1.weight": "GLoRA",

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
@@ -60,3 +62,32 @@ def test_a_negative_alpha_of_pefts_configuration(llama: Path, tmp_path: Path) ->
     path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": {"v_proj": 0}}))
     with pytest.raises(ModelError, match=r"adapter_config\.json: alpha_pattern 'v_proj' is '0'"):
         read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_convolution_with_a_core_between_is_one_without(sd: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """LyCORIS' Tucker form: 1x1 down, kernel, 1x1 up; beside one that has none."""
+    models, tensors = parts(sd), {}
+    path, plain = "mid_block.resnets.0.conv1", "mid_block.resnets.0.conv2"
+    down, mid, up = (torch.randn(shape).to(dtype) for shape in ((4, 64, 1, 1), (4, 4, 3, 3), (64, 4, 1, 1)))
+    for module, own in ((path, {"down": down, "mid": mid, "up": up}), (plain, {"down": torch.randn(4, 64, 3, 3)})):
+        name = f"lora_unet_{module.replace('.', '_')}"
+        tensors |= {f"{name}.lora_{part}.weight": tensor for part, tensor in own.items()}
+        tensors[f"{name}.alpha"] = torch.tensor(3.0)
+    tensors[f"{name}.lora_up.weight"] = torch.randn(64, 4, 1, 1)
+    save_file(tensors, tmp_path / "a.safetensors")
+    saved = read_adapter(tmp_path / "a.safetensors", models)
+    expected = np.einsum("or,rskl,si->oikl", *(t.squeeze().double().numpy() for t in (up, mid, down))) * 3 / 4
+    np.testing.assert_allclose(product(saved.components["unet"][path]).numpy(), expected, rtol=1e-5, atol=1e-5)
+    assert convert(saved, tmp_path / "b.safetensors", "kohya", models=models, base_name="").modules == 2
+    pipeline = StableDiffusionPipeline.from_pretrained(sd)
+    pipeline.load_lora_weights(tmp_path / "b.safetensors")
+    found = pipeline.unet.get_submodule(path).get_delta_weight("default_0")
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-5)
+
+    name = f"lora_unet_{path.replace('.', '_')}"
+    for core in (torch.ones(4, 3, 3, 3), torch.ones(3, 4, 3, 3), torch.ones(4, 4)):
+        save_file(tensors | {f"{name}.lora_mid.weight": core}, tmp_path / "c.safetensors")
+        with pytest.raises(ModelError, match=f"c.safetensors: {name}.lora_mid.weight: ") as caught:
+            read_adapter(tmp_path / "c.safetensors", models)
+        assert "do not multiply" in str(caught.value)
