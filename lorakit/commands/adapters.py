@@ -182,8 +182,3 @@ def with_weights(base: "OpenBase", pieces: "Iterable[Piece]") -> "Mapping[str, n
             layer: Any = base.models["model"].get_submodule(module)
             layer.weight = nn.Parameter(rows.reshape(layer.weight.shape), requires_grad=False)
     return base.models
-
-
-def meta_models(location: "BaseLocation") -> "dict[str, nn.Module]":
-    """The components that ``open_base`` has."""
-    return open_base(location).models

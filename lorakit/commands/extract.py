@@ -27,7 +27,9 @@ def run(base: str, tuned: str, out: Path, rank: int) -> None:
     with warnings_to(Console(stderr=True)):
         opened = open_headers(one)
         with counted("weights") as progress:
-            saved, kept = extract(FullModel(one.name, opened), FullModel(other.name, open_headers(other)), rank, progress)
+            saved, kept = extract(
+                FullModel(one.name, opened), FullModel(other.name, open_headers(other)), rank, progress
+            )
         convert(saved, out, "peft", models=opened.models, base_name=one.name)
     print(f"rank {rank} keeps {kept.share:.2%} of the difference of {kept.modules} layers (squared norm), "
           f"of {kept.least_module} {kept.least:.2%}")  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.write import taken_apart, write_peft
-from lorakit.commands.adapters import meta_models
+from lorakit.commands.adapters import open_base
 from lorakit.storage.bases import resolve
 from lorakit.storage.manifest import sha256
 from tests.adapters.merging.test_merge_parts import adapter
@@ -30,7 +30,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("base", "tuned")):
         tiny_llama(folder / name, dtype=torch.bfloat16, tied=False, seed=seed)
     adapter(folder / "base", folder / "a", seed=0, target_modules=["q_proj", "down_proj"])
-    unet = meta_models(resolve("builtin:mini-sd"))["unet"]
+    unet = open_base(resolve("builtin:mini-sd")).models["unet"]
     layers = {path: layer for path, layer in adaptable(unet).items() if path.endswith("to_q")}
     changes = {path: random_delta(layer, 2, 3.0, torch.float32, dora=False, seed=0) for path, layer in layers.items()}
     write_peft(folder / "style" / "unet", *taken_apart(changes, unet), base_name="builtin:mini-sd")

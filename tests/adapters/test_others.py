@@ -83,7 +83,9 @@ def test_a_convolution_with_a_core_between_is_one_without(sd: Path, tmp_path: Pa
     pipeline = StableDiffusionPipeline.from_pretrained(sd)
     pipeline.load_lora_weights(tmp_path / "b.safetensors")
     found = pipeline.unet.get_submodule(path).get_delta_weight("default_0")
-    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-5)
+    np.testing.assert_allclose(
+        found.detach().numpy(), expected, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-5
+    )
 
     name = f"lora_unet_{path.replace('.', '_')}"
     for core in (torch.ones(4, 3, 3, 3), torch.ones(3, 4, 3, 3), torch.ones(4, 4)):

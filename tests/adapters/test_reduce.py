@@ -78,7 +78,7 @@ def test_extract_finds_the_adapter_that_was_added(tmp_path: Path) -> None:
     assert "rank 2 keeps 100.00% of the difference" in done.stdout
     assert "left out: 1 tensors" in done.stdout
     assert "unet.conv_norm_out.bias" in done.stdout
-    found = read_adapter(out, meta_models(resolve(str(base)))).components
+    found = read_adapter(out, open_base(resolve(str(base))).models).components
     assert found["unet"].keys() == changes.keys()
     for path, delta in changes.items():
         torch.testing.assert_close(product(found["unet"][path]), product(delta), rtol=1e-4, atol=1e-6)

@@ -15,7 +15,7 @@ from lorakit.adapters.delta import Delta, product
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.write import taken_apart, write_diffusers, write_peft
 from lorakit.cli import app
-from lorakit.commands.adapters import meta_models
+from lorakit.commands.adapters import open_base
 from lorakit.errors import ModelError
 from lorakit.families.task import origin
 from lorakit.recipe.load import as_dict
@@ -44,7 +44,7 @@ def test_kohyas_metadata_are_those_that_training_writes(tmp_path: Path) -> None:
     base = tiny_sd(tmp_path / "base", "v_prediction")
     config = base / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 1024}))
-    unet = meta_models(resolve(str(base)))["unet"]
+    unet = open_base(resolve(str(base))).models["unet"]
     layers = {path: layer for path, layer in adaptable(unet).items() if path.endswith("attn2.to_k")}
     changes = {path: random_delta(layer, 2, 3.0, torch.float32, dora=False, seed=0) for path, layer in layers.items()}
     for asked, resolution in ((40, "40x40"), (None, "64x64")):
@@ -116,7 +116,7 @@ def test_a_copy_of_the_bases_weight_is_left_out_and_no_other(tmp_path: Path, tie
 
 
 def encoder_layers(base: Path, component: str) -> dict[str, Delta]:
-    layers = adaptable(meta_models(resolve(str(base)))[component])
+    layers = adaptable(open_base(resolve(str(base))).models[component])
     chosen = {path: layer for path, layer in layers.items() if path.endswith("q_proj")}
     return {path: random_delta(layer, 2, 3.0, torch.float32, dora=False, seed=0) for path, layer in chosen.items()}
 

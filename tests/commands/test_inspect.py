@@ -19,7 +19,7 @@ from lorakit.adapters.known import known_models
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.write import taken_apart, write_kohya, write_peft
 from lorakit.cli import app
-from lorakit.commands.adapters import meta_models
+from lorakit.commands.adapters import open_base
 from lorakit.errors import LorakitError
 from lorakit.families.task import origin
 from lorakit.recipe.load import as_dict, dump
@@ -169,7 +169,7 @@ def test_a_published_models_kohya_file_becomes_peft_without_the_base(kohya: Path
 def named(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """An adapter whose metadata name a base that is on this machine, and its changes."""
     base = tiny_llama(tmp_path / "base")
-    models = meta_models(resolve(str(base)))
+    models = open_base(resolve(str(base))).models
     layers = {path: layer for path, layer in adaptable(models["model"]).items() if path.endswith("q_proj")}
     changes = {path: random_delta(layer, 2, 3.0, torch.float32, dora=False, seed=0) for path, layer in layers.items()}
     state, injection = taken_apart(changes, models["model"])
@@ -204,7 +204,7 @@ def test_the_base_is_asked_for_and_a_path_in_the_metadata_never_opened(
 
 
 def test_a_builtin_base_is_known_by_its_name(tmp_path: Path) -> None:
-    models = meta_models(resolve("builtin:mini-sd"))
+    models = open_base(resolve("builtin:mini-sd")).models
     layers = {path: layer for path, layer in adaptable(models["unet"]).items() if path.endswith("to_q")}
     changes = {path: random_delta(layer, 2, 3.0, torch.float32, dora=False, seed=0) for path, layer in layers.items()}
     state, injection = taken_apart(changes, models["unet"])

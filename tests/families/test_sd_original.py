@@ -25,7 +25,7 @@ from lorakit.adapters.merging.base import OpenBase, open_single
 from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.plan import plan_merge
 from lorakit.adapters.write import write_peft
-from lorakit.commands.adapters import meta_models
+from lorakit.commands.adapters import open_base
 from lorakit.errors import ConflictError, ModelError
 from lorakit.families.place import Place
 from lorakit.families.sd import compare
@@ -226,7 +226,7 @@ def test_an_adapter_is_extracted_from_two_single_files(base: BaseLocation, tmp_p
     tuned = tmp_path / "tuned.safetensors"
     save_file(tensors, tuned, {"modelspec.prediction_type": "epsilon"})
     assert lorakit("extract", base.path, tuned, tmp_path / "found", "--rank", "1").code == 0
-    found = read_adapter(tmp_path / "found", meta_models(base)).components
+    found = read_adapter(tmp_path / "found", open_base(base).models).components
     assert [len(found[component]) for component in ("unet", "text_encoder")] == [1, 1]
     for component, change in zip(("unet", "text_encoder"), changes, strict=True):
         ((path, delta),) = found[component].items()

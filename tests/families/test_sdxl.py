@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from lorakit.adapters.convert import convert
 from lorakit.adapters.files import read_adapter
-from lorakit.commands.adapters import meta_models
+from lorakit.commands.adapters import open_base
 from lorakit.data.images import cut_out
 from lorakit.errors import ModelError
 from lorakit.families.place import Place
@@ -204,7 +204,7 @@ def test_formats_and_weights_add_up(make: Callable[..., sd.SDTask], base: Path, 
     task = make(adapter={"text_encoder": True})
     disturb(task)
     task.save(tmp_path, "xl")
-    location, models = resolve(str(base)), meta_models(resolve(str(base)))
+    location, models = resolve(str(base)), open_base(resolve(str(base))).models
     saved = read_adapter(tmp_path / "xl.safetensors", models)
     convert(saved, tmp_path / "diffusers", "diffusers", models=models, base_name="")
     settings = DrawSettings(steps=2)
