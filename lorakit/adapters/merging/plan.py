@@ -14,7 +14,7 @@ from lorakit.adapters.merging.change import Change, Rows, Term, Whole, not_alone
 from lorakit.adapters.merging.layout import Changes, packed_up, same_layout, unpacked
 from lorakit.adapters.merging.source import FLOATS, FileSource, check_finite
 from lorakit.adapters.merging.stream import OutFile
-from lorakit.adapters.merging.tied import equal_terms, tied_by_config, tied_names, untied
+from lorakit.adapters.merging.tied import equal_terms, tied_by_config, tied_names, untied, with_tied
 from lorakit.adapters.pieces import CONFIG, TEMPLATE, TEMPLATE_KEY, Piece, open_pieces, trained_template
 from lorakit.adapters.vocabulary import take_vocabulary
 from lorakit.adapters.whole import EMBEDDINGS, added_biases
@@ -185,18 +185,15 @@ def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str]
 
 
 def _beside(piece: Piece, saved: SavedAdapter, base: OpenBase) -> dict[str, Delta | Rows]:
-    """What biases of B and single tokens change, by tensor name. Tokens of a tied embedding are the head's too; its own
-    are not the embedding's, as PEFT computes them."""
+    """What biases of B and single tokens change, by tensor name."""
     found: dict[str, Delta | Rows] = {}
     for name, added in added_biases(piece.biases, saved.components.get(piece.component, {})).items():
         if base.home(piece.component, name) is None:
             reason = "the adapter adds a bias (lora_bias), and the base's layer has none that it could be added to"
             raise ModelError(reason, where=f"{piece.path}: {name}")
         found[name] = added
-    head, embedding = tied_by_config(base.models) or ("", "")
-    if {head, embedding} <= {f"{module}.weight" for module in piece.tokens}:
-        reason = "it has tokens of its own, and others of the embedding whose weight it shares"
-        raise ModelError(reason, where=f"{piece.path}: {head.removesuffix('.weight')}")
+    tied = tied_by_config(base.models)
+    head, embedding = tied or ("", "")
     for module, tokens in piece.tokens.items():
         name = f"{module}.weight"
         home = base.home(piece.component, name) or (base.home(piece.component, embedding) if name == head else None)
@@ -206,7 +203,7 @@ def _beside(piece: Piece, saved: SavedAdapter, base: OpenBase) -> dict[str, Delt
         if not len(tokens.indices) or int(tokens.indices.max()) >= height:
             raise ModelError(f"trained tokens that the base does not have: it has {height}", where=module)
         rows = Rows(tokens.indices, tokens.values, height)
-        found |= dict.fromkeys([name, *([head] if name == embedding else [])], rows)
+        found |= dict.fromkeys(with_tied(name, piece.tokens, tied), rows)
     return found
 
 

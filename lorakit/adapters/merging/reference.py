@@ -21,7 +21,7 @@ from lorakit.adapters.merging.layers import STREAMED, Weight, in_halves
 from lorakit.adapters.merging.plan import PlannedAdapter
 from lorakit.adapters.merging.rounding import small_error
 from lorakit.adapters.merging.source import FileSource
-from lorakit.adapters.merging.tied import tied_by_config, tied_names
+from lorakit.adapters.merging.tied import tied_by_config, tied_names, with_tied
 from lorakit.adapters.merging.turned import Turned
 from lorakit.adapters.whole import added_biases
 from lorakit.errors import ModelError
@@ -91,7 +91,6 @@ def _weights(base: OpenBase, component: str, model: nn.Module, tied: tuple[str, 
 
 
 def _put_on(weights: Weights, models: Mapping[str, nn.Module], adapter: PlannedAdapter) -> None:
-    """Tokens of a tied embedding are the head's too; all else parts them."""
     saved, share = assemble(adapter.path, adapter.pieces, models, whole=True), adapter.weight
     for (component, module), delta in saved.all_deltas().items():
         weights[component][f"{module}.weight"].lora.append((delta, share))
@@ -103,7 +102,7 @@ def _put_on(weights: Weights, models: Mapping[str, nn.Module], adapter: PlannedA
             assert source is not None
             own[name].whole.append((source, key, share))
         for module, tokens in piece.tokens.items():
-            for name in {f"{module}.weight", *(tied if tied and f"{module}.weight" == tied[1] else ())}:
+            for name in with_tied(f"{module}.weight", piece.tokens, tied):
                 own[name].tokens.append((tokens, share))
         for name, added in added_biases(piece.biases, saved.components.get(piece.component, {})).items():
             own[name].lora.append((added, share))

@@ -1,6 +1,6 @@
 """A head that shares the embedding's weight, and what happens when an adapter parts them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,14 @@ def tied_by_config(models: Mapping[str, nn.Module]) -> tuple[str, str] | None:
     names = {id(module): name for name, module in model.named_modules()}
     head, embedding = names[id(model.get_output_embeddings())], names[id(model.get_input_embeddings())]
     return f"{head}.weight", f"{embedding}.weight"
+
+
+def with_tied(name: str, trained: Container[str], tied: tuple[str, str] | None) -> tuple[str, ...]:
+    """The tensors that tokens of ``name`` are in, as PEFT computes them: those of a tied embedding in its head too,
+    unless that is ``trained`` itself, among modules that have tokens; those of a head in nothing else."""
+    if tied is None or name != tied[1] or tied[0].removesuffix(".weight") in trained:
+        return (name,)
+    return name, tied[0]
 
 
 def tied_names(base: OpenBase) -> tuple[str, str] | None:

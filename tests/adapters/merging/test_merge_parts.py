@@ -116,6 +116,10 @@ PARTS = {
     "tokens": (False, {"target_modules": [Q], "trainable_token_indices": [3, 1, 250]}),
     "tokens of a tied embedding": (True, {"target_modules": [Q], "trainable_token_indices": {EMBED: [3, 1, 250]}}),
     "tokens of a tied head": (True, {"target_modules": [Q], "trainable_token_indices": {HEAD: [4, 2]}}),
+    "tokens of a tied embedding, others of its head": (
+        True,
+        {"target_modules": [Q], "trainable_token_indices": {EMBED: [3, 7], HEAD: [4, 7]}},
+    ),
     "tokens and the head's": (False, {"target_modules": [Q], "trainable_token_indices": {EMBED: [3], HEAD: [4, 2]}}),
     "tokens and a head with LoRA": (False, {"target_modules": [Q, HEAD], "trainable_token_indices": [0, 7]}),
     "fan in fan out": (True, {"target_modules": [Q, "down_proj"], "fan_in_fan_out": True, "use_rslora": True}),
@@ -308,13 +312,6 @@ def test_an_adapter_of_a_grown_vocabulary_says_what_its_base_is(tmp_path: Path) 
     with pytest.raises(ModelError, match="410") as caught:
         planned(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
     assert "resize_token_embeddings(410)" in caught.value.hint
-
-
-def test_tokens_of_a_tied_head_and_others_of_its_embedding_are_refused(tmp_path: Path) -> None:
-    base = tiny_llama(tmp_path / "base", tied=True)
-    adapter(base, tmp_path / "adapter", target_modules=[Q], trainable_token_indices={EMBED: [5], HEAD: [3]})
-    with pytest.raises(ModelError, match="tokens of its own, and others of the embedding whose weight it shares"):
-        planned(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
 
 
 def test_named_chat_templates_come_along(tmp_path: Path) -> None:
