@@ -40,31 +40,41 @@ _MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 people have."""
 
 
-def read_adapter(path: Path, models: Mapping[str, nn.Module] | None = None) -> SavedAdapter:
+def read_adapter(
+    path: Path, models: Mapping[str, nn.Module] | None = None, *, embeddings: bool = False
+) -> SavedAdapter:
     """An adapter from a PEFT folder (or a run folder with one), a kohya, diffusers or GGUF file.
 
     ``models`` are the base's components by name (``model``; ``unet``, ``text_encoder``, ``text_encoder_2``), on meta if
     need be. With them every module and shape is compared, and paths are the models' own; the flat names of kohya and
     the names of GGUF need them.
 
+    With ``embeddings``, LoRA of an embedding [V, D] is among the changes, as that of a layer with such a weight.
+
     Raises ModelError naming the file and the key.
     """
-    return assemble(path, open_pieces(path), models)
+    return assemble(path, open_pieces(path), models, embeddings=embeddings)
 
 
 def assemble(
-    path: Path, pieces: Sequence[Piece], models: Mapping[str, nn.Module] | None, *, whole: bool = False
+    path: Path,
+    pieces: Sequence[Piece],
+    models: Mapping[str, nn.Module] | None,
+    *,
+    embeddings: bool = False,
+    whole: bool = False,
 ) -> SavedAdapter:
     """``read_adapter`` for what ``open_pieces`` found at ``path``.
 
     Only a merge takes in what is not LoRA of a layer's weight: with ``whole`` the caller sees to the tensors that the
     pieces hold whole, to biases and tokens, and LoRA of an embedding is among the changes; without it they are a
-    ModelError, but for PEFT's copies of weights that the base has.
+    ModelError, but for ``embeddings`` and for PEFT's copies of weights that the base has.
     """
     try:
         for piece in [] if whole else pieces:
             for name in piece.beside:
-                _check_copy(piece, name, models or {})
+                if not (embeddings and name in piece.embeddings):
+                    _check_copy(piece, name, models or {})
         saved = _joined([_read(piece, models) for piece in pieces])
         if models is None:
             return saved

@@ -1,7 +1,8 @@
 """LoRA for a LLaMA-type model in GGUF, as llama.cpp and ollama load it (``--lora``, ``ADAPTER``).
 
 llama.cpp keeps the rows of q and k of a LLaMA or Mistral in another order, rotary pairs side by side instead of half a
-head apart; the rows of their ``lora_b`` go along. One alpha holds for all modules: scale = alpha / rank.
+head apart; the rows of their ``lora_b`` go along. One alpha holds for all modules: scale = alpha / rank. For the
+embedding [V, D] it looks up rows of a [V, r], which b [D, r] multiplies.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,13 @@ _ARCHITECTURES = {
 }
 """By transformers' model_type: GGUF's architecture, and whether q and k are permuted."""
 ALPHA = gguf.Keys.Adapter.LORA_ALPHA
+EMBEDDING = "token_embd"
 _DTYPES = {"F32": "<f4", "F16": "<f2"}
+_TIED = {
+    "output": "so that its GGUF file has no tensor of that name",
+    EMBEDDING: "and llama.cpp does not tell them apart",
+}
+"""Why the tensors of a base whose head and embedding are one have no LoRA in GGUF."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ def _layout(model: nn.Module) -> _Layout:
         raise ModelError(f"GGUF adapters are written for {known}, not for {config.model_type!r}")
     architecture, permuted = _ARCHITECTURES[config.model_type]
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    names = {path: name for path in adaptable(model) if (name := table.get_name(path)) is not None}
+    embeddings = [path for path, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    names = {path: name for path in (*adaptable(model), *embeddings) if (name := table.get_name(path)) is not None}
     counts = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     heads = {name: counts[end] for name in names.values() if permuted and (end := name.split(".")[-1]) in counts}
     return _Layout(gguf.MODEL_ARCH_NAMES[architecture], names, heads)
@@ -79,14 +87,14 @@ def write(
     for module, delta in deltas.items():
         if module not in layout.names:
             raise ModelError("GGUF has no name for it", where=module)
-        if layout.names[module] == "output" and config.tie_word_embeddings:
-            reason = "the base's head is its embedding, so that its GGUF file has no tensor of that name"
+        if layout.names[module] in _TIED and config.tie_word_embeddings:
+            reason = f"the base's head is its embedding, {_TIED[layout.names[module]]}"
             raise ModelError(reason, where=module, hint="merge it into its base instead")
         if delta.magnitude is not None:
             raise ModelError("llama.cpp's adapters have no DoRA", where=module, hint="merge it into its base instead")
         name = layout.names[module]
         b = _interleave(delta.B, layout.heads[name]) if name in layout.heads else delta.B
-        for letter, value in (("a", delta.A), ("b", b)):
+        for letter, value in (("a", b), ("b", delta.A.T)) if name == EMBEDDING else (("a", delta.A), ("b", b)):
             tensors[f"{name}.weight.lora_{letter}"] = value.contiguous().numpy()
     writer = gguf.GGUFWriter(path, layout.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -126,6 +134,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             file.seek(info.begin)
             values = np.frombuffer(file.read(info.end - info.begin), _DTYPES[info.dtype])
             tensors[name] = torch.from_numpy(values.reshape(info.shape).copy())
+    a, b = (f"{EMBEDDING}.weight.lora_{letter}" for letter in "ab")
+    if tensors.keys() >= {a, b}:  # as LoRA of a layer of that shape
+        tensors[a], tensors[b] = tensors[b].T.contiguous(), tensors[a]
     return tensors, metadata
 
 
@@ -142,8 +153,8 @@ def named_by_base(deltas: Mapping[str, Delta], model: nn.Module, architecture: s
     for name, delta in deltas.items():
         if name not in paths:
             raise ModelError("the base has no such module", where=name)
-        rows = model.get_submodule(paths[name]).out_features
-        fits = len(delta.B) == rows  # what does not is refused with all other shapes
-        b = _halve(delta.B, layout.heads[name]) if name in layout.heads and fits else delta.B
+        # what has not as many rows is refused with all other shapes
+        halved = name in layout.heads and len(delta.B) == model.get_submodule(paths[name]).out_features
+        b = _halve(delta.B, layout.heads[name]) if halved else delta.B
         found[paths[name]] = Delta(delta.A, b, delta.scale)
     return found

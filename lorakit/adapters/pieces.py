@@ -227,7 +227,8 @@ def _open_file(path: Path) -> Piece:
     if form == "peft":
         raise ModelError("PEFT's weights without their adapter_config.json", hint="give the folder that holds both")
     keys = {key: formats.split(key, form) for key in tensors}
-    return Piece(path, form, tensors, keys, metadata, _packed_config(metadata))
+    embeddings = {key.module for key in keys.values()} & {gguf_lora.EMBEDDING}
+    return Piece(path, form, tensors, keys, metadata, _packed_config(metadata), embeddings=tuple(embeddings))
 
 
 def _packed_config(metadata: Mapping[str, str]) -> dict[str, Any]:

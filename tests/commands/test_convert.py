@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -174,3 +176,33 @@ def test_a_base_that_was_guessed_is_told(tmp_path: Path) -> None:
     words = ["convert", str(tmp_path / "a"), str(tmp_path / "a.safetensors"), "--to", "kohya"]
     told = CliRunner().invoke(app, words, catch_exceptions=False).stderr
     assert GUESSED in " ".join(told.split())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_lora_of_an_embedding_goes_to_llama_cpp_unless_it_is_the_head_too(tmp_path: Path) -> None:
+    """llama.cpp adds alpha / r * b a[token] to a token's row; what it makes of a is in its llm_build_inp_embd."""
+    for tied in (False, True):
+        base, adapter, out = (tmp_path / f"{name}-{tied}" for name in ("base", "adapter", "out"))
+        tiny_llama(base, tied=tied)
+        options = {"r": 2, "lora_alpha": 3, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+        config = LoraConfig(target_modules=["q_proj", "embed_tokens"], **options)
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+        model.save_pretrained(adapter)
+        if tied:
+            with pytest.raises(ModelError, match="embed_tokens: the base's head is its embedding, and"):
+                lorakit("convert", adapter, f"{out}.gguf", "--to", "gguf", "--base", base)
+            continue
+        lorakit("convert", adapter, f"{out}.gguf", "--to", "gguf", "--base", base)
+        found = {tensor.name: np.array(tensor.data) for tensor in GGUFReader(f"{out}.gguf").tensors}
+        a, b = (found[f"token_embd.weight.lora_{letter}"] for letter in "ab")
+        assert len(a) == model.config.vocab_size
+        rows = [3 / 2 * (b @ a[token]) for token in range(len(a))]
+        layer = model.base_model.model.model.embed_tokens
+        np.testing.assert_allclose(rows, layer.get_delta_weight("default").detach().numpy(), rtol=1e-5, atol=1e-6)
+        lorakit("merge", base, f"{out}.gguf", out)
+        merged = model.merge_and_unload().state_dict()
+        for name, tensor in load_file(out / "model.safetensors").items():
+            torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
+        with pytest.raises(ModelError, match="token_embd: not LoRA of a layer's weight: only a merge"):
+            lorakit("convert", f"{out}.gguf", tmp_path / "back", "--to", "peft", "--base", base)
