@@ -253,7 +253,7 @@ def _permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def tiny_gguf(path: Path, seed: int = 0, model: Path | None = None) -> Path:
-    """``tiny_llama`` (tied), or the one in ``model``, and its tokenizer as a float32 GGUF file, laid out as llama.cpp's
+    """``tiny_llama``, or the one in ``model``, and its tokenizer as a float32 GGUF file, laid out as llama.cpp's
     converter does."""
     from gguf import GGUFWriter, TokenType
 
@@ -287,6 +287,8 @@ def tiny_gguf(path: Path, seed: int = 0, model: Path | None = None) -> Path:
         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     }  # fmt: skip
     writer.add_tensor("token_embd.weight", lm.model.embed_tokens.weight.detach().numpy())
+    if not config.tie_word_embeddings:
+        writer.add_tensor("output.weight", lm.lm_head.weight.detach().numpy())
     writer.add_tensor("output_norm.weight", lm.model.norm.weight.detach().numpy())
     for number, layer in enumerate(lm.model.layers):
         for ours, theirs in names.items():

@@ -11,7 +11,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
 
 from lorakit.adapters.convert import convert
 from lorakit.adapters.files import read_adapter
@@ -22,6 +23,7 @@ from lorakit.families.llama.library import load_model, load_tokenizer
 from lorakit.families.place import Place
 from lorakit.recipe.schema import Adapter
 from lorakit.storage.bases import resolve
+from tests.tiny import tiny_gguf, tiny_llama
 
 llama_cpp = pytest.importorskip("llama_cpp")
 PROMPTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time there was a small", "Water boils at")
@@ -81,3 +83,23 @@ def test_next_tokens_are_those_of_transformers_with_peft(tmp_path: Path) -> None
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
         assert (found.argmax(-1) == wanted.argmax(-1)).all()
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_embeddings_lora_moves_what_it_moves_in_peft(tmp_path: Path) -> None:
+    folder, ids = tiny_llama(tmp_path / "base", tied=False), list(range(4, 20))
+    file = tiny_gguf(tmp_path / "base.gguf", model=folder)
+    targets = ["q_proj", "embed_tokens"]
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    ours = get_peft_model(LlamaForCausalLM.from_pretrained(folder), config).eval()
+    ours.save_pretrained(tmp_path / "peft")
+    models = {"model": LlamaForCausalLM.from_pretrained(folder)}
+    saved = read_adapter(tmp_path / "peft", models, embeddings=True)
+    convert(saved, tmp_path / "a.gguf", "gguf", models=models, base_name="")
+    options = {"n_ctx": 64, "logits_all": True, "verbose": False, "type_k": FLOAT32, "type_v": FLOAT32}
+    theirs: Any = llama_cpp.Llama(str(file), lora_path=str(tmp_path / "a.gguf"), **options)
+    theirs.eval(ids)
+    with torch.no_grad():
+        bare, wanted = (model(torch.tensor([ids])).logits[0].numpy() for model in (models["model"], ours))
+    assert np.abs(wanted - bare).max() > 1
+    np.testing.assert_allclose(np.array(theirs.scores[: len(ids)]), wanted, rtol=1e-4, atol=1e-4)
