@@ -87,21 +87,21 @@ def assemble(
 
 
 def _check_copy(piece: Piece, name: str, models: Mapping[str, nn.Module]) -> None:
-    """ModelError for what is not LoRA of a layer's weight, unless it is the base's own weight, as PEFT saves it with
-    LoRA of a head, in the dtype that training had it in. A base on meta tells only what ``with_weights`` gave it."""
-    wanted, key = "not LoRA of a layer's weight", piece.whole.get(name, "")
-    if ".base_layer." in key:
-        modules = models[piece.component].named_modules() if piece.component in models else ()
-        layers = {path.removesuffix(".base_layer"): module for path, module in modules}
-        weight = getattr(layers.get(name.rpartition(".")[0]), "weight", None)
-        if weight is None or weight.is_meta:
-            reason = "the base's weight, or a changed one: only the base can tell"
-            raise ModelError(reason, where=name, hint="give it with --base")
+    """ModelError for what is not LoRA of a layer's weight, unless it is the base's own tensor, as PEFT saves it with
+    LoRA of a head or with the embeddings, in the dtype that training had it in. A base on meta tells only what
+    ``with_weights`` gave it."""
+    wanted, key, (path, _, kind) = "not LoRA of a layer's weight", piece.whole.get(name), name.rpartition(".")
+    if key is not None and not models:
+        reason = "the base's own, or a changed one: only the base can tell"
+        raise ModelError(reason, where=name, hint="give it with --base")
+    modules = models[piece.component].named_modules() if piece.component in models else ()
+    own = getattr({at.removesuffix(".base_layer"): module for at, module in modules}.get(path), kind, None)
+    if key is not None and own is not None and not own.is_meta:
         with safe_open(piece.path, "pt") as file:
             copy = file.get_tensor(key)
-        if torch.equal(weight.cpu(), copy.to(weight.dtype)) or torch.equal(weight.cpu().to(copy.dtype), copy):
+        if torch.equal(own.cpu(), copy.to(own.dtype)) or torch.equal(own.cpu().to(copy.dtype), copy):
             return
-        wanted = "not the base's weight"
+        wanted = f"not the base's {kind}"
     raise ModelError(f"{wanted}: only a merge can take it in", where=name, hint="lorakit merge BASE ADAPTER OUT")
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorakit.errors import ModelError, RecipeError
 
@@ -177,8 +177,9 @@ def with_weights(base: "OpenBase", pieces: "Iterable[Piece]") -> "Mapping[str, n
     for name in {name for piece in pieces for name in piece.whole}:
         home = base.home("model", name) or (base.home("model", tied[1]) if name == tied[0] else None)
         module, _, kind = name.rpartition(".")
-        if home is not None and kind == "weight":
+        if home is not None:
             rows = base.sources[home.file].rows(home.name, home.first, home.last)
-            layer: Any = base.models["model"].get_submodule(module)
-            layer.weight = nn.Parameter(rows.reshape(layer.weight.shape), requires_grad=False)
+            layer = base.models["model"].get_submodule(module)
+            shape = base.sources[home.file].slots[home.name].shape
+            setattr(layer, kind, nn.Parameter(rows.reshape(shape), requires_grad=False))
     return base.models

@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, LlamaForCau
 from typer.testing import CliRunner
 
 from lorakit.adapters.delta import Delta, product
+from lorakit.adapters.files import read_adapter
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.write import taken_apart, write_diffusers, write_peft
 from lorakit.cli import app
@@ -206,3 +207,24 @@ def test_lora_of_an_embedding_goes_to_llama_cpp_unless_it_is_the_head_too(tmp_pa
             torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
         with pytest.raises(ModelError, match="token_embd: not LoRA of a layer's weight: only a merge"):
             lorakit("convert", f"{out}.gguf", tmp_path / "back", "--to", "peft", "--base", base)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_saved_beside_untrained_are_the_bases(tmp_path: Path, tied: bool) -> None:
+    """As ``save_embedding_layers`` has it, and a module in ``modules_to_save`` that training never moved."""
+    base, adapter = tiny_llama(tmp_path / "base", tied=tied), tmp_path / "adapter"
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(adapter, save_embedding_layers=True)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    copies = {key for key in weights if ".lora_" not in key}
+    assert any("embed_tokens" in key for key in copies)
+    lorakit("convert", adapter, tmp_path / "out", "--to", "peft", "--base", base)
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == weights.keys() - copies
+    assert read_adapter(adapter, {"model": LlamaForCausalLM.from_pretrained(base)}).all_deltas()
+    with pytest.raises(ModelError, match="only the base can tell"):
+        lorakit("convert", adapter, tmp_path / "other", "--to", "peft")
+    weights["base_model.model.model.embed_tokens.weight"][3] += 1
+    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight: not the base's weight: only a merge"):
+        lorakit("convert", adapter, tmp_path / "other", "--to", "peft", "--base", base)
