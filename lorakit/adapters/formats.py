@@ -32,6 +32,7 @@ _PREFIXES: dict[Format, dict[str, str]] = {
         "lora_te_": "text_encoder",
         "lora_te1_": "text_encoder",
         "lora_te2_": "text_encoder_2",
+        "lycoris_": "unet",
         "diffusion_model.": "unet",
         "text_encoders.clip_l.transformer.": "text_encoder",
         "text_encoders.clip_g.transformer.": "text_encoder_2",
@@ -52,7 +53,7 @@ _PREFIXES: dict[Format, dict[str, str]] = {
 }
 """How keys begin, and the component that this means. Before diffusers 0.17 a UNet's had no name in front, and
 ``UNet2DConditionModel.save_lora_adapter`` still writes none. The last three of kohya's are ComfyUI's own, with dots in
-place of ``_``."""
+place of ``_``; ``lycoris_`` is that of LyCORIS where sd-scripts does not call it."""
 
 _SUFFIXES: dict[Format, dict[str, Part]] = {
     "peft": {
@@ -76,6 +77,8 @@ _SUFFIXES: dict[Format, dict[str, Part]] = {
     "diffusers": {
         ".lora_A.weight": "A",
         ".lora_B.weight": "B",
+        ".lora_A.default.weight": "A",
+        ".lora_B.default.weight": "B",
         ".lora.down.weight": "A",
         ".lora.up.weight": "B",
         ".lora_linear_layer.down.weight": "A",
@@ -95,6 +98,11 @@ _OLD_LAYERS = {
     "unet": {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"},
     "text": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
 }
+_TRANSFORMERS = re.compile(
+    r"(lora_unet_|lycoris_|diffusion_model\.|base_model\.model\.)?(double_|single_|joint_|(single_)?transformer_)?blocks[._]"
+    r"|(lora_)?transformer[._]|lora_te3_|text_encoder_3\."
+)
+"""How keys begin in adapters for Flux, Stable Diffusion 3, Wan and their like."""
 _OTHER_KINDS = {
     "hada_": "LoHa",
     "lokr_": "LoKr",
@@ -116,6 +124,9 @@ def detect(keys: Iterable[str]) -> Format:
     """The format that all keys belong to; ModelError naming a key of none, or one of a second format."""
     first: dict[Format, str] = {}
     for key in keys:
+        if _TRANSFORMERS.match(key):
+            reason = "made for a diffusion transformer (Flux, SD 3, Wan …), not for SD 1.x, 2.x or XL"
+            raise ModelError(reason, where=key)
         found = next((form for form, prefixes in _PREFIXES.items() if key.startswith(tuple(prefixes))), None)
         if found is None:
             reason = "a key of no known adapter format (PEFT, diffusers, kohya, GGUF)"
@@ -136,6 +147,8 @@ def split(key: str, form: Format, component: str | None = None) -> Key:
     component = component or _PREFIXES[form][prefix]
     named = form == "peft" or prefix.removesuffix(".") == component
     path = key.removeprefix(prefix) if named else key
+    if form == "diffusers":
+        path = path.removeprefix("base_model.model.")  # a PEFT model's, as scripts for distilling leave it
     if form == "diffusers" and (old := _OLD.fullmatch(path)):
         layer = _OLD_LAYERS["unet" if component == "unet" else "text"][old[2]]
         return Key(component, f"{old[1]}.{layer}", "A" if old[3] == "down" else "B")
@@ -143,7 +156,7 @@ def split(key: str, form: Format, component: str | None = None) -> Key:
     if suffix is None:
         raise ModelError("not a part of LoRA", where=key)
     module = path.removesuffix(suffix)
-    if form == "kohya" and "." in prefix:
+    if form == "kohya" and not prefix.startswith("lora_"):
         module = f"{_CONVERTED[component][-1]}_{module.removeprefix(prefix).replace('.', '_')}"
     return Key(component, module, _SUFFIXES[form][suffix])
 

@@ -15,6 +15,8 @@ from lorakit.adapters.convert import convert
 from lorakit.adapters.delta import product
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.inject import apply
+from lorakit.adapters.outline import adaptable
+from lorakit.adapters.pieces import open_pieces
 from lorakit.errors import ModelError
 from tests.adapters.test_files import llama, logits, parts, sd
 
@@ -93,3 +95,51 @@ def test_a_convolution_with_a_core_between_is_one_without(sd: Path, tmp_path: Pa
         with pytest.raises(ModelError, match=f"c.safetensors: {name}.lora_mid.weight: ") as caught:
             read_adapter(tmp_path / "c.safetensors", models)
         assert "do not multiply" in str(caught.value)
+
+
+SPELLINGS = {
+    "LyCORIS' wrapper, as SimpleTuner has it": ("lycoris_{flat}.lora_down.weight", "lycoris_{flat}.lora_up.weight"),
+    "PEFT's state dict in a diffusers file": ("unet.{path}.lora_A.default.weight", "unet.{path}.lora_B.default.weight"),
+    "a PEFT model's in a diffusers file": (
+        "unet.base_model.model.{path}.lora_A.weight", "unet.base_model.model.{path}.lora_B.weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_names_of_a_unets_layers_by_other_programs(sd: Path, tmp_path: Path, kind: str) -> None:
+    models, paths = parts(sd), ["mid_block.resnets.0.conv1", "mid_block.attentions.0.proj_in", "conv_in"]
+    layers, tensors, expected = adaptable(models["unet"]), {}, {}
+    for path in paths:
+        weight = layers[path].weight
+        down, up = torch.randn(2, *weight.shape[1:]), torch.randn(len(weight), 2, *[1] * (weight.dim() - 2))
+        for spelling, tensor in zip(SPELLINGS[kind], (down, up), strict=True):
+            tensors[spelling.format(path=path, flat=path.replace(".", "_"))] = tensor
+        expected[path] = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = read_adapter(tmp_path / "a.safetensors", models).components["unet"]
+    assert found.keys() == expected.keys()
+    for path, delta in found.items():
+        torch.testing.assert_close(product(delta), expected[path])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_double_blocks_0_img_attn_proj",
+        "lora_unet_joint_blocks_0_x_block_attn_qkv",
+        "lora_unet_transformer_blocks_0_attn_to_q",
+        "lycoris_transformer_blocks_0_attn_to_q",
+        "diffusion_model.blocks.0.self_attn.q",
+        "transformer.transformer_blocks.0.attn.to_q",
+        "lora_transformer_single_transformer_blocks_0_attn_to_q",
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+    ],
+)
+def test_an_adapter_for_a_diffusion_transformer_is_refused_as_one(tmp_path: Path, name: str) -> None:
+    """Flux, SD 3, Wan, Qwen-Image: not a UNet's, whatever the format's own prefix says."""
+    ends = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)}
+    save_file({f"{name}.{end}": tensor for end, tensor in ends.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match="diffusion transformer") as caught:
+        open_pieces(tmp_path / "a.safetensors")
+    assert caught.value.where.startswith(f"{tmp_path / 'a.safetensors'}: {name}")
