@@ -5,18 +5,21 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 DEPTH = 2
 """Calls that may wait: blocks of memory that stay."""
 
 
 class Behind:
-    """Calls ``work`` with one block after another in a thread of its own.
+    """Calls ``work`` with one block after another in a thread of its own, whose torch operations take one core: files
+    and threads are what fills the others.
 
     What a call raises comes out of a later ``put``, or of ``wait``.
     """
 
     def __init__(self, work: Callable[[Any], object]) -> None:
-        self._work, self._pool = work, ThreadPoolExecutor(1)
+        self._work, self._pool = work, ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self._late: deque[Future[object]] = deque()
 
     def put(self, block: Any) -> None:

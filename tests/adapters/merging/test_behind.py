@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 
 from lorakit.adapters.merging.behind import DEPTH, Behind
 
@@ -14,6 +15,18 @@ def test_in_order_and_all() -> None:
             behind.put(number)
         behind.wait()
         assert seen == list(range(100))
+
+
+def test_torch_takes_one_core_in_it_and_as_many_as_before_outside() -> None:
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        with Behind(lambda _: seen.append(torch.get_num_threads())) as behind:
+            behind.put(0)
+            behind.wait()
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_error_comes_out() -> None:
