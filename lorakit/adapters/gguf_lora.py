@@ -31,6 +31,8 @@ _ARCHITECTURES = {
 ALPHA = gguf.Keys.Adapter.LORA_ALPHA
 EMBEDDING = "token_embd"
 _DTYPES = {"F32": "<f4", "F16": "<f2"}
+_PACKED = ("BF16", "Q8_0")
+"""What llama.cpp's own converter writes besides."""
 _TIED = {
     "output": "so that its GGUF file has no tensor of that name",
     EMBEDDING: "and llama.cpp does not tell them apart",
@@ -129,10 +131,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {}
     with path.open("rb") as file:
         for name, info in header.tensors.items():
-            if info.dtype not in _DTYPES:
-                raise ModelError(f"dtype {info.dtype}: only F32 and F16 adapters are read", where=name)
+            if info.dtype not in (*_DTYPES, *_PACKED):
+                known = ", ".join((*_DTYPES, *_PACKED))
+                raise ModelError(f"dtype {info.dtype}: only {known} adapters are read", where=name)
             file.seek(info.begin)
-            values = np.frombuffer(file.read(info.end - info.begin), _DTYPES[info.dtype])
+            values = np.frombuffer(file.read(info.end - info.begin), _DTYPES.get(info.dtype, np.uint8))
+            if info.dtype in _PACKED:
+                values = gguf.quants.dequantize(values, gguf.GGMLQuantizationType[info.dtype])
             tensors[name] = torch.from_numpy(values.reshape(info.shape).copy())
     a, b = (f"{EMBEDDING}.weight.lora_{letter}" for letter in "ab")
     if tensors.keys() >= {a, b}:  # as LoRA of a layer of that shape

@@ -37,6 +37,7 @@ CHECKPOINT, STATE = "adapter.safetensors", "state.json"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _UNETS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
 _CLIPS = ("text_model.encoder.", "encoder.layers.")
+_UNPICKLE = "convert it to safetensors"
 _SECOND_WIDTH = 1280
 """Of SDXL's second text encoder."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -203,7 +204,7 @@ def _open_peft(component: str, folder: Path) -> Piece:
     if not (folder / WEIGHTS).is_file():
         pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
         reason = f"only {pickles[0]}, a pickle, which is never opened" if pickles else f"no {WEIGHTS}"
-        raise ModelError(reason, where=str(folder))
+        raise ModelError(reason, where=str(folder), hint=_UNPICKLE if pickles else "")
     config = read_json(folder / CONFIG)
     names = read_header(folder / WEIGHTS).tensors
     whole = whole_tensors(names, config)
@@ -221,7 +222,7 @@ def _open_peft(component: str, folder: Path) -> Piece:
 
 def _open_file(path: Path) -> Piece:
     if path.suffix in PICKLES:
-        raise ModelError("a pickle, which is never opened", hint="convert it to safetensors")
+        raise ModelError("a pickle, which is never opened", hint=_UNPICKLE)
     tensors, metadata = gguf_lora.read(path) if path.suffix == ".gguf" else _tensors(path)
     form = formats.detect(tensors)
     if form == "peft":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from gguf import GGMLQuantizationType, GGUFWriter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
@@ -143,3 +144,34 @@ def test_an_adapter_for_a_diffusion_transformer_is_refused_as_one(tmp_path: Path
     with pytest.raises(ModelError, match="diffusion transformer") as caught:
         open_pieces(tmp_path / "a.safetensors")
     assert caught.value.where.startswith(f"{tmp_path / 'a.safetensors'}: {name}")
+
+
+def test_what_llama_cpps_converter_packs_is_read(llama: Path, tmp_path: Path) -> None:
+    """``--outtype`` bf16 and q8_0: blocks of 32 numbers, each an int8 times the block's float16."""
+    scales = np.array([0.5, -0.25, 3.0, 1.0], np.float16)
+    numbers = np.random.default_rng(0).integers(-127, 128, (4, 32)).astype(np.int8)
+    packed = np.concatenate([scales.view(np.uint8).reshape(4, 2), numbers.view(np.uint8)], 1)
+    up = torch.randn(32, 4).to(torch.bfloat16)
+    writer, q8, bf16 = GGUFWriter(tmp_path / "a.gguf", "llama"), GGMLQuantizationType.Q8_0, GGMLQuantizationType.BF16
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    writer.add_tensor("blk.0.attn_output.weight.lora_a", packed, raw_dtype=q8)
+    writer.add_tensor("blk.0.attn_output.weight.lora_b", up.view(torch.uint8).numpy(), raw_dtype=bf16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    saved = read_adapter(tmp_path / "a.gguf", {"model": LlamaForCausalLM.from_pretrained(llama)})
+    down = torch.from_numpy(numbers.astype(np.float64) * scales.astype(np.float64)[:, None])
+    delta = saved.components["model"]["model.layers.0.self_attn.o_proj"]
+    torch.testing.assert_close(product(delta).double(), 2 * up.double() @ down, rtol=1e-6, atol=1e-4)
+
+
+def test_a_pickle_is_told_what_to_do_about(llama: Path, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(llama), config).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"only adapter_model\.bin, a pickle") as caught:
+        open_pieces(tmp_path)
+    assert caught.value.hint == "convert it to safetensors"
