@@ -85,18 +85,19 @@ def made_for(pieces: "Sequence[Piece]") -> str:
     return next((" ".join(told[key] for key in keys) for keys in _WORDS if known.issuperset(keys)), "")
 
 
-def find_base(pieces: "Sequence[Piece]", given: str | None) -> AdapterBase | None:
+def find_base(pieces: "Sequence[Piece]", given: str | None, *, compared: "Sequence[Piece]" = ()) -> AdapterBase | None:
     """``given``, else the built-in base that the metadata name, else a published Stable Diffusion of the adapter's
-    widths, else None. A path or hub id that the metadata name is never opened by itself.
+    widths, else None. A path or hub id that the metadata name is never opened by itself. ``compared`` is
+    ``open_base``'s.
     """
     from lorakit.adapters.known import SPELLED, known_models, recognise
     from lorakit.storage.bases import resolve
 
     if given is not None:
-        return open_base(resolve(given), pieces)
+        return open_base(resolve(given), compared)
     name = named_base(pieces)
     if name.startswith("builtin:"):
-        return open_base(resolve(name), pieces)
+        return open_base(resolve(name), compared)
     version = next((found for piece in pieces if (found := recognise(piece.tensors))), None)
     if version is None:
         return None
@@ -114,7 +115,7 @@ def read_for(
     """
     from lorakit.adapters.files import assemble
 
-    found = find_base(pieces, given)
+    found = find_base(pieces, given, compared=pieces)
     form = next((form for form in forms if form in ("kohya", "gguf")), None)
     if found is None and form is not None:
         name, words = named_base(pieces), made_for(pieces)
