@@ -95,7 +95,7 @@ def _section(size: int, repeats: int, ran: dict[str, list[runner.Ran]]) -> str:
             "",
             "lorakit flushes what it wrote to the disk and hashes base and result in that time; `cp -r` returns with "
             "up to a fifth of the memory unwritten. With verification it recomputes every changed weight in float64, "
-            "drops what it wrote from the cache and reads all of it back; then base + adapter and the result run from "
-            "their files, and their logits are compared.",
+            "drops what it wrote from the cache and reads all of it back from the disk, in the order in which the "
+            "result computes; base + adapter run beside it from the base's files, and their logits are compared.",
         ]
     )
