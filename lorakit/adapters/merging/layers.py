@@ -68,11 +68,17 @@ class Weight:
         return total
 
 
+def _half(x: Tensor) -> int:
+    """Where the second half of a batch [2B, ...] begins: behind the end of what is looked up once for all of it, such
+    as CLIP's positions [1, L]."""
+    return len(x) if len(x) % 2 else len(x) // 2
+
+
 def in_halves(module: Any, forward: Callable[..., Any], errors: Mapping[str, Tensor], *args: Any, **named: Any) -> Any:
     """A layer of one input [2B, ...], such as a norm: the second half of it with errors in the layer's parameters."""
-    if len(args) != 1 or named:
+    if len(args) != 1 or named or len(args[0]) % 2:
         return forward(*args, **named)
-    (x,), half, right = args, len(args[0]) // 2, dict(module._parameters)
+    (x,), half, right = args, _half(args[0]), dict(module._parameters)
     first = forward(x[:half])
     try:
         for name in errors.keys() & right:
@@ -103,7 +109,7 @@ def _with_bias(out: Tensor, bias: Tensor | None, error: Tensor | None, along: tu
     if bias is not None:
         out += bias.view(along)
     if error is not None:
-        out[len(out) // 2 :] += error.view(along)
+        out[_half(out) :] += error.view(along)
     return out
 
 
@@ -116,7 +122,7 @@ def _outputs(weight: Weight, x: Tensor, times: Times, up: Times, along: tuple[in
     of A x with rows of B; ``along`` is the shape that lays one number a channel beside its outputs.
     """
     lora = [(delta, times(x, delta.A.float()), share * delta.scale) for delta, share in weight.lora]
-    half, errors = len(x) // 2, None
+    half, errors = _half(x), None
     for first, last in weight.blocks():
         rows = weight.rows(first, last)
         out, square = times(x, rows), _square(rows)
@@ -148,7 +154,7 @@ def _embedding(_module: Any, weight: Weight, _: None, ids: Tensor) -> Tensor:
         rows = rows + share * delta.scale * (delta.B.float()[tokens] @ delta.A.float())
     out = rows[places]
     if weight.rounded is not None:
-        error, half = random_error(weight.name, weight.shape), len(ids) // 2
+        error, half = random_error(weight.name, weight.shape), _half(ids)
         size = error_of(weight.rounded, _square(rows), rows.numel())
         out[half:] += size * (error.B[tokens] @ error.A)[places[half:]]
     return out

@@ -18,6 +18,8 @@ from lorakit.commands.merge_told import compare_with
 from lorakit.errors import ModelError
 from lorakit.families.llama.compare import compare
 from lorakit.families.llama.skeleton import open_language_model
+from lorakit.families.sd import compare as sd_compare
+from lorakit.families.sd.original import open_stable_diffusion
 from lorakit.storage.bases import resolve
 from tests.adapters.merging.test_merge_parts import TOKENS, adapter, from_files, planned
 from tests.tiny import tiny_llama
@@ -120,3 +122,19 @@ def test_a_base_without_a_tokenizer_is_compared_all_the_same(tmp_path: Path) -> 
     assert compared is not None
     assert "random tokens" in compared["in_words"]
     assert compared["difference"] < 1e-4
+
+
+def test_errors_leave_the_first_half_of_a_picture_as_it_is(tmp_path: Path) -> None:
+    """CLIP looks up its positions once for all rows of a batch: what has no second half gets no error."""
+    location = resolve("builtin:mini-sd")
+    opened = open_stable_diffusion(location)
+    plan = plan_merge(location, opened, [], tmp_path / "out", Settings(torch.bfloat16))
+    merge(plan)
+    merged = open_stable_diffusion(resolve(str(tmp_path / "out")))
+    text, ids, _ = sd_compare._prompts(location)
+    with torch.inference_mode():
+        plain = sd_compare._prediction(sd_compare._running(location, opened), text, ids, 8)
+        running = sd_compare._running(location, opened, (), merged)
+        same, wrong = sd_compare._prediction(running, text, torch.cat([ids, ids]), 8).chunk(2)
+    torch.testing.assert_close(same, plain, rtol=1e-4, atol=1e-5)
+    assert (wrong - plain).abs().mean() > 1e-4
