@@ -1,7 +1,7 @@
 """What a merge would write, worked out from headers: every tensor of every file, and what changes it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -105,7 +105,7 @@ def plan_merge(
     if settings.quant_base == "as-trained":
         from lorakit.adapters.merging.nf4 import as_trained  # bitsandbytes takes seconds to import
 
-        opened = replace(opened, sources=as_trained(opened))
+        opened = opened.read_through(as_trained(opened))
     tied = tied_names(opened)
     changes, head = _changes(opened, found, tied)
     if base.layout == "single-file" and not single:
