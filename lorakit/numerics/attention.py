@@ -6,7 +6,7 @@ Shapes: ``T`` queries, ``S`` tokens attended to, ``D`` head dim.
 
 Two kernels: PyTorch's fused one wherever it is the fast one, and ``numerics.blocked_attention`` on a CPU in bfloat16
 where a gradient is taken: forward and backward together, the fused kernel is slower than plain matmuls there.
-``numerics.packing`` has packed documents under a causal mask.
+``numerics.packed_attention`` has packed documents under a causal mask.
 """
 
 import torch

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.numerics.elementwise import rms_norm, rotate, signed, swiglu
-from lorakit.numerics.packing import Packing, packed_attention
+from lorakit.numerics.packed_attention import packed_attention
+from lorakit.numerics.packing import Packing
 
 KINDS = frozenset({"LlamaModel", "MistralModel", "Qwen2Model"})
 """transformers' decoders whose block is RMSNorm, rotary grouped-query attention, RMSNorm, SwiGLU, and nothing more."""

@@ -13,7 +13,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from lorakit.errors import ModelError
 from lorakit.families.llama import blocks
 from lorakit.numerics.cross_entropy import linear_cross_entropy
-from lorakit.numerics.packing import Packing, packed_attention
+from lorakit.numerics.packed_attention import packed_attention
+from lorakit.numerics.packing import Packing
 
 NAME = "lorakit_packed"
 """This attention's name in transformers."""
