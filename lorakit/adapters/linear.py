@@ -5,13 +5,14 @@ the weight each time. These compute the same function by ``numerics.lora``. What
 at once, a merged one, DoRA over quantized weights) PEFT still computes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lorakit.adapters.peft_lora import Linear, Linear4bit, Linear8bitLt
+from lorakit.numerics.joint import Layer, joint_linear
 from lorakit.numerics.lora import Magnitude, lora_added, lora_linear, row_squares
 
 
@@ -88,6 +89,23 @@ def use_own_arithmetic(layer: Any) -> None:
     base = layer.get_base_layer()
     if type(layer) is not Linear or (isinstance(base, nn.Linear) and not is_quantized(base.weight)):
         layer.__class__ = _OWN.get(type(layer), type(layer))
+
+
+def all_of(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """Each layer's output for the same x [..., in]: together where all are frozen linear layers, bare or with LoRA that
+    drops nothing and is no DoRA, else one after the other."""
+    parts = [part for layer in layers if (part := _plain_part(layer)) is not None]
+    return joint_linear(x, parts) if len(parts) == len(layers) else tuple(layer(x) for layer in layers)
+
+
+def _plain_part(layer: Any) -> Layer | None:
+    if type(layer) is nn.Linear and not layer.weight.requires_grad and not is_quantized(layer.weight):
+        return Layer.bare(layer.weight, layer.bias)
+    if not isinstance(layer, LoraLinear) or (name := layer.only(())) is None or name in layer.lora_magnitude_vector:
+        return None
+    low_rank, scale, dropout = layer.adapter(name)
+    base: Any = layer.get_base_layer()
+    return None if dropout else Layer(base.weight, base.bias, *low_rank, scale)
 
 
 def is_quantized(weight: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """``LoraLinear`` computes what PEFT's own layer computes."""
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from lorakit.adapters.delta import Delta
 from lorakit.adapters.inject import apply, inject, lora_layers, set_scale
-from lorakit.adapters.linear import LoraLinear, LoraLinear4bit, LoraLinear8bit, plain_layers
+from lorakit.adapters.linear import LoraLinear, LoraLinear4bit, LoraLinear8bit, all_of, plain_layers
 from lorakit.recipe.schema import Adapter
 
 GROUPS = {"attention": ("0", "2"), "attention+mlp": ("0", "2")}
@@ -59,6 +60,42 @@ def test_output_and_gradients_are_pefts(dora: bool) -> None:
     for name, parameter in ours.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, grads[name])
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"dropout": 0.4}, {"rank_pattern": {"0": 2}}])
+def test_layers_of_one_input_are_each_pefts(options: dict[str, Any]) -> None:
+    """Two with LoRA and one without it; PEFT drops in the order of the layers, as they do."""
+    torch.manual_seed(0)
+    fans = [nn.ModuleList([nn.Linear(12, 9), nn.Linear(12, 7), nn.Linear(12, 5, bias=False)]).double()]
+    fans.append(copy.deepcopy(fans[0]).requires_grad_(False))
+    inject(fans[0], Adapter.model_validate({"rank": 3, "alpha": 6, "targets": ["0", "2"], **options}), {}, seed=1)
+    dora, dropout = options.get("dora", False), options.get("dropout", 0.0)
+    patterns = options.get("rank_pattern", {})
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["0", "2"], use_dora=dora, lora_dropout=dropout,
+                        rank_pattern=patterns)  # fmt: skip
+    inject_adapter_in_model(config, fans[1])
+    for path, theirs in lora_layers(fans[1]).items():
+        ours = lora_layers(fans[0])[path]
+        for name in ("lora_A", "lora_B"):
+            weight = getattr(ours, name)["default"].weight
+            weight.data = torch.randn_like(weight.double())
+            getattr(theirs, name)["default"].weight.data = weight.data.clone()
+        if dora:
+            theirs.lora_magnitude_vector["default"].weight.data *= 1.1
+            ours.lora_magnitude_vector["default"].weight.data = theirs.lora_magnitude_vector[
+                "default"
+            ].weight.data.clone()
+    found = []
+    for fan, run in ((fans[0], all_of), (fans[1], lambda layers, x: tuple(layer(x) for layer in layers))):
+        x = torch.randn(4, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        torch.manual_seed(2)
+        ys = run([*fan], x)
+        sum(y.square().sum() for y in ys).backward()
+        grads = {name: p.grad for name, p in fan.named_parameters() if p.grad is not None}
+        assert len(grads) == (6 if dora else 4)
+        found.append((*ys, x.grad, *(grads[name] for name in sorted(grads))))
+    for mine, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(mine, wanted)
 
 
 def test_at_scale_0_there_is_no_adapter() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lorakit.adapters.linear import all_of
 from lorakit.numerics.elementwise import rms_norm, rotate, signed, swiglu
 from lorakit.numerics.packed_attention import packed_attention
 from lorakit.numerics.packing import Packing
@@ -74,16 +75,14 @@ def block(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], packing: Packing, 
     before, between = _norms(layer)
     attention, mlp = layer.self_attn, layer.mlp
     normed = rms_norm(x, before.weight, before.variance_epsilon)
-    q, k, v = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim))
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
+    projected = all_of((attention.q_proj, attention.k_proj, attention.v_proj), normed)
+    q, k, v = (x.view(len(x), -1, attention.head_dim) for x in projected)
     turned = rotate(q, *turn), rotate(k, *turn)
     mixed = packed_attention(*turned, v, packing, attention.scaling, _window(attention)).flatten(1)
     if learned is not None:
         x, mixed = x.index_select(0, learned), mixed.index_select(0, learned)
     x = x + attention.o_proj(mixed)
     normed = rms_norm(x, between.weight, between.variance_epsilon)
-    inner = swiglu(mlp.gate_proj(normed), mlp.up_proj(normed))
+    inner = swiglu(*all_of((mlp.gate_proj, mlp.up_proj), normed))
     out: Tensor = x + mlp.down_proj(inner)
     return out

@@ -10,6 +10,7 @@ from typing import Any, cast
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+from lorakit.adapters.linear import all_of
 from lorakit.numerics.attention import full_attention
 
 _diffusers: Any = AttnProcessor2_0  # diffusers has no types
@@ -23,7 +24,7 @@ class Processor:
         """``text_once``: the text of the first call is that of all calls."""
         self._other = _diffusers()
         self._text_once = text_once
-        self._text: tuple[Tensor, Tensor] | None = None
+        self._text: tuple[Tensor, ...] | None = None
 
     def __call__(
         self,
@@ -38,13 +39,12 @@ class Processor:
         if hidden_states.ndim != 3 or attention_mask is not None or any(norm is not None for norm in norms):
             out: Tensor = self._other(attn, hidden_states, encoder_hidden_states, attention_mask, **options)
             return out
-        (q,) = _heads(attn, hidden_states, attn.to_q)
-        if self._text is not None and encoder_hidden_states is not None:
-            k, v = self._text
+        if encoder_hidden_states is None:
+            q, k, v = _heads(attn, hidden_states, attn.to_q, attn.to_k, attn.to_v)
         else:
-            seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            k, v = _heads(attn, seen, attn.to_k, attn.to_v)
-            if self._text_once and encoder_hidden_states is not None:
+            (q,) = _heads(attn, hidden_states, attn.to_q)
+            k, v = self._text or _heads(attn, encoder_hidden_states, attn.to_k, attn.to_v)
+            if self._text_once:
                 self._text = k, v
         mixed = full_attention(q, k, v, attn.scale).transpose(1, 2).flatten(2)
         mixed = attn.to_out[1](attn.to_out[0](mixed))
@@ -55,9 +55,9 @@ class Processor:
         return cast(Tensor, mixed)
 
 
-def _heads(attn: Any, states: Tensor, *layers: Any) -> Iterator[Tensor]:
+def _heads(attn: Any, states: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     """[B, H, S, W / H] of each layer."""
-    return (layer(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in layers)
+    return tuple(x.view(*x.shape[:-1], attn.heads, -1).transpose(1, 2) for x in all_of(layers, states))
 
 
 def use_own_attention(unet: nn.Module) -> None:
