@@ -48,6 +48,7 @@ class Description:
     bytes: int
     """Of the weight files."""
     dtypes: tuple[str, ...]
+    """Of the tensors, but for alphas."""
     modules: int
     parameters: int
     norm: float
@@ -99,7 +100,7 @@ def describe(path: Path, pieces: Sequence[Piece], models: Mapping[str, nn.Module
     for name, module in whole.items():
         groups.setdefault(_block(name), []).append(module)
     blocks = tuple(_summary(name, group) for name, group in groups.items())
-    tensors = [tensor for piece in pieces for tensor in piece.tensors.values()]
+    tensors = [piece.tensors[name] for piece in pieces for name, key in piece.keys.items() if key.part != "alpha"]
     learned = [matrix for m in whole.values() for matrix in (m.delta.A, m.delta.B, m.delta.magnitude)]
     return Description(
         path=str(path),
@@ -139,7 +140,7 @@ def _modules(piece: Piece, models: Mapping[str, nn.Module] | None) -> tuple[dict
     for (name, component, path), parts in modules.items():
         config = piece.component_config(component)
         try:
-            delta = read_delta(path, parts, piece.tensors, config, common)
+            delta = read_delta(path, parts, piece, config)
             given = config is not None or "alpha" in parts or common is not None
             root = config is not None and config.get("use_rslora")
             alpha = delta.scale * (delta.rank**0.5 if root else delta.rank)

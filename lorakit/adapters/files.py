@@ -137,7 +137,7 @@ def _read(piece: Piece, models: Mapping[str, nn.Module] | None) -> SavedAdapter:
         if config is not None and "lora_alpha" not in config:
             LOG.warning("%s: no lora_alpha; PEFT's own %d is taken", piece.path, PEFT_ALPHA)
             config = {**config, "lora_alpha": PEFT_ALPHA}
-        deltas = _deltas(own, piece.tensors, config, common_alpha(piece))
+        deltas = _deltas(own, piece, config)
         model = None if models is None else models.get(component)
         if piece.format == "gguf" and model is not None:
             deltas = gguf_lora.named_by_base(deltas, model, metadata["general.architecture"])
@@ -167,39 +167,34 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ModelError(reason, where=CONFIG, hint=hint)
 
 
-def _deltas(
-    keys: Mapping[str, formats.Key],
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any] | None,
-    alpha: float | None,
-) -> dict[str, Delta]:
-    """A component's changes. The scale comes from PEFT's ``config``, else from alpha tensors, else from ``alpha`` for
-    all modules; without any of these alpha = rank."""
+def _deltas(keys: Mapping[str, formats.Key], piece: Piece, config: Mapping[str, Any] | None) -> dict[str, Delta]:
+    """A component's changes, of those ``keys`` of ``piece``. The scale comes from PEFT's ``config``, else from alpha
+    tensors, else from GGUF's one alpha for all modules; without any of these alpha = rank."""
     modules: dict[str, dict[formats.Part, str]] = {}
     for key, part in keys.items():
         if part.part in modules.setdefault(part.module, {}):
             raise ModelError(f"says the same as {modules[part.module][part.part]}", where=key)
         modules[part.module][part.part] = key
-    return {module: read_delta(module, parts, tensors, config, alpha) for module, parts in modules.items()}
+    return {module: read_delta(module, parts, piece, config) for module, parts in modules.items()}
 
 
 def read_delta(
     module: str,
     parts: Mapping[formats.Part, str],
-    tensors: Mapping[str, Tensor],
+    piece: Piece,
     config: Mapping[str, Any] | None,
-    alpha: float | None,
 ) -> Delta:
-    """One module's change from the keys of its ``parts``; ``config`` and ``alpha`` are its component's and its file's.
+    """One module's change from the keys of its ``parts`` in ``piece``; ``config`` is its component's.
 
     Raises ModelError naming the key, for whatever does not make a change.
     """
+    tensors, alpha, place = piece.tensors, common_alpha(piece), piece.config_place
     a, b = _matrices(module, parts, tensors)
     rank, scale = a.shape[0], 1.0
     if config is not None:
-        if number(config, "r", module, CONFIG) != rank:
+        if number(config, "r", module, place) != rank:
             raise ModelError(f"rank {rank}, but the configuration says otherwise", where=parts["A"])
-        scale = number(config, "lora_alpha", module, CONFIG) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        scale = number(config, "lora_alpha", module, place) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     elif "alpha" in parts:
         scale = _alpha(parts["alpha"], tensors) / rank
     elif alpha is not None:

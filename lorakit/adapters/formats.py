@@ -25,6 +25,8 @@ class Key(NamedTuple):
     part: Part
 
 
+_ORIGINALS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
+"""How the original names of a UNet's layers begin."""
 _PREFIXES: dict[Format, dict[str, str]] = {
     "peft": {"base_model.model.": "model"},
     "kohya": {
@@ -35,7 +37,15 @@ _PREFIXES: dict[Format, dict[str, str]] = {
         "lycoris_": "unet",
         "diffusion_model.": "unet",
         "text_encoders.clip_l.transformer.": "text_encoder",
+        "text_encoders.clip_h.transformer.": "text_encoder",
         "text_encoders.clip_g.transformer.": "text_encoder_2",
+        "lora_unet.": "unet",
+        "lora_te.": "text_encoder",
+        "lora_te1.": "text_encoder",
+        "lora_te2.": "text_encoder_2",
+        **{f"{front}{original}": "unet" for front in ("unet.", "") for original in _ORIGINALS},
+        "clip_l.": "text_encoder",
+        "clip_g.": "text_encoder_2",
     },
     "diffusers": {
         "unet.": "unet",
@@ -52,8 +62,9 @@ _PREFIXES: dict[Format, dict[str, str]] = {
     "gguf": {"blk.": "model", "output.": "model", "token_embd.": "model"},
 }
 """How keys begin, and the component that this means. Before diffusers 0.17 a UNet's had no name in front, and
-``UNet2DConditionModel.save_lora_adapter`` still writes none. The last three of kohya's are ComfyUI's own, with dots in
-place of ``_``; ``lycoris_`` is that of LyCORIS where sd-scripts does not call it."""
+``UNet2DConditionModel.save_lora_adapter`` still writes none. Of kohya's, ``lycoris_`` is that of LyCORIS where
+sd-scripts does not call it; those with dots in place of ``_`` are ComfyUI's, OneTrainer's, and the Open Model
+Initiative's, which are a UNet's original names and ``clip_l.`` and ``clip_g.``."""
 
 _SUFFIXES: dict[Format, dict[str, Part]] = {
     "peft": {
@@ -156,8 +167,9 @@ def split(key: str, form: Format, component: str | None = None) -> Key:
     if suffix is None:
         raise ModelError("not a part of LoRA", where=key)
     module = path.removesuffix(suffix)
-    if form == "kohya" and not prefix.startswith("lora_"):
-        module = f"{_CONVERTED[component][-1]}_{module.removeprefix(prefix).replace('.', '_')}"
+    if form == "kohya" and (prefix.endswith(".") or prefix == "lycoris_"):
+        name = module.removeprefix("unet." if prefix.endswith(_ORIGINALS) else prefix)
+        module = f"{_CONVERTED[component][-1]}_{name.replace('.', '_')}"
     return Key(component, module, _SUFFIXES[form][suffix])
 
 

@@ -35,6 +35,8 @@ UNETS: Mapping[Version, dict[str, Any]] = {
 }
 """Keyword arguments of diffusers' UNet2DConditionModel, beside its defaults."""
 
+_SECOND = ("lora_te2_", "lora_te2.", "clip_g.", "text_encoders.clip_g.", "text_encoder_2.")
+"""How names of SDXL's second text encoder begin."""
 SPELLED: Mapping[Version, str] = {
     "sd_v1": "Stable Diffusion 1",
     "sd_v2": "Stable Diffusion 2",
@@ -85,7 +87,7 @@ def recognise(tensors: Mapping[str, Tensor]) -> Version | None:
         width = tensor.shape[1]
         if any(place in name for place in ("attn2_to_k", "attn2.to_k", "attn2.processor.to_k")):
             return across.get(width)
-        if name.startswith(("lora_te2_", "text_encoder_2.")) and "fc2" not in name:
+        if name.startswith(_SECOND) and "fc2" not in name:
             return "sdxl_base_v1-0" if width == 1280 else None
         if name.startswith(("lora_te_", "text_encoder.")) and "fc2" not in name:
             return of_text.get(width)

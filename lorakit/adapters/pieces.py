@@ -28,6 +28,8 @@ LOG = logging.getLogger("lorakit")
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
+PACKED = "lora_adapter_metadata"
+"""Where a diffusers file's own metadata have its configuration."""
 TEMPLATE = "chat_template.jinja"
 """The chat template that an adapter was trained with, as transformers and TRL leave it beside a model."""
 TEMPLATE_KEY = "lorakit_chat_template"
@@ -41,8 +43,8 @@ _UNPICKLE = "convert it to safetensors"
 _SECOND_WIDTH = 1280
 """Of SDXL's second text encoder."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_WHOLE = {"I64", "I32"}
-"""What diffusers' converter to kohya's format writes alphas in."""
+_NUMBERS = _FLOATS | {"F8_E4M3", "F8_E5M2", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
+"""What an alpha may be: files saved in 8 bits have theirs so too, diffusers' converter to kohya's writes whole ones."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Piece:
     def component(self) -> str:
         """Of its first tensor; a PEFT file has only one."""
         return next(iter(self.keys.values())).component
+
+    @property
+    def config_place(self) -> str:
+        """Where ``config`` stands."""
+        return CONFIG if self.format == "peft" else PACKED
 
     def component_config(self, component: str) -> dict[str, Any] | None:
         """The PEFT configuration of one component; None where the file has none."""
@@ -234,16 +241,17 @@ def _open_file(path: Path) -> Piece:
 
 def _packed_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        config = json.loads(metadata.get(PACKED, "{}"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"not readable as JSON: {error}", where="lora_adapter_metadata") from error
+        raise ModelError(f"not readable as JSON: {error}", where=PACKED) from error
     if not isinstance(config, dict):
-        raise ModelError("not a JSON object", where="lora_adapter_metadata")
+        raise ModelError("not a JSON object", where=PACKED)
     return config
 
 
 def _tensors(path: Path, without: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a checked file, and its metadata; ModelError for another dtype."""
+    """The tensors of a checked file, alphas of no common dtype as float64, and its metadata; ModelError for another
+    dtype."""
     header = read_header(path)
     formats.refuse_other_kinds(header.tensors)
     tensors = {}
@@ -251,8 +259,9 @@ def _tensors(path: Path, without: Collection[str] = ()) -> tuple[dict[str, Tenso
         for name, info in header.tensors.items():
             if name in without:
                 continue
-            if info.dtype not in (_FLOATS | _WHOLE if name.endswith(".alpha") else _FLOATS):
+            if info.dtype not in (_NUMBERS if name.endswith(".alpha") else _FLOATS):
                 hint = "float16, bfloat16, float32 and float64 are read"
                 raise ModelError(f"its numbers are {info.dtype}", where=name, hint=hint)
-            tensors[name] = file.get_tensor(name)
+            tensor = file.get_tensor(name)
+            tensors[name] = tensor if info.dtype in _FLOATS else tensor.double()
     return tensors, header.metadata

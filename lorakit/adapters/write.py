@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakit.adapters.delta import Delta, rescaled
 from lorakit.adapters.formats import bare, diffusers_name, is_xl, kohya_names
 from lorakit.adapters.outline import adaptable
-from lorakit.adapters.pieces import CONFIG, TEMPLATE, TEMPLATE_KEY, WEIGHTS
+from lorakit.adapters.pieces import CONFIG, PACKED, TEMPLATE, TEMPLATE_KEY, WEIGHTS
 from lorakit.adapters.targets import Injection, Target, suffixes
 from lorakit.errors import ModelError
 from lorakit.recipe.schema import Adapter
@@ -269,5 +269,5 @@ def write_diffusers(
             table[patterns] = {module.removeprefix("^"): value for module, value in table[patterns].items()}
         config |= {f"{component}.{key}": value for key, value in table.items()}
     _check_finite(tensors)
-    packed = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
+    packed = {PACKED: json.dumps(config, indent=2, sort_keys=True)}
     path.write_bytes(save(tensors, {"format": "pt", **(metadata or {}), **packed}))

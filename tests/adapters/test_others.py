@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from gguf import GGMLQuantizationType, GGUFWriter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
-from transformers import LlamaForCausalLM
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, LlamaForCausalLM
 
 from lorakit.adapters.convert import convert
 from lorakit.adapters.delta import product
@@ -20,9 +20,20 @@ from lorakit.adapters.outline import adaptable
 from lorakit.adapters.pieces import open_pieces
 from lorakit.errors import ModelError
 from tests.adapters.test_files import llama, logits, parts, sd
+from tests.tiny import tiny_sdxl
 
 __all__ = ["llama", "sd"]
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.nn.Module]:
+    base = tiny_sdxl(tmp_path_factory.mktemp("sdxl"))
+    return {
+        "unet": UNet2DConditionModel.from_pretrained(base / "unet"),
+        "text_encoder": CLIPTextModel.from_pretrained(base / "text_encoder"),
+        "text_encoder_2": CLIPTextModelWithProjection.from_pretrained(base / "text_encoder_2"),
+    }
 
 
 @pytest.mark.parametrize("alpha", [-3.0, 0.0])
@@ -122,6 +133,91 @@ def test_names_of_a_unets_layers_by_other_programs(sd: Path, tmp_path: Path, kin
     assert found.keys() == expected.keys()
     for path, delta in found.items():
         torch.testing.assert_close(product(delta), expected[path])
+
+
+QUERY, CLIP_QUERY = "transformer_blocks.0.attn1.to_q", "text_model.encoder.layers.0.self_attn.q_proj"
+MID, LEVEL = f"mid_block.attentions.0.{QUERY}", f"down_blocks.1.attentions.0.{QUERY}"
+ONETRAINER = {
+    "OMI": {
+        f"unet.input_blocks.4.1.{QUERY}": ("unet", LEVEL),
+        f"unet.middle_block.1.{QUERY}": ("unet", MID),
+        "unet.output_blocks.2.2.conv": ("unet", "up_blocks.0.upsamplers.0.conv"),
+        "unet.time_embed.0": ("unet", "time_embedding.linear_1"),
+        "unet.label_emb.0.2": ("unet", "add_embedding.linear_2"),
+        "unet.out.2": ("unet", "conv_out"),
+        f"clip_l.{CLIP_QUERY}": ("text_encoder", CLIP_QUERY),
+        f"clip_g.{CLIP_QUERY}": ("text_encoder_2", CLIP_QUERY),
+    },
+    "a UNet's original names alone": {
+        f"input_blocks.4.1.{QUERY}": ("unet", LEVEL),
+        f"middle_block.1.{QUERY}": ("unet", MID),
+        "output_blocks.2.2.conv": ("unet", "up_blocks.0.upsamplers.0.conv"),
+        "time_embed.0": ("unet", "time_embedding.linear_1"),
+        "label_emb.0.2": ("unet", "add_embedding.linear_2"),
+        "out.2": ("unet", "conv_out"),
+    },
+    "raw": {
+        f"lora_unet.{LEVEL}": ("unet", LEVEL),
+        f"lora_te1.{CLIP_QUERY}": ("text_encoder", CLIP_QUERY),
+        f"lora_te2.{CLIP_QUERY}": ("text_encoder_2", CLIP_QUERY),
+    },
+    "raw, of one text encoder": {f"lora_te.{CLIP_QUERY}": ("text_encoder", CLIP_QUERY)},
+    "ComfyUI's of Stable Diffusion 2": {
+        f"text_encoders.clip_h.transformer.{CLIP_QUERY}": ("text_encoder", CLIP_QUERY)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ends", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
+@pytest.mark.parametrize("kind", ONETRAINER)
+def test_onetrainers_names(xl: dict[str, torch.nn.Module], tmp_path: Path, kind: str, ends: tuple[str, str]) -> None:
+    tensors, expected = {}, {}
+    for name, (component, path) in ONETRAINER[kind].items():
+        layers = adaptable(xl[component])
+        path = path if path in layers else path.removeprefix("text_model.")
+        weight = layers[path].weight
+        down, up = torch.randn(2, *weight.shape[1:]), torch.randn(len(weight), 2, *[1] * (weight.dim() - 2))
+        tensors |= {f"{name}.{ends[0]}.weight": down, f"{name}.{ends[1]}.weight": up}
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+        expected[component, path] = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) / 2
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = read_adapter(tmp_path / "a.safetensors", xl).all_deltas()
+    assert found.keys() == expected.keys()
+    for place, delta in found.items():
+        torch.testing.assert_close(product(delta), expected[place])
+
+
+DTYPES = {
+    1.0: (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    3.0: (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64),
+}
+
+
+@pytest.mark.parametrize(("alpha", "dtype"), [(alpha, dtype) for alpha, own in DTYPES.items() for dtype in own])
+def test_an_alpha_of_any_dtype(sd: Path, tmp_path: Path, alpha: float, dtype: torch.dtype) -> None:
+    """A file saved in 8 bits has its alphas so too, and some programs write whole numbers."""
+    tensors = {"lora_unet_conv_in.lora_down.weight": torch.randn(2, 4, 3, 3).half()}
+    tensors["lora_unet_conv_in.lora_up.weight"] = torch.randn(32, 2, 1, 1).half()
+    tensors["lora_unet_conv_in.alpha"] = torch.tensor(alpha).to(dtype)
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert read_adapter(tmp_path / "a.safetensors", parts(sd)).components["unet"]["conv_in"].scale == alpha / 2
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(True), torch.tensor(1 + 1j, dtype=torch.complex64)])
+def test_an_alpha_that_is_no_number_is_refused(tmp_path: Path, alpha: torch.Tensor) -> None:
+    save_file({"lora_unet_conv_in.alpha": alpha}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=r"conv_in\.alpha: its numbers are (BOOL|C64)"):
+        open_pieces(tmp_path / "a.safetensors")
+
+
+def test_a_bad_alpha_is_told_with_the_place_where_it_stands(sd: Path, tmp_path: Path) -> None:
+    tensors = {"unet.conv_in.lora_A.weight": torch.randn(2, 4, 3, 3)}
+    tensors["unet.conv_in.lora_B.weight"] = torch.randn(32, 2, 1, 1)
+    config = {"unet.r": 2, "unet.lora_alpha": "much"}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(ModelError, match="a number other than 0") as caught:
+        read_adapter(tmp_path / "a.safetensors", parts(sd))
+    assert caught.value.where == f"{tmp_path / 'a.safetensors'}: lora_adapter_metadata"
 
 
 @pytest.mark.parametrize(
