@@ -10,9 +10,11 @@ from torch import nn
 
 from lorakit.adapters import formats
 from lorakit.adapters.delta import Delta, told_as
-from lorakit.adapters.files import check_config, common_alpha, read_delta
+from lorakit.adapters.files import check_config, common_alpha, made_for_another, read_delta, shaped_by
+from lorakit.adapters.gguf_lora import named_by_base
 from lorakit.adapters.outline import adaptable
 from lorakit.adapters.pieces import Piece
+from lorakit.adapters.targets import compare
 from lorakit.errors import ModelError
 
 _BLOCK = re.compile(
@@ -66,10 +68,12 @@ class Description:
 
 @dataclass(frozen=True)
 class _Module:
-    """A module that makes a change, and its alpha; None where the file gives none."""
+    """A module that makes a change, its alpha (None where the file gives none), and where it is."""
 
     delta: Delta
     alpha: float | None
+    component: str
+    path: str
 
     def squared_norm(self) -> float:
         """|scale * B A|^2 by the products A A^T and B^T B, [r, r] each."""
@@ -120,6 +124,29 @@ def describe(path: Path, pieces: Sequence[Piece], models: Mapping[str, nn.Module
     )
 
 
+def unfit(pieces: Sequence[Piece], models: Mapping[str, nn.Module]) -> list[str]:
+    """Every module that the base with these components has not, or in another shape."""
+    wrong = []
+    for piece in pieces:
+        modules, _ = _modules(piece, models)
+        for component in dict.fromkeys(module.component for module in modules.values()):
+            own = {name: module for name, module in modules.items() if module.component == component}
+            if component not in models:
+                wrong.append(f"{len(own)} modules: {made_for_another(component)}")
+                continue
+            names = {module.path: name for name, module in own.items()}
+            changes = {module.path: module.delta for module in own.values()}
+            try:
+                if piece.format == "gguf":
+                    changes = named_by_base(changes, models[component], piece.metadata["general.architecture"])
+            except ModelError as error:
+                wrong.append(str(error))
+                continue
+            _, reasons = compare(models[component], shaped_by(models[component], changes))
+            wrong += [f"{names.get(path, path)}: {reason}" for path, reason in reasons.items()]
+    return wrong
+
+
 def _dead(delta: Delta) -> bool:
     """Whether scale * B A is zero by a factor."""
     return not (delta.scale and delta.A.any() and delta.B.any())
@@ -144,7 +171,8 @@ def _modules(piece: Piece, models: Mapping[str, nn.Module] | None) -> tuple[dict
             given = config is not None or "alpha" in parts or common is not None
             root = config is not None and config.get("use_rslora")
             alpha = delta.scale * (delta.rank**0.5 if root else delta.rank)
-            found[name] = _Module(delta, float(f"{alpha:.9g}") if given else None)  # a root and back is not exact
+            rounded = float(f"{alpha:.9g}") if given else None  # a root and back is not exact
+            found[name] = _Module(delta, rounded, component, path)
         except ModelError as error:
             wrong.append(error)
     return found, wrong

@@ -22,7 +22,7 @@ from lorakit.adapters.pieces import CONFIG, Piece, located, open_pieces
 from lorakit.adapters.targets import fit
 from lorakit.errors import ModelError
 
-__all__ = ["assemble", "check_config", "common_alpha", "read_adapter", "read_delta"]
+__all__ = ["assemble", "check_config", "common_alpha", "made_for_another", "read_adapter", "read_delta", "shaped_by"]
 
 LOG = logging.getLogger("lorakit")
 PEFT_ALPHA = 8
@@ -262,18 +262,28 @@ def _fitted(saved: SavedAdapter, models: Mapping[str, nn.Module]) -> SavedAdapte
     components = {}
     for component, deltas in saved.components.items():
         if component not in models:
-            kind = {"model": "a language model"}.get(component, f"a model with a {component}")
-            raise ModelError(f"made for {kind}, which the base is not")
-        layers = adaptable(models[component])
-        named = {formats.bare(name): layer for name, layer in layers.items()}
-        shaped = {}
-        for path, delta in deltas.items():
-            layer, a, b = named.get(formats.bare(path)), delta.A, delta.B
-            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and a.dim() == 2:
-                a, b = a[:, :, None, None], b.reshape(*b.shape[:2], 1, 1)
-            elif isinstance(layer, nn.Linear) and a.dim() == 4 and a.shape[2:] == (1, 1):
-                a, b = a.flatten(1), b.flatten(1)
-            shaped[path] = Delta(a, b, delta.scale, delta.magnitude)
+            raise ModelError(made_for_another(component))
+        shaped = shaped_by(models[component], deltas)
         paths = fit(models[component], shaped)
         components[component] = {paths[path]: delta for path, delta in shaped.items()}
     return SavedAdapter(saved.family, components, saved.format, saved.metadata)
+
+
+def made_for_another(component: str) -> str:
+    """What is said of an adapter with a component that the base has not."""
+    kind = {"model": "a language model"}.get(component, f"a model with a {component}")
+    return f"made for {kind}, which the base is not"
+
+
+def shaped_by(model: nn.Module, deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+    """The changes of 1x1 convolutions and of linear layers in the one shape or the other, as the model has them."""
+    named = {formats.bare(name): layer for name, layer in adaptable(model).items()}
+    shaped = {}
+    for path, delta in deltas.items():
+        layer, a, b = named.get(formats.bare(path)), delta.A, delta.B
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and a.dim() == 2:
+            a, b = a[:, :, None, None], b.reshape(*b.shape[:2], 1, 1)
+        elif isinstance(layer, nn.Linear) and a.dim() == 4 and a.shape[2:] == (1, 1):
+            a, b = a.flatten(1), b.flatten(1)
+        shaped[path] = Delta(a, b, delta.scale, delta.magnitude)
+    return shaped

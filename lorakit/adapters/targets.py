@@ -137,17 +137,33 @@ def fit(model: nn.Module, deltas: Mapping[str, Delta]) -> dict[str, str]:
 
     Raises ModelError naming the module that is missing, or whose shape differs. ``model`` may be on meta.
     """
-    embeddings = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    layers = {**embeddings, **adaptable(model)}
+    paths, wrong = compare(model, deltas)
+    for key, reason in wrong.items():
+        names = list({**_embeddings(model), **adaptable(model)})
+        raise ModelError(reason, where=key, hint=near(key, names) if reason == MISSING else "")
+    return paths
+
+
+MISSING = "the base has no such module"
+
+
+def compare(model: nn.Module, deltas: Mapping[str, Delta]) -> tuple[dict[str, str], dict[str, str]]:
+    """``fit``'s paths of all changes that fit, and why each of the others does not."""
+    layers = {**_embeddings(model), **adaptable(model)}
     named = {bare(name): name for name in layers}
-    paths = {}
+    paths, wrong = {}, {}
     for key, delta in deltas.items():
         path = named.get(bare(key))
         if path is None:
-            raise ModelError("the base has no such module", where=key, hint=near(key, list(layers)))
-        layer = layers[path]
-        shape = (*reversed(sizes(layer)), *kernel_of(layer))
-        if delta.shape != shape:
-            raise ModelError(f"the adapter is for a weight {delta.shape}, the base has {shape}", where=key)
-        paths[key] = path
-    return paths
+            wrong[key] = MISSING
+            continue
+        shape = (*reversed(sizes(layers[path])), *kernel_of(layers[path]))
+        if delta.shape == shape:
+            paths[key] = path
+        else:
+            wrong[key] = f"the adapter is for a weight {delta.shape}, the base has {shape}"
+    return paths, wrong
+
+
+def _embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from lorakit.adapters.pieces import Piece
 
 SHOWN = 20
-"""Dead modules and broken tensors that are listed; the others are counted."""
+"""Dead, broken and unfitting modules that are listed, of each; the others are counted."""
 LONG = 100
 """Characters of a metadata string that are shown."""
 
 
 def run(adapter: Path, base: str | None, *, as_json: bool, recipe: bool) -> None:
     """Print a description, as a table or as JSON, or the recipe that made the adapter."""
-    from lorakit.adapters.describe import describe
+    from lorakit.adapters.describe import describe, unfit
     from lorakit.adapters.pieces import open_pieces
 
     for option, given in (("--json", as_json), ("--base", base is not None)):
@@ -39,12 +39,14 @@ def run(adapter: Path, base: str | None, *, as_json: bool, recipe: bool) -> None
     if recipe:
         print(_recipe(pieces, adapter), end="")
         return
-    found = describe(adapter, pieces, _models(pieces, base))
-    base_name = made_for(pieces)
+    models = _models(pieces, base)
+    found, base_name = describe(adapter, pieces, models), made_for(pieces)
+    apart = [] if base is None or models is None else unfit(pieces, models)
     if as_json:
-        print(json.dumps(_finite({**dataclasses.asdict(found), "base": base_name}), indent=1, allow_nan=False))
+        table = {**dataclasses.asdict(found), "base": base_name, "unfit": apart}
+        print(json.dumps(_finite(table), indent=1, allow_nan=False))
     else:
-        _tell(found, base_name, Console(highlight=False))
+        _tell(found, base_name, apart, Console(highlight=False))
 
 
 def _finite(value: Any) -> Any:
@@ -88,7 +90,7 @@ def _recipe(pieces: "list[Piece]", adapter: Path) -> str:
         ) from error
 
 
-def _tell(found: "Description", base: str, console: Console) -> None:
+def _tell(found: "Description", base: str, unfit: list[str], console: Console) -> None:
     family = {"sd": "Stable Diffusion", "llama": "LLaMA"}[found.family]
     console.print(
         f"{found.kind} for {family}, {found.format} format, {found.bytes / 1e6:.2f} MB of {', '.join(found.dtypes)}"
@@ -107,6 +109,7 @@ def _tell(found: "Description", base: str, console: Console) -> None:
         ("dead (A, B or scale is zero)", found.dead),
         ("for a merge alone", found.beside),
         ("broken", found.faults),
+        ("does not fit the base", unfit),
     )
     for title, names in listed:
         for name in names[:SHOWN]:

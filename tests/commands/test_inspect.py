@@ -10,7 +10,7 @@ import torch
 from gguf import GGUFWriter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from lorakit.adapters.delta import product
@@ -26,7 +26,7 @@ from lorakit.recipe.load import as_dict, dump
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
 from lorakit.storage.bases import resolve
 from tests.adapters.test_convert import random_delta
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_sd, tiny_tokenizer
 
 SD_RECIPE = SDRecipe.model_validate({"data": {"path": "pictures"}, "adapter": {"rank": 4, "targets": ["to_q"]}})
 LLAMA_RECIPE = LlamaRecipe.model_validate({"data": {"train": [{"path": "a.jsonl"}]}, "output": {"name": "chats"}})
@@ -134,6 +134,39 @@ def test_what_makes_no_change_is_named(kohya: Path, tmp_path: Path, part: str, t
     assert (found["modules"], len(found["faults"])) == (4, 1)
     assert found["faults"][0].startswith(f"{name}.")
     assert told in found["faults"][0]
+
+
+def test_what_does_not_fit_the_base_is_told(kohya: Path, tmp_path: Path) -> None:
+    """Another width, a module too many, another family; nothing where all fits."""
+    base = tiny_sd(tmp_path / "sd")
+    told = json.loads(lorakit("inspect", kohya, "--base", base, "--json"))
+    assert len(told["unfit"]) == 4
+    to_k = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    assert f"unet.{to_k}: the adapter is for a weight (320, 768), the base has (32, 32)" in told["unfit"]
+    second = "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_k"
+    assert f"{second}: the base has no such module" in told["unfit"]
+    assert lorakit("inspect", kohya, "--base", base).count("does not fit the base: ") == 4
+    assert json.loads(lorakit("inspect", kohya, "--json"))["unfit"] == []
+    llama = tiny_llama(tmp_path / "llama")
+    told = json.loads(lorakit("inspect", kohya, "--base", llama, "--json"))
+    assert told["unfit"] == ["4 modules: made for a model with a unet, which the base is not"]
+
+    linear = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(2, 64)}
+    linear["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"] = torch.ones(64, 2)
+    save_file(linear, tmp_path / "linear.safetensors")
+    assert json.loads(lorakit("inspect", tmp_path / "linear.safetensors", "--base", base, "--json"))["unfit"] == []
+
+
+def test_what_does_not_fit_the_base_of_a_gguf_adapter(named: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    base, _ = named
+    lorakit("convert", tmp_path / "knows", tmp_path / "a.gguf", "--to", "gguf", "--base", base)
+    assert json.loads(lorakit("inspect", tmp_path / "a.gguf", "--base", base, "--json"))["unfit"] == []
+    wide = tmp_path / "wide"
+    LlamaForCausalLM(LlamaConfig.from_pretrained(base, hidden_size=64, head_dim=16)).save_pretrained(wide)
+    tiny_tokenizer().save_pretrained(wide)
+    told = json.loads(lorakit("inspect", tmp_path / "a.gguf", "--base", wide, "--json"))
+    assert len(told["unfit"]) == 2
+    assert "the adapter is for a weight (32, 32), the base has (64, 64)" in told["unfit"][0]
 
 
 @pytest.mark.parametrize("recipe", [SD_RECIPE, LLAMA_RECIPE], ids=["sd", "llama"])
