@@ -152,7 +152,9 @@ def generate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="SD: a folder for pictures (else: generated). LLaMA: a .jsonl file."),
+        typer.Option(
+            "--out", "-o", help="SD: a folder for pictures (else: generated), or a .png for one. LLaMA: a .jsonl file."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same output.")] = 0,
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="auto: a GPU if there is one.")] = "auto",

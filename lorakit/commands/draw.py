@@ -11,6 +11,7 @@ from typing import Any
 from PIL.Image import Image
 
 from lorakit.commands.batch import Batch, check_stop, make_folder
+from lorakit.data.pictures import SUFFIXES
 from lorakit.errors import ConflictError, RecipeError
 from lorakit.families.sd.drawing import DrawSettings
 from lorakit.storage.atomic import alone
@@ -22,12 +23,16 @@ IN_A_GRID = 64
 
 
 def draw(batch: Batch, options: Mapping[str, Any]) -> None:
-    """Numbered PNG files after those that are there already, and a grid of the first when there are several.
+    """Numbered PNG files after those that are there already, and a grid of the first when there are several; or one
+    picture to the file that ``--out`` names.
 
     ``options``: the fields of DrawSettings but the seed.
     """
     out = batch.out or Path("generated")
-    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir()):
+    single = out.suffix.lower() in SUFFIXES and not out.is_dir()
+    if single:
+        _check_file(out, len(batch.prompts) * options["count"])
+    elif os.path.lexists(out) and (out.is_symlink() or not out.is_dir()):
         raise ConflictError("is not a folder", where=str(out), hint="give a folder for the pictures with --out")
     from lorakit.families.sd.generate import open_painter  # takes seconds, so after what is soon refused
     from lorakit.families.sd.pictures import grid, read_settings, save_picture
@@ -44,14 +49,17 @@ def draw(batch: Batch, options: Mapping[str, Any]) -> None:
     if batch.resume:
         done = Counter(_key(metadata) for path in out.glob("*.png") if (metadata := read_settings(path)) is not None)
         jobs = list(_missing(jobs, [_key(painter.metadata(*job, settings)) for job in jobs], done))
-    make_folder(out, out)
+    folder = out.parent if single else out
+    make_folder(folder, out)
     drawn: list[Image] = []
     paths: list[Path] = []
     labels: list[str] = []
     with batch.stoppable() as signals:
         for picture, metadata in painter.paint(jobs, settings):
-            with alone(out):
-                paths.append(out / f"{_free_number(out):04d}.png")
+            with alone(folder):
+                if single:
+                    _check_file(out, 1)
+                paths.append(out if single else out / f"{_free_number(out):04d}.png")
                 save_picture(picture, metadata, paths[-1])
             print(paths[-1], flush=True)
             if len(drawn) < IN_A_GRID:
@@ -64,6 +72,17 @@ def draw(batch: Batch, options: Mapping[str, Any]) -> None:
         sheet = next(sheet for sheet in sheets if not os.path.lexists(sheet))
         save_picture(grid(drawn, labels), {}, sheet)
         print(sheet)
+
+
+def _check_file(out: Path, pictures: int) -> None:
+    """RecipeError when ``out`` is not for one PNG file, ConflictError when it is there."""
+    if out.suffix.lower() != ".png":
+        raise RecipeError("pictures are written as PNG", where=str(out), hint="let it end in .png, or be a folder")
+    if pictures != 1:
+        hint = "give a folder for the pictures with --out"
+        raise RecipeError(f"one file for {pictures} pictures", where=str(out), hint=hint)
+    if os.path.lexists(out):
+        raise ConflictError("exists already", where=str(out), hint="give another file with --out")
 
 
 def _free_number(folder: Path) -> int:

@@ -84,6 +84,28 @@ def test_answers_go_to_a_file_that_did_not_exist(tmp_path: Path, capsys: pytest.
         run(request(base, out), sd=SD, llama=LLAMA)
 
 
+@pytest.mark.fault(66)
+def test_one_picture_goes_to_the_file_that_out_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = tiny_sd(tmp_path / "base"), tmp_path / "in" / "cat.PNG"
+    run(request(base, out, ("a",)), sd=SD, llama=LLAMA)
+    assert read_settings(out)["prompt"] == "a"  # type: ignore[index]
+    assert [path.name for path in out.parent.iterdir()] == ["cat.PNG"]
+    assert str(out) in capsys.readouterr().out
+    before = out.read_bytes()
+    with pytest.raises(ConflictError, match="exists already"):
+        run(request(base, out, ("b",)), sd=SD, llama=LLAMA)
+    assert out.read_bytes() == before
+    for prompts, more in ((("a", "b"), {}), (("a",), {"count": 2})):
+        with pytest.raises(RecipeError, match="one file for 2 pictures"):
+            run(request(base, tmp_path / "two.png", prompts), sd=SD | more, llama=LLAMA)
+    with pytest.raises(RecipeError, match="written as PNG"):
+        run(request(base, tmp_path / "cat.jpg", ("a",)), sd=SD, llama=LLAMA)
+    assert not (tmp_path / "two.png").exists()
+    (tmp_path / "folder.png").mkdir()
+    run(request(base, tmp_path / "folder.png", ("a", "b")), sd=SD, llama=LLAMA)
+    assert len(list((tmp_path / "folder.png").iterdir())) == 3
+
+
 @pytest.mark.fault(65)
 def test_pictures_are_numbered_on_and_never_named_by_their_prompt(tmp_path: Path) -> None:
     base, out = tiny_sd(tmp_path / "base"), tmp_path / "out"
