@@ -175,7 +175,7 @@ def _carried(saved: SavedAdapter) -> dict[str, str]:
 
 
 def _compared(saved: SavedAdapter, path: Path, out: Path, to: Format, models: Models | None) -> Conversion:
-    again = read_adapter(path, models, embeddings=to == "gguf")
+    again = read_adapter(path, models, embeddings=True)
     before, after = _by_place(saved), _by_place(again)
     for component, module in before.keys() ^ after.keys():
         place = "was lost" if (component, module) in before else "is new"

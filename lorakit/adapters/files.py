@@ -49,7 +49,8 @@ def read_adapter(
     need be. With them every module and shape is compared, and paths are the models' own; the flat names of kohya and
     the names of GGUF need them.
 
-    With ``embeddings``, LoRA of an embedding [V, D] is among the changes, as that of a layer with such a weight.
+    With ``embeddings`` and ``models``, LoRA of an embedding [V, D] is among the changes, as that of a layer with such a
+    weight.
 
     Raises ModelError naming the file and the key.
     """
@@ -73,7 +74,7 @@ def assemble(
     try:
         for piece in [] if whole else pieces:
             for name in piece.beside:
-                if not (embeddings and name in piece.embeddings):
+                if not (embeddings and models and name in piece.embeddings):
                     _check_copy(piece, name, models or {})
         saved = _joined([_read(piece, models) for piece in pieces])
         if models is None:
@@ -91,9 +92,9 @@ def _check_copy(piece: Piece, name: str, models: Mapping[str, nn.Module]) -> Non
     LoRA of a head or with the embeddings, in the dtype that training had it in. A base on meta tells only what
     ``with_weights`` gave it."""
     wanted, key, (path, _, kind) = "not LoRA of a layer's weight", piece.whole.get(name), name.rpartition(".")
-    if key is not None and not models:
-        reason = "the base's own, or a changed one: only the base can tell"
-        raise ModelError(reason, where=name, hint="give it with --base")
+    if not models and (key is not None or name in piece.embeddings):
+        reason = "LoRA of an embedding" if key is None else "the base's own, or a changed one"
+        raise ModelError(f"{reason}: only the base can tell", where=name, hint="give it with --base")
     modules = models[piece.component].named_modules() if piece.component in models else ()
     own = getattr({at.removesuffix(".base_layer"): module for at, module in modules}.get(path), kind, None)
     if key is not None and own is not None and not own.is_meta:

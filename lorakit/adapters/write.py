@@ -44,11 +44,15 @@ def deltas(state: Mapping[str, Tensor], injection: Injection) -> dict[str, Delta
 def taken_apart(changes: Mapping[str, Delta], model: nn.Module | None) -> tuple[dict[str, Tensor], Injection]:
     """The inverse of ``deltas``, as far as the changes tell: what ``write_peft`` writes. Scales count as alpha / rank.
 
-    With ``model``, on meta if need be, the targets are named by their ends where these pick out exactly them.
+    With ``model``, on meta if need be, the targets are named by their ends where these pick out exactly them, and
+    changes of embeddings [V, D] are as PEFT has them, A [r, V] and B [D, r].
     """
     state, targets, alphas = {}, [], {}
     for path, delta in ((path, _above_zero(delta)) for path, delta in changes.items()):
-        state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = delta.A, delta.B
+        if model is not None and isinstance(model.get_submodule(path), nn.Embedding):
+            state[f"{path}.lora_embedding_A"], state[f"{path}.lora_embedding_B"] = delta.B.T, delta.A.T
+        else:
+            state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = delta.A, delta.B
         if delta.magnitude is not None:
             shape = (-1,) if delta.A.dim() == 2 else (1, -1, 1, 1)
             state[f"{path}.lora_magnitude_vector"] = delta.magnitude.reshape(shape)

@@ -124,7 +124,8 @@ def read_for(
         reason = f"the names in a {form} file go by the layers of the base it was made for"
         raise ModelError(reason, where=str(pieces[0].path), hint=told)
     try:
-        saved = assemble(adapter, pieces, None if found is None else found.models, embeddings=forms[-1] == "gguf")
+        models = None if found is None else found.models
+        saved = assemble(adapter, pieces, models, embeddings=forms[-1] in ("peft", "gguf"))
     except ModelError as error:
         if found is None or not found.guess:
             raise

@@ -205,8 +205,44 @@ def test_lora_of_an_embedding_goes_to_llama_cpp_unless_it_is_the_head_too(tmp_pa
         merged = model.merge_and_unload().state_dict()
         for name, tensor in load_file(out / "model.safetensors").items():
             torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
-        with pytest.raises(ModelError, match="token_embd: not LoRA of a layer's weight: only a merge"):
-            lorakit("convert", f"{out}.gguf", tmp_path / "back", "--to", "peft", "--base", base)
+        lorakit("convert", f"{out}.gguf", tmp_path / "back", "--to", "peft", "--base", base)
+        theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "back")
+        back = theirs.base_model.model.model.embed_tokens.get_delta_weight("default")
+        torch.testing.assert_close(back, layer.get_delta_weight("default"), rtol=1e-5, atol=1e-6)
+
+
+EMBEDDINGS = {
+    "plain": {"r": 2, "lora_alpha": 3},
+    "rsLoRA, patterns": {"r": 4, "use_rslora": True, "rank_pattern": {"embed_tokens": 2}},
+    "tied": {"r": 2, "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+def test_lora_of_an_embedding_stays_in_pefts_format(tmp_path: Path, kind: str) -> None:
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    tiny_llama(base, tied=kind == "tied")
+    targets = ["q_proj", "embed_tokens", *(["lm_head"] if kind == "tied" else [])]
+    options = {"target_modules": targets, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    theirs = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(**options, **EMBEDDINGS[kind]))
+    theirs.save_pretrained(adapter)
+    lorakit("convert", adapter, out, "--to", "peft", "--base", base)
+    assert "base_model.model.model.embed_tokens.lora_embedding_A" in load_file(out / "adapter_model.safetensors")
+    ours = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), out)
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=5e-5)
+    lorakit("resize", adapter, tmp_path / "one", "--rank", "1", "--base", base)
+    assert (
+        load_file(tmp_path / "one" / "adapter_model.safetensors").keys()
+        == load_file(out / "adapter_model.safetensors").keys()
+    )
+
+    with pytest.raises(ModelError) as caught:
+        lorakit("convert", adapter, tmp_path / "other", "--to", "peft")
+    assert "--base" in caught.value.hint
 
 
 @pytest.mark.parametrize("tied", [True, False])
