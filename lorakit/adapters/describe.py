@@ -50,7 +50,7 @@ class Description:
     bytes: int
     """Of the weight files."""
     dtypes: tuple[str, ...]
-    """Of the tensors, but for alphas."""
+    """Of the tensors as they are read, but for alphas."""
     modules: int
     parameters: int
     norm: float
@@ -61,7 +61,7 @@ class Description:
     faults: tuple[str, ...]
     """Tensors with NaN or infinity, and why a module makes no change that a model could take."""
     beside: tuple[str, ...]
-    """What is not LoRA of a layer's weight, and only a merge takes in: whole tensors, tokens, biases, embeddings."""
+    """What is not LoRA of a layer's weight: whole tensors, tokens, biases, embeddings. A merge takes all of it in."""
     metadata: dict[str, str]
     """The files' own strings."""
 

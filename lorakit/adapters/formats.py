@@ -129,6 +129,8 @@ _OTHER_KINDS = {
 """LyCORIS kinds by what their keys contain."""
 _CONVERTED = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
 """How diffusers' converter, and those that know its files, begin the flat names of a component."""
+_UNATTENDED = re.compile(r"(?<=\d)\.1\.conv$")
+"""The original name's end of an upsampler that no attention comes before; some versions of OneTrainer count one."""
 
 
 def detect(keys: Iterable[str]) -> Format:
@@ -225,8 +227,9 @@ def kohya_table(layers: Mapping[str, Collection[str]]) -> dict[str, tuple[str, s
     every UNet's original names, which ComfyUI writes."""
     table: dict[str, tuple[str, str]] = {}
     with suppress(ModelError):  # a UNet of another make
-        originals = original_paths(layers.get("unet", ()))
-        table |= {f"lora_unet_{name.replace('.', '_')}": ("unet", path) for path, name in originals.items()}
+        for path, name in original_paths(layers.get("unet", ())).items():
+            for original in (name, _UNATTENDED.sub(".2.conv", name)):
+                table[f"lora_unet_{original.replace('.', '_')}"] = ("unet", path)
     for component, spellings in _CONVERTED.items():
         for path in layers.get(component, ()):
             names = {path, bare(path), long(component, path)}

@@ -43,8 +43,10 @@ _UNPICKLE = "convert it to safetensors"
 _SECOND_WIDTH = 1280
 """Of SDXL's second text encoder."""
 _FLOATS = {"F64", "F32", "F16", "BF16"}
-_NUMBERS = _FLOATS | {"F8_E4M3", "F8_E5M2", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
-"""What an alpha may be: files saved in 8 bits have theirs so too, diffusers' converter to kohya's writes whole ones."""
+_EIGHT = {"F8_E4M3", "F8_E5M2"}
+"""Floats of 8 bits, all of which are numbers of float16 too."""
+_WHOLE = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"}
+"""What else alphas may be: diffusers' converter to kohya's format writes whole ones."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Piece:
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """Tensors and modules that only a merge can take in."""
+        """Tensors and modules that are not LoRA of a layer's weight; a merge takes all of them in."""
         return (*self.whole, *self.embeddings, *self.tokens, *(f"{module}'s bias of B" for module in self.biases))
 
     @property
@@ -250,8 +252,8 @@ def _packed_config(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _tensors(path: Path, without: Collection[str] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a checked file, alphas of no common dtype as float64, and its metadata; ModelError for another
-    dtype."""
+    """The tensors of a checked file, those of 8 bits as float16 and whole alphas as float64, and its metadata;
+    ModelError for another dtype."""
     header = read_header(path)
     formats.refuse_other_kinds(header.tensors)
     tensors = {}
@@ -259,9 +261,11 @@ def _tensors(path: Path, without: Collection[str] = ()) -> tuple[dict[str, Tenso
         for name, info in header.tensors.items():
             if name in without:
                 continue
-            if info.dtype not in (_NUMBERS if name.endswith(".alpha") else _FLOATS):
-                hint = "float16, bfloat16, float32 and float64 are read"
+            if info.dtype not in _FLOATS | _EIGHT and not (info.dtype in _WHOLE and name.endswith(".alpha")):
+                hint = "float8, float16, bfloat16, float32 and float64 are read"
                 raise ModelError(f"its numbers are {info.dtype}", where=name, hint=hint)
             tensor = file.get_tensor(name)
-            tensors[name] = tensor if info.dtype in _FLOATS else tensor.double()
+            if info.dtype not in _FLOATS:
+                tensor = tensor.half() if info.dtype in _EIGHT else tensor.double()
+            tensors[name] = tensor
     return tensors, header.metadata

@@ -107,7 +107,7 @@ def _tell(found: "Description", base: str, unfit: list[str], console: Console) -
     console.print(table)
     listed = (
         ("dead (A, B or scale is zero)", found.dead),
-        ("for a merge alone", found.beside),
+        ("beside LoRA of layers", found.beside),
         ("broken", found.faults),
         ("does not fit the base", unfit),
     )

@@ -195,12 +195,42 @@ DTYPES = {
 
 @pytest.mark.parametrize(("alpha", "dtype"), [(alpha, dtype) for alpha, own in DTYPES.items() for dtype in own])
 def test_an_alpha_of_any_dtype(sd: Path, tmp_path: Path, alpha: float, dtype: torch.dtype) -> None:
-    """A file saved in 8 bits has its alphas so too, and some programs write whole numbers."""
+    """Some programs write whole numbers."""
     tensors = {"lora_unet_conv_in.lora_down.weight": torch.randn(2, 4, 3, 3).half()}
     tensors["lora_unet_conv_in.lora_up.weight"] = torch.randn(32, 2, 1, 1).half()
     tensors["lora_unet_conv_in.alpha"] = torch.tensor(alpha).to(dtype)
     save_file(tensors, tmp_path / "a.safetensors")
     assert read_adapter(tmp_path / "a.safetensors", parts(sd)).components["unet"]["conv_in"].scale == alpha / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_file_in_8_bits_is_read_exactly(sd: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """As OneTrainer saves where its output is to be float8: all tensors, the alphas too."""
+    down, up = torch.randn(2, 4, 3, 3).to(dtype), torch.randn(32, 2, 1, 1).to(dtype)
+    down[0, 0, 0, 0] = torch.finfo(dtype).smallest_normal / 2
+    tensors = {"lora_unet_conv_in.lora_down.weight": down, "lora_unet_conv_in.lora_up.weight": up}
+    save_file(tensors | {"lora_unet_conv_in.alpha": torch.tensor(1.0).to(dtype)}, tmp_path / "a.safetensors")
+    saved = read_adapter(tmp_path / "a.safetensors", parts(sd))
+    delta = saved.components["unet"]["conv_in"]
+    assert delta.scale == 0.5
+    assert delta.A.dtype == torch.float16
+    assert torch.equal(delta.A.double(), down.double())
+    assert torch.equal(delta.B.double(), up.double())
+    assert convert(saved, tmp_path / "b.safetensors", "kohya", models=parts(sd), base_name="").largest == 0
+    down[1, 0, 0, 0] = torch.nan
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=r"lora_unet_conv_in\.lora_down\.weight: NaN or infinity"):
+        read_adapter(tmp_path / "a.safetensors", parts(sd))
+
+
+def test_the_first_upsampler_of_onetrainers_omi_files_for_stable_diffusion_1(sd: Path, tmp_path: Path) -> None:
+    """Some of its versions number it as if there was an attention before it, as in SDXL."""
+    for number in (1, 2):
+        name = f"unet.output_blocks.1.{number}.conv"
+        tensors = {f"{name}.lora_down.weight": torch.randn(2, 64, 3, 3)}
+        save_file(tensors | {f"{name}.lora_up.weight": torch.randn(64, 2, 1, 1)}, tmp_path / "a.safetensors")
+        found = read_adapter(tmp_path / "a.safetensors", parts(sd)).components["unet"]
+        assert list(found) == ["up_blocks.0.upsamplers.0.conv"]
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor(True), torch.tensor(1 + 1j, dtype=torch.complex64)])

@@ -256,7 +256,7 @@ def test_what_only_a_merge_takes_and_what_no_command_takes_is_told(tmp_path: Pat
     assert told["beside"] == ["lm_head.weight"]
     assert told["faults"] == []
     assert [block["alphas"] for block in told["blocks"]] == [[7.0], [7.0]]
-    assert "for a merge alone: lm_head.weight" in lorakit("inspect", tmp_path / "adapter")
+    assert "beside LoRA of layers: lm_head.weight" in lorakit("inspect", tmp_path / "adapter")
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "pissa"}))
     (fault,) = json.loads(lorakit("inspect", tmp_path / "adapter", "--json"))["faults"]
