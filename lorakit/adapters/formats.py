@@ -97,6 +97,7 @@ _SUFFIXES: dict[Format, dict[str, Part]] = {
         ".lora_down.weight": "A",
         ".lora_up.weight": "B",
         ".alpha": "alpha",
+        ".dora_scale": "magnitude",
         ".lora_magnitude_vector": "magnitude",
         ".lora_magnitude_vector.weight": "magnitude",
     },

@@ -223,6 +223,21 @@ def test_a_file_in_8_bits_is_read_exactly(sd: Path, tmp_path: Path, dtype: torch
         read_adapter(tmp_path / "a.safetensors", parts(sd))
 
 
+def test_onetrainers_dora_under_diffusers_names(sd: Path, tmp_path: Path) -> None:
+    """Its backups keep its own ends of names, its diffusers files that of magnitudes of the inputs."""
+    name, path = "unet.mid_block.resnets.0.conv1", "mid_block.resnets.0.conv1"
+    tensors = {f"{name}.lora_down.weight": torch.randn(2, 64, 3, 3)}
+    tensors[f"{name}.lora_up.weight"] = torch.randn(64, 2, 1, 1)
+    magnitude = torch.rand(64, 1, 1, 1)
+    save_file(tensors | {f"{name}.dora_scale": magnitude}, tmp_path / "a.safetensors")
+    found = read_adapter(tmp_path / "a.safetensors", parts(sd)).components["unet"][path].magnitude
+    assert found is not None
+    assert torch.equal(found, magnitude.flatten())
+    save_file(tensors | {f"{name}.dora_scale": torch.rand(1, 64, 1, 1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match="only DoRA on the output is supported"):
+        read_adapter(tmp_path / "a.safetensors", parts(sd))
+
+
 def test_the_first_upsampler_of_onetrainers_omi_files_for_stable_diffusion_1(sd: Path, tmp_path: Path) -> None:
     """Some of its versions number it as if there was an attention before it, as in SDXL."""
     for number in (1, 2):
