@@ -1,6 +1,7 @@
 """Where a merged model may go."""
 
 import os
+import tempfile
 
 from lorakit.adapters.merging.plan import MergePlan
 from lorakit.adapters.merging.receipt import receipt_path
@@ -41,8 +42,11 @@ def check_space(plan: MergePlan) -> int | None:
     folder = plan.out.resolve().parent
     if not standing(folder).is_dir():
         raise ConflictError("a file, where a folder is needed", where=str(standing(folder)))
-    if not os.access(standing(folder), os.W_OK):
-        raise ResourceError("cannot be written", where=str(folder), hint="choose a folder that can be written")
+    try:
+        tempfile.TemporaryFile(dir=standing(folder)).close()
+    except OSError as error:
+        reason, hint = f"cannot be written ({error.strerror})", "choose a folder that can be written"
+        raise ResourceError(reason, where=str(folder), hint=hint) from error
     free, needed = free_bytes(folder), plan.size + SPARE
     if free is not None and free < needed:
         reason = f"the merged model takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
