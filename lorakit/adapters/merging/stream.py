@@ -98,18 +98,18 @@ class Tally:
         self.dtypes: set[torch.dtype] = set()
         self.rounding, self.error, self.change = 0.0, 0.0, 0.0
 
-    def weights(self, total: Tensor, after: Tensor, exact: Callable[[Tensor], Tensor] | None) -> float:
+    def weights(self, total: Tensor, after: Tensor, exact: Callable[[Tensor], Tensor]) -> float:
         """Count some rows; the span of their rounding, not finite when ``after`` is not. ``total`` is given up.
 
-        ``exact`` gives the rounding from what was written, float32. It is asked where the float32 sum's own rounding
-        counts beside the dtype's.
+        ``exact`` gives the rounding from what was written. It is asked where the float32 sum's own rounding counts
+        beside the dtype's.
         """
         same = after.dtype == torch.float32
         written = after if same else worked(after, torch.float32, 1)  # quicker than a difference of two dtypes
-        size = _square(total) if exact is not None else 0.0
+        size = _square(total)
         error = total.sub_(written)
         square = _square(error)
-        if exact is not None and square < NEAR**2 * size:
+        if square < NEAR**2 * size:
             error = exact(written)
             square = _square(error)
         self.error += square
@@ -126,15 +126,19 @@ class Tally:
 
     @property
     def lost(self) -> float:
-        """Share of the change that rounding took: norm(written - sum) / norm(sum - W). The sum is LoRA's exact one; of
-        DoRA and of what takes a tensor's place, the float32 one."""
+        """Share of the change that rounding took: norm(written - sum) / norm(sum - W), of the exact sum; but the change
+        that DoRA makes, or what takes a tensor's place, is measured from the float32 one."""
         return (self.error / self.change) ** 0.5 if self.change else 0.0
 
 
 def _rounding(before: Tensor, change: Change, first: int, written: Tensor) -> Tensor:
-    """W + LoRA - written as (W - written) + LoRA, of which the first is exact where the two are near each other."""
-    error = worked(before, torch.float32).sub_(written)
-    change.add_(error, first)
+    """W + LoRA - written as (W - written) + LoRA, of which the first is exact where the two are near each other; of
+    DoRA, and of what takes a tensor's place, from the float64 sum."""
+    error = worked(before, change.dtype)
+    if change.square is None:
+        change.add_(error, first)
+        return error.sub_(written)
+    change.add_(error.sub_(written), first)
     return error
 
 
@@ -257,17 +261,17 @@ def _after(span: Span, first: int, before: Tensor, dtype: torch.dtype) -> tuple[
     else:
         room = ROOMS.take(before.numel() * dtype.itemsize)
         after, finite = torch.from_numpy(room).view(dtype).view(before.shape), True
+        linear = span.change.square is not None
+        exact = span.change if linear else Change(span.change.terms, torch.float64)
         for a, b in Span(span.source, span.name, first, last).blocks(WORK):
             rows = slice(a - first, b - first)
             total = worked(before[rows], torch.float32)
             span.change.add_(total, a - span.first)
-            if span.change.square is None:
+            if not linear:
                 tally.change += _square(total - before[rows])
             after[rows] = total
-            exact = (
-                None if span.change.square is None else partial(_rounding, before[rows], span.change, a - span.first)
-            )
-            finite &= math.isfinite(tally.weights(total, after[rows], exact))
+            rounding = partial(_rounding, before[rows], exact, a - span.first)
+            finite &= math.isfinite(tally.weights(total, after[rows], rounding))
     if not finite:
         reason = f"not finite in {dtype}: it overflows" if is_finite(before) else "NaN or infinity in the base"
         raise ModelError(reason, where=span.name)

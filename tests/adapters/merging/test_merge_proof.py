@@ -338,6 +338,39 @@ def test_the_share_lost_is_that_of_the_exact_sum(tmp_path: Path, dtype: torch.dt
     assert report.rounding == pytest.approx(largest, rel=0.01, abs=2**-26)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_share_lost_of_dora_and_of_whole_tensors_is_exact_too(
+    tmp_path: Path, dtype: torch.dtype, size: float
+) -> None:
+    base = tiny_llama(tmp_path / "base", dtype=dtype, tied=False)
+    adapter(base, tmp_path / "a", target_modules=["q_proj"], use_dora=True, modules_to_save=["down_proj"])
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    before, saved = load_file(base / "model.safetensors"), load_file(file)
+    exact = {}
+    for key, tensor in saved.items():
+        name = key.removeprefix("base_model.model.")
+        if "lora_" not in key:
+            weight = before[name].float()
+            saved[key] = weight + size * (tensor - weight)
+            exact[name] = before[name].double() + 0.3 * (saved[key].double() - before[name].double())
+        elif "lora_B" in key:
+            saved[key] = tensor * size
+    for key in [key for key in saved if "lora_B" in key]:
+        b, a, m = (saved[key.replace("lora_B.weight", part)].double() for part in
+                   ("lora_B.weight", "lora_A.weight", "lora_magnitude_vector"))  # fmt: skip
+        name = key.removeprefix("base_model.model.").replace("lora_B.", "")
+        direction = before[name].double() + 0.3 * 6 / 4 * b @ a
+        exact[name] = direction * (m / direction.norm(dim=1))[:, None]
+    save_file(saved, file)
+    report = merge(planned(base, [(tmp_path / "a", 0.3)], tmp_path / "out"))
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    error = sum(float((after[name].double() - total).square().sum()) for name, total in exact.items())
+    change = sum(float((total - before[name].double()).square().sum()) for name, total in exact.items())
+    assert report.changed == len(exact) == 4
+    assert report.lost == pytest.approx((error / change) ** 0.5, rel=0.02)
+
+
 def test_a_shard_that_is_removed_meanwhile_is_named(models: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(models / "base", tmp_path / "base"))
     plan = planned(base, [(models / "a", 1.0)], tmp_path / "out")
