@@ -49,7 +49,9 @@ def receipt(plan: MergePlan, place: Path, written: Mapping[str, str], outcome: M
                 "weight": adapter.weight,
                 "trained_on": adapter.trained_on or None,
                 "is_its_base": trained_on(adapter, plan.base),
-                "files": {path.relative_to(adapter.path.parent).as_posix(): sha256(path) for path in adapter.files},
+                "files": {
+                    path.relative_to(adapter.path.parent).as_posix(): file_digest(path).hex() for path in adapter.files
+                },
             }
             for adapter in plan.adapters
         ],

@@ -184,6 +184,26 @@ def test_receipt(models: Path, tmp_path: Path) -> None:
     }
 
 
+def test_an_adapter_and_a_base_from_a_hub_cache(models: Path, tmp_path: Path) -> None:
+    """Where every file is a link to a blob that its SHA-256 names."""
+    for name in ("base", "a"):
+        blobs, snapshot = (tmp_path / f"models--me--{name}" / part for part in ("blobs", "snapshots/abc"))
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for file in (models / name).iterdir():
+            blob = Path(shutil.copyfile(file, blobs / sha256(file)))
+            (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+    base, a = (tmp_path / f"models--me--{name}" / "snapshots" / "abc" for name in ("base", "a"))
+    code, _ = lorakit("merge", base, a, tmp_path / "out")
+    assert code == 0
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    receipt = json.loads((tmp_path / "out" / "merge_receipt.json").read_text())
+    files = {**receipt["base"]["files"], **receipt["adapters"][0]["files"]}
+    assert len(files) == 4  # two shards, the adapter's weights and its configuration
+    for name, digest in files.items():
+        assert digest == Path(os.path.realpath(a / Path(name).name if "adapter" in name else base / name)).name
+
+
 def test_the_sum_as_an_adapter(models: Path, tmp_path: Path) -> None:
     specs = [f"{models / 'a'}:0.5", f"{models / 'b'}:-2"]
     for rank, exact in ((8, True), (3, False)):
