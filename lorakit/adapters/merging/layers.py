@@ -45,9 +45,9 @@ class Weight:
         changed = bool(self.lora or self.whole or self.tokens)
         self.rounded = self.into if changed or read.dtype != self.into else None
         before = worked(read, torch.float32)
-        after = before.clone() if self.whole or self.tokens else before
+        after = worked(before, torch.float32, 1) if self.whole or self.tokens else before
         for source, key, share in self.whole:
-            after += share * (source.rows(key, first, last).float() - before)
+            after.add_(worked(source.rows(key, first, last), torch.float32, 2).sub_(before), alpha=share)
         for tokens, share in self.tokens:
             inside = (tokens.indices >= first) & (tokens.indices < last)
             at = tokens.indices[inside] - first
@@ -132,7 +132,8 @@ def _outputs(weight: Weight, x: Tensor, times: Times, up: Times, along: tuple[in
             square += scale**2 * float(((b.T @ b) * (a @ a.T)).sum())  # norm(B A), multiplied out in r columns
             if delta.magnitude is not None:
                 magnitude = delta.magnitude[first:last].float()
-                out = out * (magnitude / (rows.flatten(1) + scale * (b @ a)).norm(dim=1)).view(along)
+                summed = worked(rows.flatten(1), torch.float32, 2).addmm_(b, a, alpha=scale)
+                out = out * (magnitude / torch.linalg.vector_norm(summed, dim=1)).view(along)
                 square = _square(magnitude)
         if weight.rounded is not None:
             if errors is None:

@@ -1,12 +1,13 @@
 """How far a merged model's outputs may be from base + adapter's: what its rounding explains, and no more."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorakit.adapters.merging.merge import merge
 from lorakit.adapters.merging.outputs import TIMES
@@ -22,6 +23,7 @@ from lorakit.families.sd import compare as sd_compare
 from lorakit.families.sd.original import open_stable_diffusion
 from lorakit.storage.bases import resolve
 from tests.adapters.merging.test_merge_parts import TOKENS, adapter, from_files, planned
+from tests.faults.harness import process
 from tests.tiny import tiny_llama
 
 Q, DOWN = "q_proj", "down_proj"
@@ -122,6 +124,22 @@ def test_a_base_without_a_tokenizer_is_compared_all_the_same(tmp_path: Path) -> 
     assert compared is not None
     assert "random tokens" in compared["in_words"]
     assert compared["difference"] < 1e-4
+
+
+def test_a_large_head_that_is_saved_whole_is_never_in_memory(tmp_path: Path) -> None:
+    """200 MB in float32; verifying reads it from the adapter, and from OUT, while it computes."""
+    base = tiny_llama(tmp_path / "base", tied=False)
+    config = json.loads((base / "config.json").read_text()) | {"vocab_size": 50_000, "hidden_size": 1024, "head_dim": 8}
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(base)
+    adapter(base, tmp_path / "lora", target_modules=[Q])
+    adapter(base, tmp_path / "whole", target_modules=[Q], modules_to_save=["lm_head"])
+    told = "import atexit\natexit.register(lambda: print(open('/proc/self/status').read()))"
+    peaks = []
+    for name in ("lora", "whole"):
+        done = process("merge", base, tmp_path / name, tmp_path / f"out-{name}", prelude=told)
+        assert done.code == 0, done.err
+        peaks.append(int(done.out.split("VmHWM:")[1].split()[0]) // 1024)
+    assert peaks[1] - peaks[0] < 100
 
 
 def test_errors_leave_the_first_half_of_a_picture_as_it_is(tmp_path: Path) -> None:
