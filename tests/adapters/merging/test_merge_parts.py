@@ -464,16 +464,17 @@ def test_a_base_that_lacks_a_tensor_or_has_another_shape_does_not_run(tmp_path: 
         assert caught.value.where == name
 
 
-@pytest.mark.parametrize("columns", [48, 64, 200])
+@pytest.mark.parametrize("columns", [33, 48, 64, 200])
 def test_nf4_by_rows_is_bitsandbytes_own(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakit.adapters.merging.nf4.ROWS", 1000)
-    weight = torch.randn(160, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    monkeypatch.setattr("lorakit.adapters.merging.nf4.READ", 1000)
+    monkeypatch.setattr("lorakit.adapters.merging.nf4.PIECE", 640)
+    weight = torch.randn(162, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
     row = weight.float().reshape(1, -1)
     whole = bnb.dequantize_4bit(*bnb.quantize_4bit(row, compress_statistics=True, quant_type="nf4"))
-    expected = whole.view(160, columns)
+    expected = whole.view(162, columns)
     save_file({"w": weight}, tmp_path / "w.safetensors")
     source = NF4Source(FileSource(tmp_path / "w.safetensors"), {"w"})
-    for first, last in ((0, 160), (7, 93), (159, 160)):
+    for first, last in ((0, 162), (7, 93), (159, 162)):
         assert torch.equal(source.rows("w", first, last), expected[first:last])
 
 
