@@ -155,10 +155,13 @@ def _check_complete(base: OpenBase) -> None:
 def _read(path: Path, weight: float, base: OpenBase, found: dict[tuple[str, str], list[Term]]) -> PlannedAdapter:
     """Add an adapter's terms to ``found``, by component and tensor name.
 
-    ModelError where a number is not finite, and where DoRA meets another adapter's.
+    ModelError where a number is not finite, or with ``weight`` no float32, and where DoRA meets another adapter's.
     """
     pieces = tuple(open_pieces(path))
     saved = assemble(path, pieces, base.models, whole=True)
+    scales = [1.0, *(abs(delta.scale) for delta in saved.all_deltas().values())]
+    if abs(weight) * max(scales) > torch.finfo(torch.float32).max:
+        raise ModelError(f"taken {weight:g} times, its change is more than float32 holds", where=str(path))
     own: dict[tuple[str, str], list[Term]] = {}
     for (component, module), delta in saved.all_deltas().items():
         own[component, f"{module}.weight"] = [(delta, weight)]

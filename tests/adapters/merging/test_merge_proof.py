@@ -325,6 +325,18 @@ def test_a_base_with_numbers_that_are_not_finite(models: Path, tmp_path: Path, n
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("weight", ["3e38", "-1e300"])
+def test_a_weight_that_float32_does_not_hold_is_refused(models: Path, tmp_path: Path, weight: str) -> None:
+    """3e38 times alpha / rank = 1.5."""
+    words = ("merge", models / "base", f"{models / 'a'}:{weight}", tmp_path / "out")
+    for more in ((), ("--dry-run",)):
+        told = f"{models / 'a'}: taken {float(weight):g} times, its change is more than float32 holds"
+        assert lorakit(*words, *more) == (4, told)
+    told = "model.layers.0.mlp.down_proj: the sum is more than float32 holds"
+    assert lorakit(*words, "--as-adapter", 2) == (4, told)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_module_saved_whole_that_is_not_finite_is_refused_by_the_plan(models: Path, tmp_path: Path) -> None:
     adapter(models / "base", tmp_path / "c", target_modules=["q_proj"], modules_to_save=["lm_head"])
     file, key = tmp_path / "c" / "adapter_model.safetensors", "base_model.model.lm_head.weight"
