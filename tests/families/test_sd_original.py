@@ -173,6 +173,8 @@ def test_60_what_lies_beside_a_merged_file_stays(base: BaseLocation, adapter: Pa
     assert not plan.out.exists()
     merge(plan, overwrite=True)
     assert "sha256" in receipt.read_text()
+    with pytest.raises(ConflictError, match=r"merged\.safetensors: exists already"):
+        merge(plan)
 
 
 @pytest.mark.skipif(not trace.supported(), reason="the filter is for Linux on x86-64")

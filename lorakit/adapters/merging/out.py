@@ -15,19 +15,18 @@ SPARE = 50_000_000
 
 def check_out(plan: MergePlan, overwrite: bool) -> None:
     """Raises ConflictError when OUT is, holds or is inside an input, or exists and may not be replaced."""
-    out = plan.out
+    out, single = plan.out, "" in plan.files
     check_apart(out, [("base", plan.base.path), *(("adapter", adapter.path) for adapter in plan.adapters)])
     beside = receipt_path(out)
     for path in (out, beside):
         check_name(path)
-    if "" in plan.files and not overwrite and os.path.lexists(beside):
-        raise ConflictError("exists already", where=str(beside), hint="choose another name, or --overwrite")
+    for path in (out, beside) if single else (out,):
+        if not overwrite and os.path.lexists(path):
+            raise ConflictError("exists already", where=str(path), hint="choose another name, or --overwrite")
     if not os.path.lexists(out):
         return
-    if not overwrite:
-        raise ConflictError("exists already", where=str(out), hint="choose another name, or --overwrite")
     kinds = ("config.json", "model_index.json")
-    if "" in plan.files:
+    if single:
         if out.is_symlink() or not out.is_file():
             raise ConflictError("not a file: it is not replaced", where=str(out))
     elif out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not any((out / k).is_file() for k in kinds)):
