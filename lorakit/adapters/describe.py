@@ -157,16 +157,21 @@ def _modules(piece: Piece, models: Mapping[str, nn.Module] | None) -> tuple[dict
     table = {}
     if piece.format == "kohya" and models is not None:
         table = formats.kohya_table({name: list(adaptable(model)) for name, model in models.items()})
+    twice: dict[str, ModelError] = {}
     modules: dict[tuple[str, str, str], dict[formats.Part, str]] = {}
     for key, (component, module, part) in piece.keys.items():
         component, path = table.get(module, (component, module))
         own = piece.format == "gguf" or (module not in table and piece.format == "kohya")
         name = path if own else told_as(component, path)
-        modules.setdefault((name, component, path), {})[part] = key
+        first = modules.setdefault((name, component, path), {}).setdefault(part, key)
+        if first != key:
+            twice.setdefault(name, ModelError(f"says the same as {first}", where=key))
     found, wrong, common = {}, [], common_alpha(piece)
     for (name, component, path), parts in modules.items():
         config = piece.component_config(component)
         try:
+            if name in twice:
+                raise twice[name]
             delta = read_delta(path, parts, piece, config)
             given = config is not None or "alpha" in parts or common is not None
             root = config is not None and config.get("use_rslora")

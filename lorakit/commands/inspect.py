@@ -113,9 +113,9 @@ def _tell(found: "Description", base: str, unfit: list[str], console: Console) -
     )
     for title, names in listed:
         for name in names[:SHOWN]:
-            console.print(f"[yellow]{title}: {escape(visible(name))}[/]")
+            console.print(f"[yellow]{title}: {escape(visible(name))}[/]", soft_wrap=True)
         if len(names) > SHOWN:
             console.print(f"[yellow]{title}: {len(names) - SHOWN} more[/]")
     for key, text in sorted(found.metadata.items()):
         shown = text if len(text) <= LONG else f"{text[:LONG]}… ({len(text)} characters)"
-        console.print(f"{escape(visible(key))} = {escape(visible(shown))}")
+        console.print(f"{escape(visible(key))} = {escape(visible(shown))}", soft_wrap=True)

@@ -113,6 +113,18 @@ def test_dead_and_broken_modules_are_named(kohya: Path, tmp_path: Path) -> None:
     assert "NaN or infinity" in text
 
 
+def test_two_spellings_of_one_module_are_told(kohya: Path, tmp_path: Path) -> None:
+    tensors = load_file(kohya)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    other = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k"
+    again = {key.replace(name, other): tensor.clone() for key, tensor in tensors.items() if key.startswith(name)}
+    save_file(tensors | again, tmp_path / "a.safetensors")
+    told = json.loads(lorakit("inspect", tmp_path / "a.safetensors", "--json"))
+    assert told["modules"] == 4
+    assert told["faults"] == [f"{other}.alpha: says the same as {name}.alpha"]
+    assert f"broken: {told['faults'][0]}" in lorakit("inspect", tmp_path / "a.safetensors").splitlines()
+
+
 @pytest.mark.parametrize(
     ("part", "tensor", "told"),
     [
