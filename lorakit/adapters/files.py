@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorakit.adapters import formats, gguf_lora
 from lorakit.adapters.delta import Delta, SavedAdapter
 from lorakit.adapters.outline import adaptable
-from lorakit.adapters.patterns import number, targeted
+from lorakit.adapters.patterns import LARGEST, number, targeted
 from lorakit.adapters.pieces import CONFIG, Piece, located, open_pieces
 from lorakit.adapters.targets import fit
 from lorakit.errors import ModelError
@@ -234,6 +234,8 @@ def _alpha(key: str, tensors: Mapping[str, Tensor]) -> float:
     alpha = tensors[key]
     if alpha.numel() != 1:
         raise ModelError(f"alpha has shape {tuple(alpha.shape)}", where=key)
+    if abs(alpha.item()) >= LARGEST:
+        raise ModelError(f"alpha is {alpha.item():g}", where=key)
     return alpha.item()
 
 

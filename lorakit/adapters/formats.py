@@ -120,14 +120,12 @@ _OTHER_KINDS = {
     "lokr_": "LoKr",
     "oft_": "OFT",
     "on_input": "(IA)^3",
-    ".a1.weight": "GLoRA",
-    ".b1.weight": "GLoRA",
-    ".diff": "a full difference of weights",
-    ".w_norm": "with trained norms",
-    ".b_norm": "with trained norms",
-    ".scalar": "with trained scalars",
+    r"\.[ab]1\.weight$": "GLoRA",
+    r"\.diff(_b)?$": "a full difference of weights",
+    r"\.[wb]_norm$": "with trained norms",
+    r"\.scalar$": "with trained scalars",
 }
-"""LyCORIS kinds by what their keys contain."""
+"""LyCORIS kinds by expressions for what their keys contain."""
 _CONVERTED = {"unet": ("lora_unet",), "text_encoder": ("lora_te", "lora_te1"), "text_encoder_2": ("lora_te2",)}
 """How diffusers' converter, and those that know its files, begin the flat names of a component."""
 _UNATTENDED = re.compile(r"(?<=\d)\.1\.conv$")
@@ -180,7 +178,7 @@ def refuse_other_kinds(keys: Iterable[str]) -> None:
     """ModelError for an adapter of LyCORIS' that is not LoRA, by the first key that says so."""
     for key in keys:
         for part, kind in _OTHER_KINDS.items():
-            if part in key:
+            if re.search(part, key):
                 raise ModelError(f"the adapter is {kind} (LyCORIS), not LoRA", where=key)
 
 

@@ -11,6 +11,8 @@ import regex
 
 from lorakit.errors import ModelError
 
+LARGEST = 2**31
+"""Of ranks and alphas: more is taken for a broken number."""
 SECONDS = 0.1
 """For one expression on one module's path, where a plain one takes microseconds."""
 
@@ -39,7 +41,7 @@ def number(config: Mapping[str, Any], field: str, path: str, where: str) -> floa
             field, value = f"{name} {pattern!r}", own
             break
     size = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not 0 < (size if name == "rank_pattern" else abs(size)) < 2**31:
+    if not 0 < (size if name == "rank_pattern" else abs(size)) < LARGEST:
         raise ModelError(f"{field} is {str(value)[:40]!r}, not {wanted}", where=where)
     return float(size)
 

@@ -424,6 +424,8 @@ def test_not_adapters(tmp_path: Path, written: Path, sd: Path) -> None:
         ("lora_unet_x.a1.weight", r"GLoRA \(LyCORIS\)"),
         ("lora_unet_norm.b_norm", r"trained norms \(LyCORIS\)"),
         ("lora_unet_nothing.alpha", "no such module"),
+        ("diffusion_model.middle_block.1.norm.diff_b", r"a full difference of weights \(LyCORIS\)"),
+        ("model.diffusion_model.middle_block.1.proj_in.lora_A.weight", "a key of no known adapter format"),
     ):
         save_file({key: torch.ones(1)}, path)
         with pytest.raises(ModelError, match=message):

@@ -134,6 +134,7 @@ def test_two_spellings_of_one_module_are_told(kohya: Path, tmp_path: Path) -> No
         ("lora_down.weight", torch.tensor(1.0), "do not multiply"),
         ("alpha", torch.ones(2), "alpha has shape"),
         ("alpha", torch.ones(0), "alpha has shape"),
+        ("alpha", torch.tensor(2**40), "alpha is 1.09951e+12"),
         ("dora_scale", torch.tensor(1.0), "only DoRA on the output"),
         ("dora_scale", torch.ones(1, 768), "only DoRA on the output"),
     ],
