@@ -209,7 +209,9 @@ def _open_checkpoint(folder: Path) -> list[Piece]:
 
 def _open_peft(component: str, folder: Path) -> Piece:
     if not (folder / CONFIG).is_file():
-        raise ModelError(f"no {CONFIG}: not an adapter's folder", where=str(folder))
+        inside = [str(config.parent) for config in sorted(folder.glob(f"*/{CONFIG}"))]
+        hint = f"give {' or '.join(inside)}" if inside else ""
+        raise ModelError(f"no {CONFIG}: not an adapter's folder", where=str(folder), hint=hint)
     if not (folder / WEIGHTS).is_file():
         pickles = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
         reason = f"only {pickles[0]}, a pickle, which is never opened" if pickles else f"no {WEIGHTS}"

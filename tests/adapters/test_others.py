@@ -316,3 +316,15 @@ def test_a_pickle_is_told_what_to_do_about(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"only adapter_model\.bin, a pickle") as caught:
         open_pieces(tmp_path)
     assert caught.value.hint == "convert it to safetensors"
+
+
+def test_adapters_that_peft_named_are_pointed_to(llama: Path, tmp_path: Path) -> None:
+    """PEFT saves an adapter of another name than ``default`` into a folder of its own."""
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(llama), config, adapter_name="style")
+    model.add_adapter("tone", config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"no adapter_config\.json") as caught:
+        open_pieces(tmp_path)
+    assert caught.value.hint == f"give {tmp_path / 'style'} or {tmp_path / 'tone'}"
+    assert open_pieces(tmp_path / "tone")
