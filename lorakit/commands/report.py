@@ -87,9 +87,9 @@ def tell(error: LorakitError) -> int:
     red, plain = ("\033[31m", "\033[0m") if _in_colour() else ("", "")
     who = "" if rank == "0" else f" rank {rank}:"
     first, *more = [str(error), *error.details]
-    print(f"{red}lorakit: error:{plain}{who} {shown(first)}", file=sys.stderr)
-    for line in [*more, *([error.hint] if error.hint else [])]:
-        print(f"  {shown(line)}", file=sys.stderr)
+    lines = [f"{red}lorakit: error:{plain}{who} {shown(first)}"]
+    lines += [f"  {shown(line)}" for line in [*more, *([error.hint] if error.hint else [])]]
+    sys.stderr.write("\n".join([*lines, ""]))  # at once: ranks' lines would mix
     return error.exit_code
 
 

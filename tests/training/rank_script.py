@@ -56,7 +56,8 @@ def main(folder: Path, options: dict[str, Any]) -> int:
             save_file(state, folder / f"rank-{session.rank}.safetensors")
         failed = False
     except LorakitError as error:
-        print(f"error: {error} | {error.hint} | {getattr(error, '__notes__', [])}", file=sys.stderr, flush=True)
+        # At once, since the ranks' streams are unbuffered and their lines would mix.
+        sys.stderr.write(f"error: {error} | {error.hint} | {getattr(error, '__notes__', [])}\n")
         return error.exit_code
     finally:  # as the command line does: a thread of C++ that lives on aborts an interpreter that ends
         session.close(failed=failed)
