@@ -20,13 +20,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
 
     Returns:
-        [..., W] in x's dtype, rounded to it before the product with ``weight``, as transformers does.
+        [..., W] in x's dtype, rounded to it before the product with ``weight``, as transformers does, or on a GPU once.
 
     Raises:
         ValueError: the weight asks for a gradient.
     """
     if weight.requires_grad:
         raise ValueError("rms_norm gives no gradient to its weight; freeze it")
+    if _is_one_kernel(x):
+        return functional.rms_norm(x, weight.shape, weight, eps)
     out: Tensor = _RMSNorm.apply(x, weight, eps)
     return out
 
@@ -57,6 +59,11 @@ def signed(sin: Tensor) -> Tensor:
     """The sines [..., D] as ``rotate`` takes them: the first half negated."""
     first, second = sin.chunk(2, -1)
     return torch.cat([-first, second], -1)
+
+
+def _is_one_kernel(x: Tensor) -> bool:
+    """Whether PyTorch computes an RMSNorm, and its gradient, by one kernel each: on CUDA (pytorch/pytorch#153666)."""
+    return x.is_cuda
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from lorakit.numerics import elementwise
 from lorakit.numerics.elementwise import rms_norm, rotate, signed, swiglu
 
 TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)]
@@ -27,7 +28,10 @@ def leaf(*shape, dtype):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 @pytest.mark.parametrize("shape", [(1, 3), (7, 33), (2, 5, 64)])
-def test_rms_norm(shape, dtype, tolerance):
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_rms_norm(shape, by_torch, dtype, tolerance, monkeypatch):
+    """By own arithmetic, and as a GPU has it, which here PyTorch puts together from several kernels."""
+    monkeypatch.setattr(elementwise, "_is_one_kernel", lambda _: by_torch)
     torch.manual_seed(0)
     weight = torch.randn(shape[-1]).to(dtype)
 
