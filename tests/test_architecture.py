@@ -43,7 +43,7 @@ ONLY_IN = {
     "typer": ("cli.py",),
     "accelerate": ("training/",),
     "peft": ("adapters/peft_lora.py",),
-    "bitsandbytes": ("training/optim.py", "adapters/merging/nf4.py"),
+    "bitsandbytes": ("training/optim.py", "adapters/merging/nf4.py", "adapters/merging/four_bit.py"),
 }
 
 
@@ -175,7 +175,9 @@ def test_torch_is_not_imported_before_it_is_needed(code, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["lorakit.adapters.inject", "lorakit.adapters.merging.nf4"])
+@pytest.mark.parametrize(
+    "module", ["lorakit.adapters.inject", "lorakit.adapters.merging.nf4", "lorakit.adapters.merging.four_bit"]
+)
 def test_no_compiler_is_imported_with_the_library_of_lora(module):
     check = f"import sys, {module}; there = sys.modules\n"
     check += "assert 'bitsandbytes' in there and 'torch._inductor.compile_fx' not in there"

@@ -25,6 +25,7 @@ QUANT_BASE = {
     "as-trained": "every linear layer but the head is taken as the 4-bit weights of training show it (NF4, quantized "
     "and back), then the change is added: nearest to what was trained",
 }
+STORED_IN_4_BITS = "the base's own 4-bit weights are dequantized as bitsandbytes does, then the change is added"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
         reason = "a model is written as a folder, or as a file whose name ends in .safetensors"
         raise RecipeError(reason, where=str(out))
     open_more_files()
-    console, location = Console(stderr=True), resolve(base, options.revision)
+    console, location = Console(stderr=True), resolve(base, options.revision, four_bit=True)
     parsed = [(path, weight * options.scale) for path, weight in map(parse_adapter, adapters)]
     bar = Progress(
         TextColumn("{task.description}"),
@@ -75,8 +76,9 @@ def run(base: str, adapters: Sequence[str], out: Path, options: Options) -> None
             combine.run(location.name, opened, parsed, out, options.as_adapter, dry_run=options.dry_run)
             return
         plan = _plan(location, opened, parsed, out, options)
-        if options.quant_base is not None:
-            print(f"--quant-base {options.quant_base}: {QUANT_BASE[options.quant_base]}")
+        if options.quant_base is not None or opened.four_bit:
+            quant_base = plan.settings.quant_base
+            print(f"--quant-base {quant_base}: {STORED_IN_4_BITS if opened.four_bit else QUANT_BASE[quant_base]}")
         if options.dry_run:
             tell_plan(plan, options.overwrite)
             return
@@ -111,7 +113,8 @@ def _plan(
     from lorakit.adapters.merging.plan import Settings, plan_merge
 
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    plan = plan_merge(location, opened, adapters, out, Settings(dtype, options.quant_base or "original"))
+    quant_base = options.quant_base or ("as-trained" if opened.four_bit else "original")
+    plan = plan_merge(location, opened, adapters, out, Settings(dtype, quant_base))
     if plan.template is not None:
         from lorakit.data.templates import ChatTemplate
         from lorakit.families.llama.base import as_folder

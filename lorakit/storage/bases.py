@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Literal
@@ -62,11 +63,12 @@ class BaseLocation:
     layout: Layout
 
 
-def resolve(model: str, revision: str | None = None) -> BaseLocation:
+def resolve(model: str, revision: str | None = None, *, four_bit: bool = False) -> BaseLocation:
     """Find and check the base that ``model`` names.
 
     ``builtin:mini-sd``, ``builtin:smollm2-135m``, a folder, a ``.safetensors`` or ``.gguf`` file, or a hub id
-    ``owner/name`` at ``revision`` (a branch, tag or commit). A path that exists wins over a hub id.
+    ``owner/name`` at ``revision`` (a branch, tag or commit). A path that exists wins over a hub id. ``four_bit``: a
+    folder of bitsandbytes' 4-bit weights will do.
 
     Raises ModelError when it is not there, incomplete, of another architecture, pickled, or brings code.
     """
@@ -85,9 +87,9 @@ def resolve(model: str, revision: str | None = None) -> BaseLocation:
         else:
             raise ModelError("no such folder or file", where=model, hint="a path, owner/name, or builtin:NAME")
     layout = _layout(path)
-    check = {
+    check: dict[Layout, Callable[[Path], object]] = {
         "diffusers": checks.check_diffusers,
-        "transformers": checks.check_transformers,
+        "transformers": partial(checks.check_transformers, four_bit=four_bit),
         "single-file": checks.check_single_file,
         "gguf": check_gguf,
     }

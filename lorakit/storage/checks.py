@@ -187,8 +187,9 @@ def shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for file in files for name, info in read_header(file).tensors.items()}
 
 
-def check_transformers(folder: Path) -> None:
-    """A causal language model of the LLaMA kind: architecture, no quantized weights, sizes as the config says."""
+def check_transformers(folder: Path, *, four_bit: bool = False) -> None:
+    """A causal language model of the LLaMA kind: architecture, no quantized weights but with ``four_bit`` those of
+    bitsandbytes, sizes as the config says."""
     check_folder(folder)
     path = folder / "config.json"
     config = read_json(path)
@@ -199,12 +200,7 @@ def check_transformers(folder: Path) -> None:
     if config.get("model_type") != LLAMA_ARCHITECTURES[named]:
         reason = f"model_type is {config.get('model_type')!r}, but {named} is a {LLAMA_ARCHITECTURES[named]!r}"
         raise ModelError(reason, where=str(path))
-    if "quantization_config" in config:
-        raise ModelError(
-            "the weights are quantized already",
-            where=str(path),
-            hint="take the original weights and set base.quantization in the recipe",
-        )
+    configs.check_quantization(config, path, four_bit=four_bit)
     found = shapes(shard_files(folder, "model"))
     configs.check_sizes(config, path, len(found))
     sizes = {key: _field(config, key, path) for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
@@ -213,7 +209,8 @@ def check_transformers(folder: Path) -> None:
         claimed = (sizes["vocab_size"], sizes["hidden_size"])
         raise ModelError(f"the config says embeddings {claimed}, the weights have {embedding}", where=str(path))
     for name, shape in configs.claimed(config).items():
-        if found.get(name, shape) != shape:
+        packed = four_bit and f"{name}.absmax" in found  # its state tells the shape
+        if found.get(name, shape) != shape and not packed:
             raise ModelError(f"the config says {name} {shape}, the weights have {found[name]}", where=str(path))
     layers = {name.split(".")[2] for name in found if name.startswith("model.layers.")}
     if len(layers) != sizes["num_hidden_layers"]:

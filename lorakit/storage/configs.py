@@ -64,6 +64,24 @@ def claimed(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {f"model.layers.0.{name}.weight": shape for name, shape in shapes.items()}
 
 
+def check_quantization(config: Mapping[str, Any], path: Path, *, four_bit: bool) -> None:
+    """The weights are not quantized, or with ``four_bit`` at most by bitsandbytes to 4 bits."""
+    if "quantization_config" not in config:
+        return
+    told = config["quantization_config"] if isinstance(config["quantization_config"], dict) else {}
+    bits = next((bits for bits in (4, 8) if told.get(f"load_in_{bits}bit") is True), None)
+    method = told.get("quant_method", "an unknown method" if bits is None else "bitsandbytes")
+    packed = method == "bitsandbytes" and bits == 4
+    if packed and four_bit:
+        return
+    name = f"{method}, {bits} bit" if method == "bitsandbytes" else str(method)[:40]
+    hint = "take the original weights"
+    hint += ", or bitsandbytes' 4-bit ones" if four_bit else " and set base.quantization, or generate's --quantization"
+    if packed:
+        hint += "; to merge an adapter, the folder itself may be given"
+    raise ModelError(f"the weights are quantized already: {name}", where=str(path), hint=hint)
+
+
 def check_unet(config: Mapping[str, Any], path: Path) -> None:
     """The latents' size, which the size of pictures follows from."""
     side = config.get("sample_size")

@@ -14,6 +14,9 @@ from lorakit.errors import ModelError
 from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
 
+FOUR_BIT = ".quant_state.bitsandbytes__"
+"""In the names of tensors that tell how bitsandbytes stored a weight in 4 bits."""
+
 
 class Home(NamedTuple):
     """Where a component's tensor is in the base: rows of a file's tensor, or with ``turned`` the whole transposed."""
@@ -62,6 +65,8 @@ class OpenBase:
     """Writes what comes along into a folder, with these changes to the model's config."""
     packed: tuple[Mapping[str, Packed], dict[str, str]] | None = None
     """For a folder that becomes a single file: its tensors by original name, and its metadata."""
+    four_bit: bool = False
+    """Its linear layers are stored in bitsandbytes' 4 bits, which ``sources`` dequantize."""
 
     def read_through(self, sources: Mapping[str, Source]) -> "OpenBase":
         """The same base with some of its files read through these."""
@@ -77,19 +82,28 @@ class OpenBase:
 
 
 def open_folder(base: BaseLocation, models: Mapping[str, nn.Module]) -> OpenBase:
-    """The headers of a folder, whose components are ``models``."""
+    """The headers of a folder, whose components are ``models``. Raises ModelError for a damaged state of 4 bits."""
     stems = {"model": "model"} if base.layout == "transformers" else checks.weight_stems(base.path)
     sources: dict[str, Source] = {}
-    homes: dict[str, dict[str, Home]] = {}
+    files: dict[str, list[str]] = {}
     for component, stem in stems.items():
-        homes[component] = {}
         folder = "" if base.layout == "transformers" else f"{component}/"
-        for path in checks.shard_files(base.path / folder, stem):
-            source = sources[folder + path.name] = FileSource(path)
-            homes[component] |= {
-                bare(name): Home(folder + path.name, name, 0, slot.rows) for name, slot in source.slots.items()
-            }
-    return OpenBase(models, sources, homes, lambda out, config: copy_rest(base, out, config))
+        paths = checks.shard_files(base.path / folder, stem)
+        sources |= {folder + path.name: FileSource(path) for path in paths}
+        files[component] = [folder + path.name for path in paths]
+    names = [name for source in sources.values() for name in source.slots]
+    four_bit = base.layout == "transformers" and any(FOUR_BIT in name for name in names)
+    if four_bit:
+        from lorakit.adapters.merging.four_bit import dequantized  # bitsandbytes takes seconds to import
+
+        sources = dequantized(sources)
+    homes = {
+        component: {
+            bare(name): Home(file, name, 0, slot.rows) for file in own for name, slot in sources[file].slots.items()
+        }
+        for component, own in files.items()
+    }
+    return OpenBase(models, sources, homes, lambda out, config: copy_rest(base, out, config), four_bit=four_bit)
 
 
 def open_single(base: BaseLocation, original: Original) -> OpenBase:

@@ -16,7 +16,8 @@ _LEFT_BEHIND = {*checks.PICKLES, ".safetensors", ".py", ".gguf", ".h5", ".msgpac
 
 
 def copy_rest(base: BaseLocation, out: Path, config: Mapping[str, Any]) -> None:
-    """Copy what a base's folder holds beside its weights; the language model's config gets the values of ``config``."""
+    """Copy what a base's folder holds beside its weights; the language model's config gets the values of ``config``
+    and no longer tells of weights in 4 bits."""
     for path in _rest(base.path):
         shutil.copyfile(path, out / path.name)
     if base.layout == "transformers":
@@ -58,9 +59,10 @@ def _rest(folder: Path) -> Iterator[Path]:
 
 
 def _set(path: Path, values: Mapping[str, Any]) -> None:
-    if not values:
-        return
     config = checks.read_json(path)
+    quantized = config.pop("quantization_config", None)
+    if not values and quantized is None:
+        return
     for key, value in values.items():
         names = {"dtype", "torch_dtype"} & config.keys() or {"dtype"} if key == "dtype" else {key}
         config |= dict.fromkeys(names, str(value).removeprefix("torch.") if key == "dtype" else value)

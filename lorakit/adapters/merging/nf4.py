@@ -29,10 +29,13 @@ PIECE = 1 << 18
 
 
 def as_trained(base: OpenBase) -> dict[str, Source]:
-    """The base's sources with every weight that 4-bit training quantizes, which is all linear layers but the head.
+    """The base's sources with every weight that 4-bit training quantizes, which is all linear layers but the head; none
+    of a base that is stored in 4 bits, whose weights are what training saw.
 
     RecipeError for a base that is not trained over 4-bit weights.
     """
+    if base.four_bit:
+        return {}
     model: Any = base.models.get("model")
     if model is None:
         raise RecipeError("only language models are trained over 4-bit weights", where="--quant-base as-trained")

@@ -18,7 +18,7 @@ from lorakit.adapters.merging.tied import equal_terms, tied_by_config, tied_name
 from lorakit.adapters.pieces import CONFIG, TEMPLATE, TEMPLATE_KEY, Piece, open_pieces, trained_template
 from lorakit.adapters.vocabulary import take_vocabulary
 from lorakit.adapters.whole import EMBEDDINGS, added_biases
-from lorakit.errors import ConflictError, ModelError
+from lorakit.errors import ConflictError, ModelError, RecipeError
 from lorakit.storage.bases import BaseLocation
 
 QuantBase = Literal["original", "as-trained"]
@@ -93,8 +93,11 @@ def plan_merge(
     a name that ends in ``.safetensors`` a single file, when the base is one or ``opened.packed`` tells its names.
 
     Raises ModelError when the base lacks a tensor or an adapter does not fit, ConflictError for a single file from a
-    base that is none.
+    base that is none, RecipeError for the original weights of a base that is stored in 4 bits.
     """
+    if opened.four_bit and settings.quant_base == "original":
+        reason, hint = f"{base.name} has 4-bit weights alone", "give the original weights as BASE"
+        raise RecipeError(reason, where="--quant-base original", hint=hint)
     single = out.suffix == ".safetensors"
     if single and base.layout != "single-file" and opened.packed is None:
         raise ConflictError("only a Stable Diffusion becomes a single file", where=str(out), hint="name a folder")
