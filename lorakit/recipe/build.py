@@ -191,13 +191,15 @@ class _Builder:
         return FAILED if any(item is FAILED for item in found) else found
 
     def union(self, annotation: Any, node: Node, path: str) -> object:
-        """The one member that fits the node's kind: a list's for a list, the scalar's for a scalar."""
+        """The one member that fits the node: a list's for a list, for a scalar the one whose word it is or any."""
         members = [member for member in get_args(annotation) if member is not type(None)]
         nullable = len(members) < len(get_args(annotation))
         if nullable and isinstance(node, Scalar) and node.is_null:
             return None
         lists = [member for member in members if get_origin(member) in (list, tuple)]
         chosen = lists if isinstance(node, Sequence) else [member for member in members if member not in lists]
+        if isinstance(node, Scalar):
+            chosen = [member for member in chosen if node.text in get_args(member)] or chosen
         if chosen and (len(members) == 1 or not isinstance(node, Mapping)):
             before = len(self.faults)
             found = self.value(chosen[0], node, path)

@@ -1,17 +1,21 @@
 """What a recipe says when it says nothing, and what a run that is resumed may change: each field by name."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
 from lorakit.errors import RecipeError
+from lorakit.recipe.build import sections
 from lorakit.recipe.load import as_dict
-from lorakit.recipe.schema import LlamaRecipe, SDRecipe
+from lorakit.recipe.schema import LlamaRecipe, SDRecipe, Section
 from lorakit.training.checkpoint import State
 from lorakit.training.resumable import check_resumable
+from tests.recipe.conftest import LLAMA as CHATS
+from tests.recipe.conftest import SD as PICTURES
 
 BOTH: dict[str, Any] = {
     "base.revision": None,
@@ -134,6 +138,35 @@ def fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 )
 def test_every_default(recipe: LlamaRecipe | SDRecipe, expected: dict[str, Any]) -> None:
     assert dict(fields(as_dict(recipe))) == expected
+
+
+def words(annotation: Any) -> Iterator[str]:
+    """Every fixed word that a field takes, at any depth of its annotation."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    else:
+        for inner in get_args(annotation):
+            yield from words(inner)
+
+
+def offered(kind: type[Section]) -> list[tuple[str, str]]:
+    """Each field of ``kind`` that takes fixed words, with each of them."""
+    return [
+        (f"{path}.{name}", word)
+        for path, section in sections(kind)
+        for name, field in section.model_fields.items()
+        for word in words(field.annotation)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "text"), [(LlamaRecipe, CHATS), (SDRecipe, PICTURES)], ids=["llama", "sd"])
+def test_every_word_that_a_field_takes_is_read(recipe: Any, kind: type[LlamaRecipe | SDRecipe], text: str) -> None:
+    assert ("compute.precision", "bf16") in offered(kind)
+    for field, word in offered(kind):
+        name = field.replace("data.held_out.0", "data.train.0")
+        value = [word] if field == "output.track" else word
+        loaded = dict(fields(as_dict(recipe(text, kind, f"{name}={json.dumps(value)}"))))
+        assert loaded[name] == value, field
 
 
 def state(recipe: dict[str, Any]) -> State:
