@@ -94,8 +94,9 @@ def held_out_keys(rows: Iterable[Example], share: float, seed: int) -> set[str]:
         return set()
     count = max(1, round(share * len(keys)))
     if count >= len(keys):
-        reason = f"a share of {share:g} of {len(keys)} different rows leaves none to train on"
-        raise DataError(reason, where="data.held_out", hint="a lower share, or 0")
+        what, hint = ("rows", "a lower share, or 0") if len(keys) > 1 else ("row", "0 sets none aside")
+        reason = f"a share of {share:g} of {len(keys)} different {what} leaves none to train on"
+        raise DataError(reason, where="data.held_out", hint=hint)
     return set(sorted(keys, key=lambda key: content_key(seed, key))[:count])
 
 

@@ -261,9 +261,9 @@ def _parquet(path: Path, _on_bad: OnBad) -> Iterator[Record]:
 
 
 def _txt(path: Path, _on_bad: OnBad) -> Iterator[Record]:
-    """One row of plain text."""
+    """One row of plain text, its lines ended as everywhere else."""
     text = _utf8(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), shown(path))
-    yield Record({"text": text}, f"{shown(path)}:1")
+    yield Record({"text": text.replace("\r\n", "\n")}, f"{shown(path)}:1")
 
 
 READERS: dict[str, Callable[[Path, OnBad], Iterator[Record]]] = {

@@ -208,11 +208,18 @@ def test_a_source_without_rows_is_named(tmp_path, share):
     assert caught.value.where.endswith("b.jsonl")
 
 
-@pytest.mark.parametrize(("rows", "share"), [(1, 0.1), (23, 0.99)])
-def test_a_share_that_leaves_nothing_to_train_on(tmp_path, rows, share):
+@pytest.mark.parametrize(
+    ("rows", "share", "said", "hint"),
+    [
+        (1, 0.1, "a share of 0.1 of 1 different row leaves none", "0 sets none aside"),
+        (23, 0.99, "a share of 0.99 of 23 different rows leaves none", "a lower share, or 0"),
+    ],
+)
+def test_a_share_that_leaves_nothing_to_train_on(tmp_path, rows, share, said, hint):
     path = source(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(rows)])
-    with pytest.raises(DataError, match=f"a share of {share} of {rows} different rows leaves none"):
+    with pytest.raises(DataError, match=said) as caught:
         read_split(ChatData(train=[{"path": path}], held_out=share), seed=0)
+    assert caught.value.hint == hint
 
 
 def test_a_weight_that_leaves_nothing_of_a_source(tmp_path):

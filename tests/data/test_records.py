@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -105,8 +106,10 @@ def test_rows_of_one_line_have_names_of_their_own(tmp_path):
     assert [where for _, where in read_records(path)] == [f"{path}:1", f"{path}:1 (item 2)", f"{path}:2"]
 
 
-def test_a_text_file_is_one_row(tmp_path):
-    path = write(tmp_path / "a.txt", "\ufeffone\ntwo")
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_text_file_is_one_row_with_the_same_line_ends_everywhere(tmp_path, end):
+    path = str(tmp_path / "a.txt")
+    Path(path).write_bytes(f"\ufeffone{end}two".encode())
     assert list(read_records(path)) == [({"text": "one\ntwo"}, f"{path}:1")]
 
 
