@@ -363,7 +363,8 @@ def _run(arguments: Sequence[str] | None) -> object:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code that `lorakit.errors` lists."""
     _open_output()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every lost connection prints a stack of C++
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars for loading; lorakit shows its own
     # bitsandbytes recommends a package that would fetch kernels from the hub, at every start on some CPUs

@@ -16,6 +16,7 @@ from lorakit.families.place import Place
 from lorakit.families.sd.base import load_parts, noise_schedule
 from lorakit.families.sd.single_file import read_configs
 from lorakit.storage.bases import resolve
+from tests.faults.harness import process
 from tests.tiny import tiny_clip_tokenizer
 
 PLACE = Place(torch.device("cpu"), torch.float32)
@@ -144,6 +145,12 @@ def test_it_computes_what_the_models_compute(models: dict[str, Any], tmp_path: P
     alphas, kind = noise_schedule(parts.schedule, "tiny")
     assert kind == "epsilon"
     assert float(1 - alphas[0]) == pytest.approx(0.00085, rel=1e-4)
+
+
+def test_no_library_speaks_while_one_is_drawn_from(models: dict[str, Any], tmp_path: Path) -> None:
+    path, small = write(tmp_path, models), ("--width", 32, "--height", 32, "--steps", 2)
+    told = process("generate", "--base", path, "--prompt", "a cat", "--out", tmp_path / "out", *small)
+    assert (told.code, told.err) == (0, "")
 
 
 def test_prediction_types(models: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
