@@ -212,7 +212,7 @@ class PictureData(Section):
     """Where a parquet file or data set has its pictures."""
     caption_column: str = "text"
     """Where a parquet file, data set, metadata.jsonl or .csv has its captions."""
-    resolution: Annotated[int, Field(ge=8)] | None = None
+    resolution: Annotated[int, Field(ge=8, le=2048)] | None = None
     """Side of the square that a bucket's area stays within, in pixels; the base's own size when absent."""
     buckets: bool = True
     """Keep aspect ratios by sizes of about the same area; else crop every picture to the square."""

@@ -21,7 +21,8 @@ from lorakit.families.sd import task as sd
 from lorakit.families.sd.base import load_parts
 from lorakit.families.sd.plan import plan
 from lorakit.numerics.order import Layout
-from lorakit.recipe.schema import PictureData, SDAdapter, SDBase, SDOptimizer, SDSample, SDTrain
+from lorakit.recipe.load import load
+from lorakit.recipe.schema import PictureData, SDAdapter, SDBase, SDOptimizer, SDRecipe, SDSample, SDTrain
 from lorakit.storage.bases import resolve
 from tests.families.test_sdxl_single_file import original_tensors
 from tests.tiny import tiny_clip_tokenizer, tiny_sd, tiny_sd_unet, tiny_sdxl
@@ -178,6 +179,20 @@ def test_a_base_that_changes_is_looked_at_anew(
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
     with pytest.raises(ModelError):
         plan(SDBase(model=str(model)), SDAdapter(rank=2), data, SDSample(), Layout(0, 4), place())
+
+
+@pytest.mark.parametrize("resolution", [2048, 2049, 100_000])
+def test_the_largest_pictures_that_a_recipe_may_have(base: Path, tmp_path: Path, folder: Path, resolution: int) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"data: {{path: {folder}, resolution: {resolution}, buckets: false}}\n")
+    if resolution > 2048:
+        with pytest.raises(RecipeError, match=r"data\.resolution: must be less than or equal to 2048"):
+            load(recipe, SDRecipe)
+        return
+    data = load(recipe, SDRecipe).data
+    found = plan(SDBase(model=str(base)), SDAdapter(rank=2), data, SDSample(), Layout(0, 4), place())
+    assert found.buckets.keys() == {(2048, 2048)}
+    assert found.memory["activations"] > 2048 * 2048
 
 
 def test_the_resolution_is_the_bases_own_where_the_recipe_gives_none() -> None:
