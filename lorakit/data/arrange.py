@@ -30,7 +30,8 @@ def sizes_of(data: PictureData, factor: int, native: Size) -> tuple[Size, ...]:
         raise RecipeError(f"{step} is not a multiple of {factor}, the VAE's factor", where=field)
     sizes = bucket_sizes(resolution, step)
     if not sizes:
-        raise RecipeError(f"no bucket of {step} pixels fits a resolution of {resolution}", where="data.resolution")
+        reason, hint = f"no bucket of {step} pixels fits a resolution of {resolution}", "lower data.bucket_step"
+        raise RecipeError(reason, where="data.resolution", hint=f"{hint}, or raise data.resolution")
     return sizes if data.buckets else ((step, step),)
 
 

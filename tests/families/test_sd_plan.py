@@ -201,3 +201,9 @@ def test_the_resolution_is_the_bases_own_where_the_recipe_gives_none() -> None:
     assert resolution_of(data, (96, 54)) == 72
     assert resolution_of(data.model_copy(update={"resolution": 40}), (64, 64)) == 40
     assert max(width * height for width, height in sizes_of(data, 4, (64, 64))) == 64 * 64
+
+
+def test_buckets_coarser_than_the_resolution_are_told_with_what_helps() -> None:
+    with pytest.raises(RecipeError, match="no bucket of 64 pixels fits a resolution of 60") as caught:
+        sizes_of(PictureData(path="x", resolution=60), 4, (64, 64))
+    assert caught.value.hint == "lower data.bucket_step, or raise data.resolution"
