@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape as unmarked
 from rich.text import Text
 
+from lorakit.commands.progress import warnings_to
 from lorakit.errors import RecipeError
 from lorakit.recipe.load import load_any
 from lorakit.recipe.schema import LlamaRecipe, SDRecipe
@@ -24,10 +25,11 @@ def run(path: Path, overrides: Sequence[str], rows: int) -> None:
     """Print ``rows`` examples of the recipe's data, spread over the whole of it, and a histogram of all."""
     recipe = load_any(path, overrides)
     console = Console(highlight=False)
-    if isinstance(recipe, LlamaRecipe):
-        _chats(recipe, rows, console)
-    else:
-        _pictures(recipe, rows, console)
+    with warnings_to(Console(stderr=True)):
+        if isinstance(recipe, LlamaRecipe):
+            _chats(recipe, rows, console)
+        else:
+            _pictures(recipe, rows, console)
 
 
 def _chats(recipe: LlamaRecipe, rows: int, console: Console) -> None:

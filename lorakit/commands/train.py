@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from lorakit.commands.progress import Terminal, warnings_to
 from lorakit.errors import RecipeError, shown
 from lorakit.recipe import load
@@ -46,7 +48,8 @@ def run(kind: type[SDRecipe] | type[LlamaRecipe], path: Path, overrides: list[st
     if mode.dry_run:
         from lorakit.commands import plan
 
-        plan.run(recipe, mode.processes)
+        with warnings_to(Console(stderr=True)):
+            plan.run(recipe, mode.processes)
     elif mode.processes > 1:
         from lorakit.training.launch import relaunch
 

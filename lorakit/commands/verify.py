@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from lorakit.commands.progress import warnings_to
 from lorakit.errors import ModelError, RecipeError
 from lorakit.recipe.load import load_any
 from lorakit.recipe.schema import LlamaRecipe
@@ -45,7 +46,8 @@ def run(path: Path, overrides: list[str]) -> None:
         raise RecipeError("a quantized base cannot be widened to compare with", where="base.quantization", hint=hint)
     device, dtype = choose(recipe.compute)
     layout = Layout(recipe.train.seed, recipe.train.batch_size, recipe.compute.gradient_accumulation)
-    task = load_task(recipe, layout, Place(device, dtype, recipe.compute.gradient_checkpointing))
+    with warnings_to(Console(stderr=True)):
+        task = load_task(recipe, layout, Place(device, dtype, recipe.compute.gradient_checkpointing))
     batch = next(task.batches("train", 0)).to(device)
     _start_from_learned(task)
     task.model.eval()  # no dropout

@@ -10,6 +10,7 @@ from PIL import Image
 
 from lorakit.cli import main
 from lorakit.training.launch import Session
+from tests.faults.harness import process
 from tests.tiny import tiny_llama, tiny_sd
 
 HEAVY = ("accelerate", "bitsandbytes", "diffusers", "peft", "torch._dynamo", "transformers")
@@ -91,3 +92,19 @@ def test_the_second_dry_run_imports_no_library_of_models(
     larger, imported = run(*words, "--set", "train.batch_size=3", "--set", "optimizer.learning_rate=1e-3")
     assert larger != first
     assert imported == []
+
+
+@pytest.mark.parametrize("words", [("train-sd", "--dry-run"), ("data",), ("verify",), ("train-sd",)])
+def test_warnings_are_told_alike_by_all_that_read_a_recipe(
+    words: tuple[str, ...], sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sd)
+    monkeypatch.setenv("LORAKIT_CACHE", str(sd / "cache"))
+    (sd / "pictures").rename(sd / "10_\x1b[31mcat")
+    (sd / "pictures").mkdir()
+    (sd / "10_\x1b[31mcat").rename(sd / "pictures/10_\x1b[31mcat")
+    done = process(*words, "recipe.yaml")
+    assert done.code == 0, done.err
+    warned = "lorakit: warning: 10_\\x1b[31mcat: the number is no repeat count"
+    assert [line for line in done.err.splitlines() if "10_" in line and line.startswith(warned)], done.err
+    assert "\x1b" not in done.err
