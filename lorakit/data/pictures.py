@@ -88,7 +88,8 @@ def find_pictures(data: PictureData, rejects: Rejects) -> list[Picture]:
     elif not os.path.exists(path) and HUB_ID.fullmatch(data.path):
         found = list(_from_table(load_hub_table(data), rejects))
     else:
-        raise DataError("neither a folder nor a .parquet, .jsonl or .csv file", where=shown(data.path))
+        kinds = "neither a folder nor a .parquet, .jsonl or .csv file"
+        raise DataError(kinds if os.path.lexists(path) else "no such file or folder", where=shown(data.path))
     if not found:
         raise DataError("no picture with a caption was found", where=shown(data.path), hint=rejects.first())
     return found

@@ -311,3 +311,11 @@ def test_other_files_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFix
     (root / "notes.txt").write_text("no picture")
     with caplog.at_level(logging.WARNING):
         assert len(find(root)[0]) == 3
+
+
+def test_a_path_where_nothing_is_is_told_apart_from_one_of_another_kind(tmp_path):
+    (tmp_path / "a.zip").touch()
+    for name, said in (("a.zip", "neither a folder nor"), ("a/b/absent", "no such file or folder")):
+        with pytest.raises(DataError, match=said) as caught:
+            find_pictures(PictureData(path=str(tmp_path / name)), Rejects("fail"))
+        assert caught.value.where == str(tmp_path / name)

@@ -54,7 +54,7 @@ def test_11_empty_folder(sd: Path) -> None:
         path.unlink()
     refuse(sd, f"{sd}/pictures", "no picture")
     (sd / "pictures").rmdir()
-    refuse(sd, f"{sd}/pictures", "neither a folder")
+    refuse(sd, f"{sd}/pictures", "no such file or folder")
 
 
 @pytest.mark.fault(12)
