@@ -66,7 +66,7 @@ def tell(report: "MergeReport") -> None:
     for warning in report.warnings:
         print(f"warning: {warning}")
     if report.checked is not None:
-        print(f"verified: {report.checked.changed} tensors recomputed in float64, every other one as in the base")
+        print(f"verified: {report.checked.changed} tensors recomputed in float64, others as the base was read")
     if report.compared is not None:
         print(f"verified: {report.compared['in_words']}")
     print(f'next: {shlex.join(["lorakit", "generate", "--base", str(report.out)])} --prompt "..."')
