@@ -132,6 +132,7 @@ def on_a_terminal(llama: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, i
     words = [sys.executable, "-m", "lorakit", "train-llama", str(llama / "recipe.yaml"), "--set", "train.steps=100000"]
 
     def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has these tests ignore, and what they start
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
