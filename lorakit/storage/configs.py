@@ -18,6 +18,8 @@ SIZES = (
 LARGEST_SAMPLE = 1024
 """Largest side of a UNet's latents: 8,192 pixels with a VAE of factor 8."""
 MOST_TIMESTEPS = 100_000
+FOUR_BIT = ".quant_state.bitsandbytes__"
+"""In the names of tensors that tell how bitsandbytes stored a weight in 4 bits."""
 
 
 def check_sizes(config: Mapping[str, Any], path: Path, tensors: int) -> None:

@@ -13,9 +13,7 @@ from lorakit.adapters.merging.source import FileSource, Source, Told
 from lorakit.errors import ModelError
 from lorakit.storage import checks
 from lorakit.storage.bases import BaseLocation
-
-FOUR_BIT = ".quant_state.bitsandbytes__"
-"""In the names of tensors that tell how bitsandbytes stored a weight in 4 bits."""
+from lorakit.storage.configs import FOUR_BIT
 
 
 class Home(NamedTuple):

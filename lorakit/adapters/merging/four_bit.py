@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.adapters.merging.base import FOUR_BIT
 from lorakit.adapters.merging.source import FLOATS, Slot, Source
 from lorakit.errors import ModelError
 from lorakit.numerics.compiled import compiled_when_called
+from lorakit.storage.configs import FOUR_BIT
 
 with compiled_when_called():
     from bitsandbytes import functional
