@@ -11,7 +11,6 @@ like length side by side, plain matmuls that keep the probabilities for the back
 query heads that share them where it need not, and no mask of [T, T] is ever built.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -162,8 +161,8 @@ class _PackedAttention(torch.autograd.Function):
             key, value = (x[group.keys].view(group.matrices, -1, width) for x in (keys, values))
             for block in group.blocks:
                 query, out = (x[block.queries].view(group.matrices, -1, width) for x in (rows, mixed))
-                mask = _causal_mask(query.shape[1] // share, share, block.first, block.seen, q.dtype, q.device)
-                scores = torch.baddbmm(mask, query, key[:, : block.seen].transpose(1, 2), alpha=scale)
+                mask, seen = laid.mask(block, share, query), key[:, : block.seen].transpose(1, 2)
+                scores = torch.baddbmm(mask, query, seen, alpha=scale)
                 kept.append(torch.softmax(scores, -1, out=scores))
                 torch.bmm(scores, value[:, : block.seen], out=out)
         ctx.save_for_backward(rows, keys, values, *(kept if any(ctx.needs_input_grad) else ()))
@@ -193,12 +192,3 @@ class _PackedAttention(torch.autograd.Function):
         dq = d_rows.index_select(0, laid.own_queries).view(asked)
         dk, dv = (_of_tokens(x, laid).view(held) for x in (d_keys, d_values))
         return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, None, None
-
-
-@lru_cache(maxsize=64)
-def _causal_mask(queries: int, share: int, first: int, seen: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0 where a block's queries may look, -inf where they may not: its query ``i`` sees the keys up to ``first + i``.
-    [queries * share, seen], ``share`` rows a query."""
-    late = torch.arange(seen) > torch.arange(first, first + queries)[:, None]
-    mask = torch.zeros(queries, seen).masked_fill_(late, float("-inf"))
-    return mask.repeat_interleave(share, 0).to(device, dtype)

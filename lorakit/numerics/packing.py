@@ -97,6 +97,18 @@ class Laid:
     shared_keys: Tensor | None
     """int64 [documents, P * K]: where the shared tokens' stand before each document's own; None where P is 0."""
     groups: tuple[LaidGroup, ...]
+    _masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict, compare=False)
+
+    def mask(self, block: Block, share: int, like: Tensor) -> Tensor:
+        """0 where a block's queries may look, -inf where they may not, in the dtype of ``like`` [n * K, b * share, D],
+        ``share`` rows a query: [b * share, seen]. The block's query ``i`` sees the keys up to ``first + i``."""
+        count = like.shape[1] // share
+        key = count, block.first, block.seen, share, like.dtype
+        if key not in self._masks:
+            late = torch.arange(block.seen) > torch.arange(block.first, block.first + count)[:, None]
+            mask = torch.zeros(late.shape).masked_fill_(late, float("-inf"))
+            self._masks[key] = mask.repeat_interleave(share, 0).to(like.device, like.dtype)
+        return self._masks[key]
 
 
 @dataclass(frozen=True)
