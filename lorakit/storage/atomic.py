@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorakit.errors import ConflictError, ResourceError
-from lorakit.storage.disk import NO_SUCH_CALL, disk_errors, files_below, fsync, fsync_handle, make_folder
+from lorakit.errors import ConflictError
+from lorakit.storage.disk import NO_SUCH_CALL, disk_errors, files_below, fsync, fsync_handle, make_folder, takes_no_file
 from lorakit.storage.manifest import write_manifest
 
 TMP = ".tmp-"
@@ -151,9 +151,8 @@ def _made(prefix: str, final: Path, *, folder: bool, suffix: str = "") -> tuple[
                 handle, name = tempfile.mkstemp(prefix=f"{prefix}{_short(final)}-", suffix=suffix, dir=final.parent)
                 os.close(handle)
                 path = Path(name)
-        except FileNotFoundError as error:  # from the kernel's own folders
-            hint = "choose a folder that can be written"
-            raise ResourceError("takes no new files", where=str(final.parent), hint=hint) from error
+        except FileNotFoundError as error:
+            raise takes_no_file(final.parent, error) from error
         held = _hold(path)
         if held is not None:
             return path, held

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import resource
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -87,6 +88,22 @@ def make_folder(folder: Path) -> None:
         except FileExistsError as error:
             raise ConflictError("a file, where a folder is needed", where=str(folder)) from error
         fsync(folder.parent)
+
+
+def check_takes_files(folder: Path) -> None:
+    """Raises ResourceError when no file can be made in ``folder``."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise takes_no_file(folder, error) from error
+
+
+def takes_no_file(folder: Path, error: OSError) -> ResourceError:
+    """What is said of a folder that a file could not be made in; the kernel's own say that they are not there."""
+    reason = f"cannot be written ({error.strerror})"
+    if isinstance(error, FileNotFoundError):
+        reason = "takes no new files"
+    return ResourceError(reason, where=str(folder), hint="choose a folder that can be written")
 
 
 def files_below(folder: Path) -> list[tuple[str, Path]]:

@@ -137,25 +137,21 @@ def test_names_of_a_unets_layers_by_other_programs(sd: Path, tmp_path: Path, kin
 
 QUERY, CLIP_QUERY = "transformer_blocks.0.attn1.to_q", "text_model.encoder.layers.0.self_attn.q_proj"
 MID, LEVEL = f"mid_block.attentions.0.{QUERY}", f"down_blocks.1.attentions.0.{QUERY}"
+ORIGINAL = {
+    f"input_blocks.4.1.{QUERY}": ("unet", LEVEL),
+    f"middle_block.1.{QUERY}": ("unet", MID),
+    "output_blocks.2.2.conv": ("unet", "up_blocks.0.upsamplers.0.conv"),
+    "time_embed.0": ("unet", "time_embedding.linear_1"),
+    "label_emb.0.2": ("unet", "add_embedding.linear_2"),
+    "out.2": ("unet", "conv_out"),
+}
 ONETRAINER = {
     "OMI": {
-        f"unet.input_blocks.4.1.{QUERY}": ("unet", LEVEL),
-        f"unet.middle_block.1.{QUERY}": ("unet", MID),
-        "unet.output_blocks.2.2.conv": ("unet", "up_blocks.0.upsamplers.0.conv"),
-        "unet.time_embed.0": ("unet", "time_embedding.linear_1"),
-        "unet.label_emb.0.2": ("unet", "add_embedding.linear_2"),
-        "unet.out.2": ("unet", "conv_out"),
+        **{f"unet.{name}": place for name, place in ORIGINAL.items()},
         f"clip_l.{CLIP_QUERY}": ("text_encoder", CLIP_QUERY),
         f"clip_g.{CLIP_QUERY}": ("text_encoder_2", CLIP_QUERY),
     },
-    "a UNet's original names alone": {
-        f"input_blocks.4.1.{QUERY}": ("unet", LEVEL),
-        f"middle_block.1.{QUERY}": ("unet", MID),
-        "output_blocks.2.2.conv": ("unet", "up_blocks.0.upsamplers.0.conv"),
-        "time_embed.0": ("unet", "time_embedding.linear_1"),
-        "label_emb.0.2": ("unet", "add_embedding.linear_2"),
-        "out.2": ("unet", "conv_out"),
-    },
+    "a UNet's original names alone": ORIGINAL,
     "raw": {
         f"lora_unet.{LEVEL}": ("unet", LEVEL),
         f"lora_te1.{CLIP_QUERY}": ("text_encoder", CLIP_QUERY),

@@ -1,5 +1,6 @@
 """Errors as people read them: one line, what to do, the exit code; colour on a terminal only; no traceback unasked."""
 
+import io
 import os
 import pty
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakit.commands.report import guarded
+from lorakit.commands.report import guarded, tell
 from lorakit.errors import ModelError
 from lorakit.recipe.load import load
 from lorakit.recipe.schema import SDRecipe
@@ -93,6 +94,20 @@ def test_a_reader_that_has_gone_is_no_traceback() -> None:
     assert (done.returncode, done.stderr) == (6, b"")
 
 
+def test_an_error_is_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks write to one terminal, unbuffered: what is written in parts would mix."""
+    parts: list[str] = []
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            parts.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Stream())
+    assert tell(ModelError("it fails", where="a.bin", hint="mend it")) == 4
+    assert parts == ["lorakit: error: a.bin: it fails\n  mend it\n"]
+
+
 def test_text_that_the_streams_cannot_hold(tmp_path: Path) -> None:
     told = process("train-sd", tmp_path / "größe-½.yaml", env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
     told.refused(2, "no such file")
@@ -110,7 +125,7 @@ def test_what_stdout_does_not_take_leaves_the_exit_code(command: str, code: int,
     program = f"""
 import sys
 import lorakit.cli
-from lorakit.commands.report import guarded
+from lorakit.commands.report import guarded, tell
 from lorakit.errors import ModelError
 def raising():
     raise ModelError("it fails")

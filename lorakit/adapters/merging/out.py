@@ -1,13 +1,12 @@
 """Where a merged model may go."""
 
 import os
-import tempfile
 
 from lorakit.adapters.merging.plan import MergePlan
 from lorakit.adapters.merging.receipt import receipt_path
 from lorakit.errors import ConflictError, ResourceError
 from lorakit.paths import check_apart, free_bytes, standing
-from lorakit.storage.disk import check_name
+from lorakit.storage.disk import check_name, check_takes_files
 
 SPARE = 50_000_000
 """Bytes that the disk must have left for configs, tokenizer and receipt."""
@@ -41,11 +40,7 @@ def check_space(plan: MergePlan) -> int | None:
     folder = plan.out.resolve().parent
     if not standing(folder).is_dir():
         raise ConflictError("a file, where a folder is needed", where=str(standing(folder)))
-    try:
-        tempfile.TemporaryFile(dir=standing(folder)).close()
-    except OSError as error:
-        reason, hint = f"cannot be written ({error.strerror})", "choose a folder that can be written"
-        raise ResourceError(reason, where=str(folder), hint=hint) from error
+    check_takes_files(standing(folder))
     free, needed = free_bytes(folder), plan.size + SPARE
     if free is not None and free < needed:
         reason = f"the merged model takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
